@@ -1,0 +1,44 @@
+# make demo        the whole road on the embedded model, from checkpoint to scored integers
+# make test        the tests
+# make table       the table of the README: methods by bit widths, 1,000 images each (about half an hour)
+# make lint        ruff
+#
+# Which build of torch: pip takes the one it finds. To choose, name it and the index that has it:
+#     make demo TORCH=torch==2.13.0+cu130 TORCH_INDEX=<the PyTorch project's index of CUDA 13.0 wheels>
+
+PYTHON ?= python3
+VENV := .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test table lint clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX)) \
+		--constraint constraints.txt $(TORCH) --editable '.[test]'
+	touch $@
+
+demo: $(READY)
+	hqdm profile pipelines/digits/model.ckpt
+	hqdm plan --method hqdm --bits w4a4
+	hqdm distill --bits w4a4 --trajectories 20
+	hqdm export --format int
+	hqdm sample teacher fake int --count 500
+	hqdm score
+	hqdm report --picture workspace/comparison.png
+
+test: $(READY)
+	python -m pytest
+
+table: $(READY)
+	python -m benchmarks.digits --count 1000
+
+lint: $(READY)
+	ruff check .
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Measurements, each a command of the README or of docs/."""

@@ -1,0 +1,1 @@
+"""The command line: a thin skin over the engine in `pipelines`. Typer and rich are used here and nowhere else."""

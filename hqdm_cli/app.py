@@ -1,0 +1,91 @@
+"""The Typer application and its entry point.
+
+Only typer and the standard library are imported before a command runs, so that help answers at once; each command
+imports the engine when it is called.
+"""
+
+import os
+import shlex
+import sys
+import traceback
+
+import typer
+
+from hqdm_cli import console
+from hqdm_cli.commands import (
+    distill,
+    export,
+    methods,
+    plan,
+    profile,
+    report,
+    run,
+    sample,
+    score,
+    show,
+    status,
+    verify,
+)  # fmt: skip
+
+app = typer.Typer(
+    name="hqdm",
+    help="Quantise a diffusion model to few bits, from its checkpoint to a scored model in integer arithmetic.",
+    epilog="""\b
+Example:
+  hqdm profile model.ckpt
+  hqdm plan
+  hqdm distill --bits w4a4
+  hqdm export --format int
+  hqdm sample
+  hqdm score
+
+Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted.""",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (profile, plan, distill, export, sample, score, run, status, show, verify, methods, report):
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command line; its exit code. Everything a user can mend is one `error:` line and a `hint:`."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    try:
+        code = typer.main.get_command(app).main(args=args or ["--help"], prog_name="hqdm", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output left. Point stdout elsewhere, or the interpreter complains again while it closes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        code = 130
+    except typer.TyperException as fault:  # the command line itself: an unknown option or command, a missing value
+        path = getattr(getattr(fault, "ctx", None), "command_path", "hqdm")
+        console.error(fault.format_message(), f"{path} --help")
+        return fault.exit_code
+    except Exception as fault:
+        return _failed(fault, debug)
+    if code == 130:
+        again = shlex.join(word for word in args if word != "--force")
+        console.error("interrupted", f"what was done is kept; the same command goes on: hqdm {again}")
+    return code or 0
+
+
+def _failed(fault: Exception, debug: bool) -> int:
+    """Show an error of the engine; re-raise what is no user's fault, so that its traceback is seen."""
+    from pipelines.errors import HqdmError
+
+    if debug:
+        traceback.print_exception(fault)
+    if isinstance(fault, HqdmError):
+        console.error(fault.what, fault.hint)
+        return fault.exit_code
+    if isinstance(fault, OSError) and fault.strerror:
+        where = f"{fault.filename}: " if fault.filename else ""
+        console.error(f"{where}{fault.strerror}", "see that the path, its rights and the space on its disk are right")
+        return 1
+    raise fault

@@ -1,0 +1,96 @@
+"""hqdm distill: train the quantised student against its teacher, without data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hqdm_cli import console
+from hqdm_cli.options import (
+    WORKSPACE,
+    Batch,
+    Bits,
+    Debug,
+    DryRun,
+    Eta,
+    Force,
+    Guidance,
+    Json,
+    Method,
+    Seed,
+    Steps,
+    Variant,
+    Workspace,
+)  # fmt: skip
+from hqdm_cli.skin import config_of, finish, named
+
+EXAMPLE = """hqdm distill --bits w4a4
+  hqdm distill --bits w4a3 --method efficientdm --trajectories 40
+  hqdm distill --plan plan/3"""
+
+
+def distill(
+    bits: Bits = None,
+    method: Method = None,
+    variant: Variant = None,
+    plan: Annotated[
+        str | None, typer.Option(help="The plan: an artifact, or a YAML file edited by hand.", metavar="ID|FILE")
+    ] = None,
+    trajectories: Annotated[int | None, typer.Option(help="Teacher trajectories to train on.", metavar="N")] = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    guidance: Guidance = None,
+    batch: Batch = None,
+    save_every: Annotated[int | None, typer.Option(help="Updates between two saved states.", metavar="N")] = None,
+    seed: Seed = None,
+    workspace: Workspace = WORKSPACE,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train the quantised student on its teacher; no data needed.
+
+    The newest plan is used if it is of the bits, method and variant asked for; otherwise that plan is made first.
+    """
+    from pipelines import runner
+    from pipelines.errors import UsageError
+    from pipelines.store import Store
+
+    asked = {name: value for name, value in (("bits", bits), ("method", method), ("variant", variant)) if value}
+    if plan and asked:
+        raise UsageError(
+            f"--plan {plan} says the {' and '.join(asked)} already", f"leave out --{' and --'.join(asked)}"
+        )
+    store = Store(workspace)
+    config = config_of(
+        "distill",
+        trajectories=trajectories,
+        steps=steps,
+        eta=eta,
+        guidance=guidance,
+        batch=batch,
+        save_every=save_every,
+        seed=seed,
+    )
+    outcomes = []
+    with console.Progress() as progress:
+        if plan and not Path(plan).is_file():
+            chosen = named(store, plan, "plan")
+        else:
+            newest = store.newest("plan")
+            if plan:
+                wanted = runner.edited_plan(plan)
+            else:
+                # An edited plan's configuration does not say its bits: it is taken when nothing else is asked for.
+                edited = newest and newest.config["edited_sha256"]
+                fits = newest and all(newest.config[n] == value and not edited for n, value in asked.items())
+                wanted = runner.plan_like(newest) if fits else config_of("plan", **asked)
+            made = runner.make(store, "plan", wanted, {}, progress, dry_run=dry_run)
+            chosen = made.artifact
+            outcomes = [made] if chosen is None else []
+        if chosen is None:
+            progress.note("distill: would run (its input plan will be made first)")
+        else:
+            outcomes.append(runner.make(store, "distill", config, {"plan": chosen.id}, progress, force, dry_run))
+    finish(workspace, outcomes, dry_run, as_json)

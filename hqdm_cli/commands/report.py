@@ -1,0 +1,57 @@
+"""hqdm report: the table of everything scored, and the pictures beside each other."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hqdm_cli import console
+from hqdm_cli.options import WORKSPACE, Debug, Json, Workspace
+
+EXAMPLE = "hqdm report --picture comparison.png\n  hqdm report --format markdown"
+FORMATS = ("table", "markdown", "json", "csv")
+
+
+def report(
+    form: Annotated[str, typer.Option("--format", help="How to print the table.", metavar="|".join(FORMATS))] = "table",
+    picture: Annotated[
+        Path | None, typer.Option(help="Also write the samples side by side as a picture.", metavar="FILE")
+    ] = None,
+    workspace: Workspace = WORKSPACE,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the table of all scored samples.
+
+    Teacher and students with speed, size and scores; --picture puts their images beside each other.
+    """
+    import csv
+    import sys
+
+    from pipelines.report.table import collect
+
+    from pipelines import runner
+    from pipelines.errors import UsageError, did_you_mean
+    from pipelines.store import Store
+
+    if form not in FORMATS:
+        raise UsageError(f"there is no format {form!r}", did_you_mean(form, FORMATS))
+    store = Store(workspace)
+    rows = collect(store)
+    if form == "json" or as_json:
+        console.print_json(rows)
+    elif form == "csv" and rows:
+        writer = csv.DictWriter(sys.stdout, console.columns_of(rows), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif rows:
+        for line in console.table(rows) if form == "table" else console.markdown(rows):
+            print(line)
+    if not rows:
+        console.say(f"{workspace} holds nothing scored yet")
+        console.next_step(runner.next_command(store), workspace)
+    if picture:
+        from pipelines.report.grids import side_by_side
+
+        side_by_side(store, picture)
+        console.say(f"wrote {picture}")

@@ -1,0 +1,76 @@
+"""hqdm sample: draw images from the teacher, the fake-quantised or the integer student."""
+
+from typing import Annotated
+
+import typer
+
+from hqdm_cli import console
+from hqdm_cli.options import (
+    WORKSPACE,
+    Batch,
+    Debug,
+    DryRun,
+    Eta,
+    Force,
+    Guidance,
+    Json,
+    Scheduler,
+    Seed,
+    Steps,
+    Workspace,
+)  # fmt: skip
+from hqdm_cli.skin import config_of, finish
+
+EXAMPLE = "hqdm sample\n  hqdm sample teacher fake int --count 1000 --steps 20 --seed 0"
+
+
+def sample(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="teacher, fake, int: one artifact each. [default: int]", metavar="[SOURCE]..."),
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Images to draw.", metavar="N")] = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    batch: Batch = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Who computes the integers: cpu or reference.", metavar="NAME")
+    ] = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="The artifact to sample from; by default the newest.", metavar="ID")
+    ] = None,
+    seed: Seed = None,
+    workspace: Workspace = WORKSPACE,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw images from the teacher or a student.
+
+    PNG files and one .npz. Image i depends on the seed and i alone, so that the images of the teacher and of its
+    students can be compared one by one.
+    """
+    from pipelines import runner
+    from pipelines.errors import UsageError, did_you_mean
+    from pipelines.store import Store
+
+    store = Store(workspace)
+    chosen = store.get(origin) if origin else None
+    outcomes = []
+    for source in sources or []:
+        if source not in runner.SOURCES:
+            raise UsageError(f"there is no source {source!r}", did_you_mean(source, runner.SOURCES))
+    # Only the integer student has back ends; beside it, teacher and fake are drawn without.
+    beside_int = {"teacher", "fake"} if "int" in (sources or []) else set()
+    with console.Progress() as progress:
+        for source in dict.fromkeys(sources or [None]):
+            config = config_of(
+                "sample", source=source, count=count, steps=steps, eta=eta, guidance=guidance, scheduler=scheduler,
+                batch=batch, backend=None if source in beside_int else backend, seed=seed,
+            )  # fmt: skip
+            named = {"source": chosen.id} if chosen else {}
+            outcomes.append(runner.make(store, "sample", config, named, progress, force, dry_run))
+    finish(workspace, outcomes, dry_run, as_json)

@@ -1,0 +1,37 @@
+"""hqdm status: what exists, what is stale and why, and the next command."""
+
+from hqdm_cli import console
+from hqdm_cli.options import WORKSPACE, Debug, Json, Workspace
+
+EXAMPLE = "hqdm status"
+
+
+def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug = False) -> None:
+    """List what exists, what is stale and why, what comes next.
+
+    Unfinished runs are named too; the command that began one goes on with it.
+    """
+    from pipelines import runner
+    from pipelines.store import Store
+
+    store = Store(workspace)
+    reasons = runner.stale(store)
+    rows = [
+        {"artifact": artifact.id, "made": artifact.manifest["finished"][:16].replace("T", " "),
+         "seconds": round(artifact.manifest["seconds"]),
+         "from": " ".join(link["id"] for link in artifact.inputs.values()),
+         "state": reasons[artifact.id] or "current"}
+        for artifact in store.artifacts()
+    ]  # fmt: skip
+    unfinished = [stage for stage, _ in store.drafts()]
+    following = runner.next_command(store)
+    if as_json:
+        console.print_json({"artifacts": rows, "unfinished": unfinished, "next": following})
+    elif rows:
+        for line in console.table(rows):
+            print(line)
+    else:
+        console.say(f"{workspace} holds no artifacts yet")
+    for stage in unfinished:
+        console.say(f"unfinished: a run of {stage}; the command that began it goes on")
+    console.next_step(following, workspace)

@@ -1,0 +1,191 @@
+"""What a person sees: progress, notes and errors on stderr; results on stdout, as text or JSON."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.events import Report
+
+QUIET_SECONDS = 10  # between two progress lines where stderr is no terminal
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def error(what: str, hint: str = "") -> None:
+    say(f"error: {what}")
+    if hint:
+        say(f"hint: {hint}")
+
+
+def next_step(command: str, workspace: Path) -> None:
+    """The last line of a command: what to type next, in the same workspace."""
+    if workspace not in (Path("workspace"), Path(os.environ.get("HQDM_WORKSPACE", "workspace"))):
+        command += f" -w {shlex.quote(str(workspace))}"
+    say(f"next: {command}")
+
+
+def duration(seconds: float) -> str:
+    """7 s, 3:05, 1:02:03"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def number(value: Any) -> str:
+    """A figure in at most five digits; anything else as it is."""
+    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+class _Task:
+    """One task of a Report: what is done, and how fast."""
+
+    def __init__(self, name: str, total: int, done: int, unit: str):
+        self.name, self.total, self.done, self.unit = name, total, done, unit
+        self.first, self.start, self.shown = done, time.monotonic(), 0.0
+        self.figures: dict[str, float] = {}
+        self.bar = None
+
+    def state(self) -> str:
+        """12.3 steps/s  loss 0.0123  3:05 left"""
+        words = []
+        elapsed = time.monotonic() - self.start
+        if self.done > self.first and elapsed > 0:
+            rate = (self.done - self.first) / elapsed
+            words.append(f"{rate:.3g} {self.unit}/s")
+        words += [f"{name} {number(value)}" for name, value in self.figures.items()]
+        if self.done > self.first and self.done < self.total:
+            words.append(f"{duration((self.total - self.done) / rate)} left")
+        return "  ".join(words)
+
+
+class Progress(Report):
+    """Shows the engine's events: a live bar on a terminal, else one plain line now and then. A context manager."""
+
+    def __init__(self):
+        self._tasks: list[_Task] = []  # innermost last
+        self._live = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self._live is not None:
+            self._live.stop()  # gives the cursor back, however the command ends
+            self._live = None
+
+    def begin(self, task: str, total: int, done: int = 0, unit: str = "steps") -> None:
+        self._tasks.append(entry := _Task(task, total, done, unit))
+        if done:
+            self.note(f"{task}: goes on at {done} of {total} {unit}")
+        if not sys.stderr.isatty():
+            entry.shown = time.monotonic()
+            return
+        if self._live is None:
+            from rich import progress
+            from rich.console import Console
+
+            columns = [
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=30),
+                progress.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}", markup=False),
+                progress.TextColumn("{task.fields[state]}", markup=False),
+            ]
+            self._live = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+            self._live.start()
+        entry.bar = self._live.add_task(task, total=total, completed=done, unit=unit, state="")
+
+    def advance(self, done: int, **figures: float) -> None:
+        task = self._tasks[-1]
+        task.done = done
+        task.figures |= figures
+        if task.bar is not None:
+            self._live.update(task.bar, completed=done, state=task.state())
+        elif time.monotonic() - task.shown >= QUIET_SECONDS:
+            task.shown = time.monotonic()
+            say(f"{task.name}: {done}/{task.total} {task.unit}  {task.state()}")
+
+    def end(self) -> None:
+        task = self._tasks.pop()
+        if task.bar is not None:
+            self._live.remove_task(task.bar)
+        worked = f"{task.done - task.first} {task.unit} in {duration(time.monotonic() - task.start)}"
+        self.note(f"{task.name}: {worked}" + (f"  {task.state()}" if task.done > task.first else ""))
+
+    def note(self, message: str) -> None:
+        if self._live is not None:
+            self._live.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            say(message)
+
+    def warn(self, message: str) -> None:
+        self.note(f"warning: {message}")
+
+
+def show_outcomes(outcomes: Sequence[Any], dry_run: bool, as_json: bool) -> None:
+    """Outcomes of stages on stdout: `id <tab> path` a line; in a dry run their configurations; or a JSON list."""
+    rows = [
+        {
+            "stage": outcome.stage,
+            "id": outcome.artifact and outcome.artifact.id,
+            "path": outcome.artifact and str(outcome.artifact.path),
+            "ran": outcome.ran,
+            "would_run": outcome.artifact is None,
+            "reason": outcome.reason,
+            "config": outcome.config,
+            "figures": outcome.artifact and outcome.artifact.figures,
+        }
+        for outcome in outcomes
+    ]
+    if as_json:
+        print_json(rows)
+    elif dry_run:
+        from pipelines.config import write_yaml
+
+        for row in rows:
+            print(f"# {row['stage']}: {row['reason']}")
+            print(write_yaml({row["stage"]: row["config"]}), end="")
+    else:
+        for row in rows:
+            print(f"{row['id']}\t{row['path']}")
+            figures = {name: value for name, value in row["figures"].items() if not isinstance(value, dict | list)}
+            if row["ran"] and figures:
+                say(f"{row['id']}: " + ", ".join(f"{name} {number(value)}" for name, value in figures.items()))
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every key of the rows, in the order of first sight."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Rows as aligned text, numbers to the right."""
+    names = columns_of(rows)
+    cells = [[number(row.get(name)) for name in names] for row in rows]
+    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
+    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
+    for line in [names, *cells]:
+        aligned = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(line, widths, right, strict=True))
+        yield "  ".join(aligned).rstrip()
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Rows as a Markdown table."""
+    names = columns_of(rows)
+    yield f"| {' | '.join(names)} |"
+    yield f"|{' --- |' * len(names)}"
+    for row in rows:
+        yield f"| {' | '.join(number(row.get(name)).replace('|', '/') for name in names)} |"

@@ -1,0 +1,235 @@
+"""Strict conversion between YAML or JSON mappings and frozen dataclasses.
+
+A configuration is a frozen dataclass of plain JSON values. Its fields are the one home of their defaults and types; an
+unknown key, a wrong type or a missing value is refused where it is read, with the key, the file and the way out.
+`field(metadata={"key": False})` marks a value that is recorded but does not decide whether a run is the same run, and
+`field(metadata={"path": True})` one that names a file.
+"""
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pipelines.errors import FileFault, UsageError, did_you_mean
+
+T = TypeVar("T")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader (no tags that make objects), which also refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-6 as a string, because it wants a dot in front of the exponent; nobody who writes a rate means that.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) file; empty means an empty mapping. FileFault names the file and the line."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as fault:
+        raise FileFault(f"{path} does not exist", "check the path") from fault
+    except IsADirectoryError as fault:
+        raise FileFault(f"{path} is a folder, not a YAML file", "name a file in it") from fault
+    except UnicodeDecodeError as fault:
+        raise FileFault(f"{path} is not UTF-8 text (byte {fault.start})", "save it as UTF-8 YAML") from fault
+    try:
+        values = yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as fault:
+        mark = fault.problem_mark or fault.context_mark
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise FileFault(f"{where}: {fault.problem}", "mend that line; plain YAML without tags is read") from fault
+    except (yaml.YAMLError, RecursionError, ValueError) as fault:
+        raise FileFault(f"{path} is not YAML: {fault}", "plain YAML without tags is read") from fault
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise FileFault(f"{path} holds a {type(values).__name__} at its top, not a mapping", "write `key: value` lines")
+    for key in values:
+        if not isinstance(key, str):
+            raise FileFault(f"{path}: the key {key!r} is not a word", "put it in quotes")
+    return values
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """A mapping of plain values as YAML text, keys in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _name_of(kind: Any) -> str:
+    """A type as a person would say it."""
+    if kind is type(None):
+        return "null"
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(_name_of(part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    origin = typing.get_origin(kind) or kind
+    if origin in (list, tuple):
+        return "a list"
+    if origin is dict or dataclasses.is_dataclass(origin):
+        return "a mapping"
+    return names.get(kind, str(kind))
+
+
+class _Misfit(Exception):
+    """A value that does not have its type; carries the place inside the value."""
+
+
+def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
+    """`value` as `kind`; whole numbers pass for numbers, lists for tuples, nothing else passes for anything else."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for part in args:
+            try:
+                return _convert(part, value, key, where)
+            except _Misfit:
+                continue
+        raise _Misfit(key, value)
+    if origin is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in args):
+            return value
+        if isinstance(value, str):
+            raise UsageError(f"{where}: {key} is {value!r}, which is no choice", did_you_mean(value, map(str, args)))
+        raise _Misfit(key, value)
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):
+            return value
+        if isinstance(value, Mapping):
+            return _build(kind, value, where, f"{key}.")
+        raise _Misfit(key, value)
+    if origin in (list, tuple) or kind in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise _Misfit(key, value)
+        if not args:
+            return (origin or kind)(value)
+        if origin is tuple and args[-1] is not Ellipsis:
+            if len(value) != len(args):
+                raise UsageError(f"{where}: {key} has {len(value)} entries", f"give {len(args)}")
+            parts = args
+        else:
+            parts = [args[0]] * len(value)
+        return origin(_convert(p, v, f"{key}[{i}]", where) for i, (p, v) in enumerate(zip(parts, value, strict=True)))
+    if origin is dict or kind is dict:
+        if not isinstance(value, Mapping):
+            raise _Misfit(key, value)
+        part = args[1] if args else Any
+        return {str(k): _convert(part, v, f"{key}.{k}", where) for k, v in value.items()}
+    if kind is type(None):
+        if value is None:
+            return None
+        raise _Misfit(key, value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UsageError(f"{where}: {key} is {value}", "give a finite number")
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise _Misfit(key, value)
+
+
+def _build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = "") -> T:
+    kinds = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    ready = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UsageError(f"{where}: unknown key {prefix + str(key)!r}", did_you_mean(str(key), fields))
+        try:
+            ready[key] = _convert(kinds[key], value, prefix + key, where)
+        except _Misfit as misfit:
+            place, found = misfit.args
+            found = "null" if found is None else repr(found)
+            hint = f"it takes {_name_of(kinds[key])}"
+            if value is None:
+                hint += "; leave the key out to get its default"
+            raise UsageError(f"{where}: {place} cannot be {found}", hint) from None
+    for name, field in fields.items():
+        if name not in ready and field.default is field.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{where}: the key {prefix + name!r} is missing", f"it takes {_name_of(kinds[name])}")
+    return cls(**ready)
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The dataclass `cls` from a mapping read at `where` (a file's name, or what else a person would look at)."""
+    return _build(cls, values, where)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values, fields in their order; `from_dict` reads it back."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def key_dict(config: Any) -> dict[str, Any]:
+    """The part of a configuration that decides whether two runs are the same run."""
+    recorded_only = {field.name for field in dataclasses.fields(config) if not field.metadata.get("key", True)}
+    return {name: value for name, value in to_dict(config).items() if name not in recorded_only}
+
+
+def replace(config: T, **options: Any) -> T:
+    """`config` with those options that are not None; the rest keep their values. Unknown names are refused."""
+    given = {name: value for name, value in options.items() if value is not None}
+    current = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    known = set(current)
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{_stage_of(config)} has no option {name!r}", did_you_mean(name, known))
+    return _build(type(config), current | given, _stage_of(config))
+
+
+def _stage_of(config: Any) -> str:
+    """`distill` for pipelines.stages.distill.Config: the word a person typed."""
+    return type(config).__module__.rpartition(".")[2]
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`bits w4a4 -> w3a3` for each key whose value differs; a key that one side lacks counts as null."""
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        f"{name} {_short(before.get(name))} -> {_short(after.get(name))}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else text[:12] + "…"

@@ -1,0 +1,42 @@
+"""Errors that a user can mend, and the exit codes that go with them.
+
+    0    done
+    1    something a user can mend: HqdmError and its children below
+    2    usage: a wrong option, value or name (UsageError, and what the command line itself refuses)
+    130  interrupted by Ctrl-C; the same command goes on where it stopped
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HqdmError(Exception):
+    """What is wrong, with which value, and the way out. `hint` may be empty, never a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, hint: str = ""):
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+class UsageError(HqdmError):
+    """A name, option or configuration key that does not exist, or a value outside its range."""
+
+    exit_code = 2
+
+
+class FileFault(HqdmError):
+    """A file that is missing, unreadable, damaged or of the wrong kind; names the file."""
+
+
+class NumericalFault(HqdmError):
+    """NaN, Inf or an integer bound that would be exceeded; names the site and, where there is one, the timestep."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known name, or lists them all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,180 @@
+"""oneDNN's int8 operators as torch ships them for x86-64: u8 activations with a zero-point, s8 weights, s32 accumulators.
+
+The fused epilogue computes (acc·s_x)·s_w[c] + b with every operation rounded to fp32, which is `quant.layers.epilogue`.
+Where a form needs several products their accumulators are read back through fp32 (exact below 2²⁴, checked when the
+layer is prepared), added as int32, and the epilogue follows in torch.
+"""
+
+import torch
+
+from pipelines.errors import HqdmError, NumericalFault
+from pipelines.kernels.forms import PARTIAL_OFFSET, Form, Term, choose_form, low_digit
+from pipelines.quant.integers import IntegerWeights, accumulator_bound
+from pipelines.quant.layers import EXACT_FP32, epilogue
+
+
+def _vnni() -> bool:
+    """Whether the processor sums u8·s8 products in 32 bits; without it pairs saturate at 16."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
+def check_saturation(name: str, largest_code: int, weight: torch.Tensor, vnni: bool) -> None:
+    """Raise where a processor without VNNI would saturate: it adds two u8·s8 products in 16 bits (vpmaddubsw)."""
+    largest = int(weight.to(torch.int32).abs().max())
+    if not vnni and 2 * largest_code * largest > 2**15 - 1:
+        raise NumericalFault(
+            f"site {name}: codes up to {largest_code} times weights up to {largest} saturate on this processor, which lacks VNNI",
+            "sample with --backend reference, or on a processor with avx512_vnni or avx_vnni",
+        )
+
+
+class Prepared:
+    """One layer with its weights in oneDNN's own layout."""
+
+    def __init__(self, weights: IntegerWeights, vnni: bool):
+        plan = weights.plan
+        if not hasattr(torch.ops.onednn, "qconv_pointwise") or not torch.backends.mkldnn.is_available():
+            raise HqdmError("this build of torch has no oneDNN int8 operators", "sample with --backend reference")
+        self.plan, self.site, self.bias = plan, plan.site, weights.bias
+        folded = weights.folded()
+        self.growth = plan.transform.order if plan.inverse == "activation" else 1
+        bound = accumulator_bound(folded, plan.activation_range, self.growth)
+        if bound >= 2**31:
+            raise NumericalFault(
+                f"site {plan.site.name}: an accumulator can reach {bound}, more than 32 bits hold",
+                "give the site fewer bits, or leave it in floating point (quantised: false in the plan)",
+            )
+        form = choose_form(folded, plan)
+        low, high = plan.activation_range
+        self.offset = 0 if low == 0 else 2 ** (plan.activation_bits - 1)
+        if plan.inverse == "activation":
+            largest = self.growth * max(abs(low), high)
+            count = 1
+            while largest > 127 * 128 ** (count - 1) - 1:
+                count += 1
+            self.activation_digits = count
+            terms = tuple(
+                Term(term.weight, digit, term.factor * 128**digit) for term in form.terms for digit in range(count)
+            )
+            form = Form("digits", terms)
+        else:
+            self.activation_digits = 1
+        self.form_ = form
+        self.form = form.name
+        wide = form.name == "parity" or plan.inverse == "activation"
+        self.partial = wide
+        largest_code = 255 if wide else high + self.offset
+        if not form.fused:
+            per_term = 127 if wide else max(abs(low), high)
+            for term in form.terms:
+                bound = per_term * int(term.weight.to(torch.int64).abs().flatten(1).sum(1).max())
+                if bound >= EXACT_FP32:
+                    raise NumericalFault(
+                        f"site {plan.site.name}: a digit's accumulator can reach {bound}, more than fp32 holds exactly",
+                        "sample with --backend reference, or give the site fewer bits",
+                    )
+        for term in form.terms:
+            check_saturation(plan.site.name, largest_code, term.weight, vnni)
+        self.repeated = form.repeated
+        self.group = form.group
+        self.outputs = folded.shape[0]
+        self._no_zero = torch.zeros(self.outputs, dtype=torch.int8)
+        self._ones = torch.ones(self.outputs)
+        self._packed: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def _weights(self, shape: torch.Size) -> list[torch.Tensor]:
+        """The terms' weights packed for an input shape; without the shape oneDNN runs at half speed."""
+        key = tuple(shape)
+        if key not in self._packed:
+            site, packed = self.site, []
+            for term in self.form_.terms:
+                if site.kind == "linear":
+                    packed.append(torch.ops.onednn.qlinear_prepack(term.weight.contiguous(), list(key)))
+                else:
+                    packed.append(
+                        torch.ops.onednn.qconv_prepack(
+                            term.weight.contiguous(), self._ones, 1.0, 0, site.stride, site.padding, site.dilation,
+                            site.groups, list(key),
+                        )
+                    )  # fmt: skip
+            self._packed[key] = packed
+        return self._packed[key]
+
+    def _run(self, u8, zero: int, packed, activation_scale: float, weight_scale, bias) -> torch.Tensor:
+        """One fused product: fp32 (acc·s_x)·s_w + b."""
+        site = self.site
+        if site.kind == "linear":
+            return torch.ops.onednn.qlinear_pointwise(
+                u8, activation_scale, zero, packed, weight_scale, self._no_zero, bias, 1.0, 0, torch.float32, "none", [], ""
+            )
+        return torch.ops.onednn.qconv_pointwise(
+            u8, activation_scale, zero, packed, weight_scale, self._no_zero, bias, site.stride, site.padding,
+            site.dilation, site.groups, 1.0, 0, torch.float32, "none", [], None,
+        )  # fmt: skip
+
+    def _operands(self, codes: torch.Tensor, zero: int) -> tuple[list[torch.Tensor], int]:
+        """u8 operands, one for each activation digit, and their common zero-point. `codes` may be overwritten."""
+        channel = 1 if self.site.kind == "conv" else -1
+        if self.plan.inverse == "activation":
+            rest, digits = codes - zero if zero else codes, []
+            for _ in range(self.activation_digits - 1):
+                low = low_digit(rest)
+                digits.append(low)
+                rest = (rest - low) / 128
+            return [(digit + PARTIAL_OFFSET).to(torch.uint8) for digit in [*digits, rest]], PARTIAL_OFFSET
+        if self.group:
+            sums = codes.unflatten(channel, (-1, self.group)).sum(2 if self.site.kind == "conv" else -1)
+            both = torch.cat([codes * 2, sums], channel)
+            return [(both + PARTIAL_OFFSET).to(torch.uint8)], PARTIAL_OFFSET
+        if self.offset:
+            codes = codes.add_(self.offset)
+        u8 = codes.to(torch.uint8)
+        if self.repeated is not None:
+            u8 = torch.cat([u8, u8.index_select(channel, self.repeated)], channel)
+        return [u8], zero + self.offset
+
+    def accumulators(self, centred: torch.Tensor) -> torch.Tensor:
+        """int32 accumulators of centred codes (fp32, integer-valued), read through the operators themselves."""
+        low, _ = self.plan.activation_range
+        zero = 0
+        if low == 0 and self.plan.inverse != "activation":  # asymmetric codes are unsigned: any zero-point that fits will do
+            zero = max(0, int(-centred.min()))
+        total = self._sum(centred + zero, zero)
+        return total if self.site.kind == "conv" else total.view(*centred.shape[:-1], self.outputs)
+
+    def _sum(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
+        """The accumulators of all terms, int32."""
+        operands, u8_zero = self._operands(codes, zero)
+        operands = [self._layout(operand) for operand in operands]
+        total = None
+        for term, packed in zip(self.form_.terms, self._weights(operands[0].shape), strict=True):
+            part = self._run(operands[term.digit], u8_zero, packed, 1.0, self._ones, None).to(torch.int32) * term.factor
+            total = part if total is None else total + part
+        return total
+
+    def _layout(self, operand: torch.Tensor) -> torch.Tensor:
+        if self.site.kind == "conv":
+            return operand.contiguous(memory_format=torch.channels_last)
+        return operand.reshape(-1, operand.shape[-1])
+
+    def __call__(self, codes: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
+        """codes: fp32 integer-valued, not centred, may be overwritten; zero: their zero-point. Returns fp32."""
+        lead = codes.shape[:-1]
+        if self.form_.fused:
+            operands, u8_zero = self._operands(codes, zero)
+            u8 = self._layout(operands[0])
+            y = self._run(u8, u8_zero, self._weights(u8.shape)[0], activation_scale.item(), weight_scale, self.bias)
+        else:
+            y = epilogue(self._sum(codes, zero).float(), activation_scale, weight_scale, self.bias)
+        return y if self.site.kind == "conv" else y.view(*lead, self.outputs)
+
+
+def form_of(weights: IntegerWeights) -> str:
+    """The exact form in which this back end computes the layer; see `forms`."""
+    return choose_form(weights.folded(), weights.plan).name
+
+
+def prepare(weights: IntegerWeights) -> Prepared:
+    """Choose the exact form, check every bound, pack."""
+    return Prepared(weights, _vnni())

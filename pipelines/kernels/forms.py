@@ -1,0 +1,103 @@
+"""How an integer V that may exceed int8 is multiplied with int8 operators, exactly. Pure integer algebra, no operators.
+
+A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 bits:
+
+    one       V fits int8: q' = q, V' = V.
+    columns   a few input channels hold |V| > 127: these are given twice, V split over the two. One product.
+    parity    inside one Hadamard block all entries of a row of V = W_int·M have one parity, so V = 2Z + P with P in {0, 1}
+              constant per (output, block, kernel position). q' = [2q | partial sums of q over the block],
+              V' = [Z | P, …]. One product, wider by a small share. Symmetric activations only.
+    digits    V = V₀ + 128·V₁, and where q itself exceeds 8 bits (a transform undone on the activation) q = q₀ + 128·q₁:
+              one product for every pair of digits.
+
+The choice is made per layer from the integers themselves. Forms with one product keep the fused epilogue.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.quant.spec import SitePlan
+
+INT8 = 127  # −128 is left alone: its negation does not fit
+PARTIAL_OFFSET = 128  # codes that use all of [−127, 127] are stored as u8 with this zero-point
+
+
+@dataclass(frozen=True)
+class Term:
+    """One int8 product: `weight` (out, in', …) int8, of activation digit `digit`, times `factor` in the sum."""
+
+    weight: torch.Tensor
+    digit: int = 0
+    factor: int = 1
+
+
+@dataclass(frozen=True)
+class Form:
+    """The rewriting of one layer. `repeated` are the channels given twice (columns); `group` the width of a partial sum."""
+
+    name: str
+    terms: tuple[Term, ...]
+    repeated: torch.Tensor | None = None
+    group: int = 0
+
+    @property
+    def fused(self) -> bool:
+        return len(self.terms) == 1
+
+
+def low_digit(values: torch.Tensor) -> torch.Tensor:
+    """v₀ in [−64, 63] with v = v₀ + 128·v₁; works on integer-valued floats and on integers."""
+    return (values + 64) % 128 - 64
+
+
+def weight_digits(folded: torch.Tensor) -> list[torch.Tensor]:
+    """V = Σ 128^i · V_i, as int8."""
+    values, digits = folded.to(torch.int32), []
+    while True:
+        if int(values.abs().max()) <= INT8:
+            return [*digits, values.to(torch.int8)]
+        low = low_digit(values)
+        digits.append(low.to(torch.int8))
+        values = (values - low) // 128
+
+
+def choose_form(folded: torch.Tensor, plan: SitePlan) -> Form:
+    """The cheapest exact form of a layer. folded: V (out, in, …), integer-valued, any dtype."""
+    folded = folded.to(torch.int32)
+    largest = int(folded.abs().max())
+    if plan.inverse == "activation":
+        return _digits_form(folded)
+    if largest <= INT8:
+        return Form("one", (Term(folded.to(torch.int8)),))
+    if largest <= 2 * INT8:
+        inputs = folded.movedim(1, 0).abs().flatten(1).amax(1)  # (in,)
+        wide = (inputs > INT8).nonzero().flatten()
+        group = partial_sum_width(plan)
+        parity_cost = folded.shape[1] // group if group else folded.shape[1]
+        if len(wide) <= parity_cost:
+            first = folded.clamp(-INT8, INT8)
+            both = torch.cat([first, (folded - first).index_select(1, wide)], 1)
+            return Form("columns", (Term(both.to(torch.int8)),), repeated=wide)
+        if group and largest <= 2 * INT8:
+            parity = folded & 1
+            halves = (folded - parity) // 2
+            first_of_block = parity[:, :: plan.transform.order]
+            sums = first_of_block.repeat_interleave(plan.transform.order // group, 1)
+            return Form("parity", (Term(torch.cat([halves, sums], 1).to(torch.int8)),), group=group)
+    return _digits_form(folded)
+
+
+def partial_sum_width(plan: SitePlan) -> int:
+    """How many codes a partial sum of the parity form may add and stay within int8; 0 where the form does not apply."""
+    _, top = plan.activation_range
+    if plan.inverse != "single" or plan.activation_quantiser != "symmetric" or 2 * top > INT8:
+        return 0
+    group = plan.transform.order
+    while group * top > INT8:
+        group //= 2
+    return group
+
+
+def _digits_form(folded: torch.Tensor) -> Form:
+    return Form("digits", tuple(Term(weight, 0, 128**i) for i, weight in enumerate(weight_digits(folded))))

@@ -1,0 +1,18 @@
+"""The method table: one declaration a method. A new method is its file, one line here and one row in the contract test."""
+
+from pipelines.errors import UsageError, did_you_mean
+from pipelines.methods import efficientdm, hqdm
+from pipelines.methods.base import Method, Variant
+
+METHODS: dict[str, Method] = {method.name: method for method in (hqdm.METHOD, efficientdm.METHOD)}
+
+
+def find(name: str, variant: str | None) -> tuple[Method, str, Variant]:
+    """A method and one of its variants (its default one for None); UsageError with the nearest name."""
+    if name not in METHODS:
+        raise UsageError(f"method {name!r} does not exist", did_you_mean(name, METHODS))
+    method = METHODS[name]
+    chosen = variant or method.default_variant
+    if chosen not in method.variants:
+        raise UsageError(f"method {name} has no variant {chosen!r}", did_you_mean(chosen, method.variants))
+    return method, chosen, method.variants[chosen]

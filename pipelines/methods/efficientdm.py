@@ -1,0 +1,34 @@
+"""EfficientDM, the baseline: per-tensor asymmetric activations with a learned scale and zero-point per timestep.
+
+Source: He et al., "EfficientDM", ICLR 2024, and ThisisBillhe/EfficientDM. No transform. Weights per output channel,
+asymmetric, from the L2.4 search; LoRA of rank 32 merged before the quantiser, Q(W + BA), on the dequantised base weight.
+Time embedding, first and last convolution at 8 bits; shortcut and downsampling convolutions in floating point.
+"""
+
+from pipelines.methods.base import (
+    EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Variant, left_in_float, measured_sqnr,
+)  # fmt: skip
+from pipelines.quant.spec import Bits, Site, SitePlan
+
+
+def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
+    """No transform anywhere; see the module's text."""
+    if site.role in FLOAT_ROLES:
+        return left_in_float(site, f"{site.role} convolutions stay in floating point (EfficientDM's code)")
+    weight, activation = (8, 8) if site.role in EIGHT_BIT_ROLES else (bits.weight, bits.activation)
+    known = measured_sqnr(site, measured, "asymmetric", activation)
+    return SitePlan(
+        site, True, weight_bits=weight, activation_bits=activation, weight_quantiser="asymmetric",
+        activation_quantiser="asymmetric", sqnr=known,
+        why=f"EfficientDM rotates nothing: {known['none']:.1f} dB at {activation} bits",
+    )  # fmt: skip
+
+
+METHOD = Method(
+    name="efficientdm",
+    summary="asymmetric activations, LoRA, one learned scale per timestep; no rotation (the baseline)",
+    source="He et al., ICLR 2024 (arXiv 2310.03270); ThisisBillhe/EfficientDM",
+    variants={"published": Variant("as its public code does it")},
+    default_variant="published",
+    decide=decide,
+)

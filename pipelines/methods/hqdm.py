@@ -1,0 +1,107 @@
+"""HQ-DM: the Single Hadamard transform, x̃ = xH quantised, the weight quantised unrotated, H folded into its integers.
+
+Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and code differ, so both are variants.
+
+    paper   linears along the channels, convolutions along the width (undone on the activation's side, equation 18),
+            order 32, learned weight factors per timestep; symmetric activations.
+    code    convolutions along the channels, order 32, none where 32 does not divide them; linears of rank-2 inputs alone.
+    ours    every site along its channels, at every rank; order, ±1 signs before it and the activation quantiser are the
+            measured best of each site; shortcut and downsampling convolutions are quantised too, at 8 bits.
+
+Where the width is no multiple of 32 the paper's identity would leave most of a small model unrotated, so `paper` takes
+the largest power of two up to 32 that divides it. A weight factor per timestep multiplies the epilogue and leaves the
+integers alone; the paper's formula would need other integers at every timestep.
+"""
+
+from pipelines.methods.base import (
+    EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Recipe, Variant, largest_block, left_in_float, measured_sqnr,
+)  # fmt: skip
+from pipelines.quant.spec import IDENTITY, QUANTISERS, Bits, Site, SitePlan, Transform
+
+ORDER = 32  # k = 5, the best of the paper's table 4
+ENOUGH_DB = 30.0  # above this a rotation buys nothing, and at 8 bits it costs a second int8 digit
+
+
+def _inverse(transform: Transform) -> str:
+    return {"none": "none", "channels": "single", "width": "activation"}[transform.axis]
+
+
+def _published(site: Site, variant: Variant) -> Transform:
+    """The transform of the `paper` and `code` variants."""
+    if site.role in EIGHT_BIT_ROLES:
+        return IDENTITY
+    if site.kind == "conv" and variant.options["axis"] == "width":
+        order = largest_block(site.positions[1], ORDER)
+        return Transform("width", order) if order > 1 else IDENTITY
+    if site.kind == "linear" and site.rank not in variant.options["ranks"]:
+        return IDENTITY
+    whole = Transform("channels", ORDER)
+    return whole if site.admits(whole) else IDENTITY
+
+
+def _best(site: Site, activation: int, measured: Measured) -> tuple[Transform, str]:
+    """The transform and activation quantiser with the highest measured SQNR; the identity where it is enough."""
+    plain = max(QUANTISERS, key=lambda quantiser: measured.sqnr(site.name, IDENTITY, quantiser, activation))
+    if measured.sqnr(site.name, IDENTITY, plain, activation) >= ENOUGH_DB:
+        return IDENTITY, plain
+    pairs = [
+        (transform, quantiser)
+        for transform in measured.transforms(site.name)
+        if transform.axis != "width"
+        for quantiser in QUANTISERS
+    ]
+    return max(pairs, key=lambda pair: measured.sqnr(site.name, *pair, activation))
+
+
+def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
+    """The plan of one site; see the module's text for the variants."""
+    search = variant.options.get("search", False)
+    if site.groups != 1:
+        return left_in_float(site, "grouped convolutions are not quantised")
+    if site.role in FLOAT_ROLES and not search:
+        return left_in_float(site, f"{site.role} convolutions stay in floating point (HQ-DM's code)")
+    eight = site.role in EIGHT_BIT_ROLES + FLOAT_ROLES
+    weight, activation = (8, 8) if eight else (bits.weight, bits.activation)
+    if search:
+        transform, quantiser = _best(site, activation, measured)
+    else:
+        transform, quantiser = _published(site, variant), "symmetric"
+    plain, chosen = (
+        measured.sqnr(site.name, candidate, quantiser, activation) for candidate in (IDENTITY, transform)
+    )
+    if search and transform.is_identity:
+        why = f"{plain:.1f} dB unrotated at {activation} bits ({quantiser}), {'enough' if plain >= ENOUGH_DB else 'the best measured'}"
+    elif search:
+        why = f"the best measured: {chosen:.1f} dB at {activation} bits ({quantiser}), {plain:.1f} unrotated"
+    else:
+        why = f"{transform.name}: {chosen:.1f} dB at {activation} bits, {plain:.1f} unrotated"
+    return SitePlan(
+        site, True, transform, _inverse(transform), weight, activation,
+        # A zero-point widens an 8-bit weight past int8 and buys nothing there.
+        weight_quantiser="symmetric" if search and weight == 8 else "asymmetric",
+        activation_quantiser=quantiser, why=why, sqnr=measured_sqnr(site, measured, quantiser, activation),
+    )  # fmt: skip
+
+
+METHOD = Method(
+    name="hqdm",
+    summary="Single Hadamard: activations rotated, weights quantised unrotated, the rotation folded into integers",
+    source="Mao et al., HQ-DM; msz12345/HQ-DM",
+    variants={
+        "ours": Variant(
+            "channels at every rank; order, signs and activation quantiser by measured SQNR",
+            Recipe(base_weight="float"),
+            {"search": True},
+        ),
+        "paper": Variant(
+            "as printed: convolutions along the width, weight factors per timestep",
+            Recipe(weight_factors=True),
+            {"axis": "width", "ranks": (2, 3, 4)},
+        ),
+        "code": Variant(
+            "as published: channels of order 32, linears of rank 2 alone", Recipe(), {"axis": "channels", "ranks": (2,)}
+        ),
+    },
+    default_variant="ours",
+    decide=decide,
+)

@@ -1,0 +1,1 @@
+"""Image scores: reading images, feature extractors, references and the figures themselves."""

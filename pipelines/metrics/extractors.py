@@ -1,0 +1,212 @@
+"""Feature extractors: what turns an image into the numbers that scores compare. A new one is a row of EXTRACTORS.
+
+| name | pool | spatial | logits |
+| --- | --- | --- | --- |
+| `digits` | 64, the classifier's last hidden layer | 128, its first 8 maps of 4×4 | 10 |
+| `inception` | 2048 | 2023, the first 7 maps of 17×17 of Mixed_6d.branch1x1 (TensorFlow's mixed_6/conv) | 1008 |
+
+`pool` is for the Fréchet distance (FID), KID, precision and recall; `spatial`, flattened rows, columns, channels as in
+guided-diffusion's evaluator, is for sFID; `logits` (Inception's without their bias, as there) for the Inception score.
+"""
+
+import http.client
+import pickle
+import threading
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+from pipelines.digits import CLASSIFIER
+from pipelines.digits.classifier import load_classifier
+from pipelines.digits.data import CLASSES, SIZE
+from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError, did_you_mean
+from pipelines.events import Report
+from pipelines.store import sha256_of_file
+
+BATCH = 64  # images a forward pass; fixed, because it moves float rounding
+ANSWER_SECONDS = 8  # how long to wait for a server that weights are fetched from
+SPATIAL_MAPS = 7
+
+
+class Features(NamedTuple):
+    """What an extractor makes of N images: float32 on the CPU."""
+
+    pool: torch.Tensor  # (N, D)
+    spatial: torch.Tensor  # (N, H·W·maps), rows before columns before maps
+    logits: torch.Tensor  # (N, classes)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table: what an extractor is, before its weights are loaded."""
+
+    name: str
+    pool: int  # features
+    spatial: int
+    size: int | None  # the only height and width it takes; None where it resizes by itself
+    classes: int | None  # how many classes its logits name, where they are the labels' classes
+    weights: Callable[[str | None], Path]  # the user's path or None -> the file of the weights
+    load: Callable[[Path], Callable[[torch.Tensor], Features]]  # -> images (N, 1 or 3, H, W) uint8 to features
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """An extractor with its weights."""
+
+    kind: Kind
+    sha256: str  # of the weights' file
+    run: Callable[[torch.Tensor], Features]
+
+    @property
+    def name(self) -> str:
+        return self.kind.name
+
+    def features(self, images: np.ndarray, task: str = "features", report: Report | None = None) -> Features:
+        """images: (N, H, W, 1 or 3) uint8. Raises HqdmError where the extractor does not take their size."""
+        self.check_size(images)
+        report = report or Report()
+        report.begin(task, len(images), unit="images")
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(images), BATCH):
+                batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).permute(0, 3, 1, 2)
+                parts.append(self.run(batch.contiguous()))
+                report.advance(min(start + BATCH, len(images)))
+        report.end()
+        features = Features(*(torch.cat(values).float() for values in zip(*parts, strict=True)))
+        for name, values in features._asdict().items():
+            if not torch.isfinite(values).all():
+                raise NumericalFault(f"{task}: the extractor {self.name!r} gives NaN or Inf among its {name} features",
+                                     "its weights may be damaged")  # fmt: skip
+        return features
+
+    def check_size(self, images: np.ndarray, source: str = "the images") -> None:
+        """Raise HqdmError, naming `source`, unless the extractor takes images of this size."""
+        height, width = images.shape[1:3]
+        if self.kind.size not in (None, height) or self.kind.size not in (None, width):
+            raise HqdmError(f"{source}: {width}×{height} pixels, but the extractor {self.name!r} takes only "
+                            f"{self.kind.size}×{self.kind.size}", "--extractor inception takes any size")  # fmt: skip
+
+
+class DigitsExtractor(FeatureExtractorBase):
+    """The digits classifier as torch-fidelity sees extractors: (N, 1 or 3, 16, 16) uint8 to a tuple of features."""
+
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+        self.classifier = load_classifier()
+
+    @staticmethod
+    def get_provided_features_list():
+        return Features._fields
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return {"isc": "logits", "fid": "pool", "kid": "pool", "prc": "pool"}[metric]
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    def forward(self, images):
+        grey = images.float().mean(1, keepdim=True)  # exact where the three channels are equal
+        features = self.classifier.features(grey / 127.5 - 1)
+        return tuple(features[name] for name in self.features_list)
+
+
+register_feature_extractor("digits", DigitsExtractor)
+
+
+def load_extractor(name: str, weights: str | None = None) -> Extractor:
+    """An extractor of the table with its weights: the file `weights`, or those it comes with or fetches."""
+    kind = find_kind(name)
+    file = kind.weights(weights)
+    return Extractor(kind, sha256_of_file(file), kind.load(file))
+
+
+def find_kind(name: str) -> Kind:
+    """A row of the table; UsageError for a name that is not there."""
+    if name not in EXTRACTORS:
+        raise UsageError(f"no extractor is called {name!r}", did_you_mean(name, EXTRACTORS))
+    return EXTRACTORS[name]
+
+
+def _digits_weights(path: str | None) -> Path:
+    if path is not None:
+        raise UsageError("the extractor 'digits' comes with its weights", "leave --extractor-weights away")
+    return CLASSIFIER
+
+
+def _load_digits(_: Path) -> Callable[[torch.Tensor], Features]:
+    module = DigitsExtractor("digits", list(Features._fields)).eval()
+    return lambda images: Features(*module(images))
+
+
+def _inception_weights(path: str | None) -> Path:
+    """The given file, else torch-fidelity's own in torch's hub folder, fetched where it is not there yet."""
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileFault(f"{path}: no such file of Inception weights")
+        return Path(path)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not cached.is_file():
+        _fetch(URL_INCEPTION_V3, cached)
+    return cached
+
+
+def _fetch(url: str, file: Path) -> None:
+    """Download into a file, after making sure within seconds that the server answers: looking up a name can hang."""
+    hint = (f"fetch {url} on a connected machine and pass the file as --extractor-weights, "
+            f"or put it at {file}")  # fmt: skip
+    problem = [f"no answer within {ANSWER_SECONDS} s"]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=ANSWER_SECONDS):
+                problem.clear()
+        except (OSError, http.client.HTTPException) as error:
+            problem[0] = str(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_SECONDS)
+    if problem:
+        raise HqdmError(f"the Inception weights are not on this machine and cannot be fetched: {problem[0]}", hint)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(file), progress=False)  # writes beside and moves
+    except (OSError, http.client.HTTPException) as error:
+        raise HqdmError(f"fetching the Inception weights failed: {error}", hint) from error
+
+
+def _load_inception(file: Path) -> Callable[[torch.Tensor], Features]:
+    # torch-fidelity unpickles the file without restraint, so first see that it holds tensors and nothing that runs.
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+        module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(file)).eval()
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileFault(f"{file}: not the weights of torch-fidelity's Inception: {first_line}",
+                        f"the right file is {URL_INCEPTION_V3}") from error  # fmt: skip
+    seen = []
+    module.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: seen.append(output))  # (N, 192, 17, 17)
+
+    def run(images: torch.Tensor) -> Features:
+        seen.clear()
+        pool, logits = module(images.expand(-1, 3, -1, -1))
+        return Features(pool, seen[0][:, :SPATIAL_MAPS].permute(0, 2, 3, 1).flatten(1), logits)
+
+    return run
+
+
+EXTRACTORS = {
+    "digits": Kind("digits", 64, 128, SIZE, CLASSES, _digits_weights, _load_digits),
+    "inception": Kind("inception", 2048, 2023, None, None, _inception_weights, _load_inception),
+}

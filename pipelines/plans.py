@@ -1,0 +1,114 @@
+"""The plan as a file: YAML that a person can read, edit and hand back. No torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.config import from_dict, read_yaml, to_dict, write_yaml
+from pipelines.errors import FileFault, UsageError, did_you_mean
+from pipelines.quant.spec import Bits, Site, SitePlan, Transform
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code."""
+
+    lora_rank: int = 32
+    lora_rate_divisor: float = 2500.0  # a layer's LoRA learns at mean(weight scale) / divisor: scale-aware optimisation
+    weight_scale_rate: float = 1e-6
+    activation_scale_rate: float = 5e-4  # of the scale in orthonormal coordinates
+    zero_point_rate: float = 5e-4
+    base_weight: Literal["quantised", "float"] = "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
+    weight_factors: bool = False  # a learned factor on the weight scales for every timestep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every site's decision, how the student is to be trained, and the timesteps of its scales (in sampling order)."""
+
+    method: str
+    variant: str
+    bits: Bits
+    recipe: Recipe
+    timesteps: list[int]
+    sites: list[SitePlan]
+
+    @property
+    def quantised(self) -> list[SitePlan]:
+        """The sites that have quantisers, in the tables' order."""
+        return [site for site in self.sites if site.quantised]
+
+
+@dataclass(frozen=True)
+class _SiteEntry:
+    """A site as the file has it; its shape is the model's and not to be edited."""
+
+    quantised: bool
+    role: str = ""
+    transform: Transform = Transform()
+    inverse: str = "none"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weight_quantiser: str = "symmetric"
+    activation_quantiser: str = "symmetric"
+    why: str = ""
+    sqnr: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _PlanFile:
+    format: int
+    method: str
+    variant: str
+    bits: str
+    timesteps: list[int]
+    sites: dict[str, Any]
+    recipe: Recipe = Recipe()
+
+
+def write_plan(plan: Plan) -> str:
+    """The plan as YAML text. A site left in floating point shows its reason and nothing that would not count."""
+    sites = {}
+    for site in plan.sites:
+        entry: dict[str, Any] = {"role": site.site.role, "quantised": site.quantised, "why": site.why}
+        if site.quantised:
+            entry |= {
+                "transform": to_dict(site.transform), "inverse": site.inverse, "weight_bits": site.weight_bits,
+                "activation_bits": site.activation_bits, "weight_quantiser": site.weight_quantiser,
+                "activation_quantiser": site.activation_quantiser, "sqnr": dict(site.sqnr),
+            }  # fmt: skip
+        sites[site.site.name] = entry
+    return write_yaml(
+        {
+            "format": FORMAT, "method": plan.method, "variant": plan.variant, "bits": str(plan.bits),
+            "timesteps": list(plan.timesteps), "recipe": to_dict(plan.recipe), "sites": sites,
+        }
+    )  # fmt: skip
+
+
+def read_plan(path: Path, sites: list[Site]) -> Plan:
+    """A plan file against the sites of its model. Errors name the file, the site and the key."""
+    values = from_dict(_PlanFile, read_yaml(path), str(path))
+    if values.format != FORMAT:
+        raise FileFault(f"{path}: plan format {values.format}, this hqdm reads {FORMAT}", "make the plan again: hqdm plan")
+    known = {site.name: site for site in sites}
+    for name in values.sites:
+        if name not in known:
+            raise UsageError(f"{path}: the model has no site {name!r}", did_you_mean(name, known))
+    missing = [name for name in known if name not in values.sites]
+    if missing:
+        raise UsageError(
+            f"{path}: no entry for site {missing[0]!r}" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
+            "every site needs one; quantised: false leaves a site as it is",
+        )
+    plans = []
+    for name, site in known.items():
+        if not isinstance(values.sites[name], Mapping):
+            raise UsageError(f"{path}: sites.{name} is {values.sites[name]!r}", "it takes a mapping")
+        entry = from_dict(_SiteEntry, values.sites[name], f"{path}: sites.{name}")
+        fields = {key: value for key, value in vars(entry).items() if key != "role"}
+        plans.append(SitePlan(site=site, **fields))
+    return Plan(values.method, values.variant, Bits.parse(values.bits), values.recipe, values.timesteps, plans)

@@ -1,0 +1,1 @@
+"""Quantisers, transforms, timestep tables, packing, and the layers made of them."""

@@ -1,0 +1,192 @@
+"""Plain values that say how a site is quantised. No torch here: plans are read, shown and edited without it."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+
+from pipelines.errors import UsageError
+
+WEIGHT_BITS = (2, 3, 4, 8)
+ACTIVATION_BITS = (3, 4, 6, 8)
+ORDERS = (8, 16, 32, 64)  # 2³ … 2⁶, the orders that the paper ablates (table 4)
+AXES = ("none", "channels", "width")
+INVERSES = ("none", "single", "double", "activation")
+QUANTISERS = ("symmetric", "asymmetric")
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bit widths of weights and activations, written `w4a4`."""
+
+    weight: int
+    activation: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Bits":
+        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        if match is None:
+            raise UsageError(f"bits {text!r} cannot be read", "write them as w4a4: weight bits, then activation bits")
+        weight, activation = int(match[1]), int(match[2])
+        if weight not in WEIGHT_BITS or activation not in ACTIVATION_BITS:
+            raise UsageError(
+                f"bits {text!r} are not supported",
+                f"weights take {', '.join(map(str, WEIGHT_BITS))} and activations {', '.join(map(str, ACTIVATION_BITS))} bits",
+            )
+        return cls(weight, activation)
+
+    def __str__(self) -> str:
+        return f"w{self.weight}a{self.activation}"
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A block-diagonal Hadamard transform with a diagonal of signs before it: x̃ = x·blockdiag(D·H_raw, …).
+
+    H_raw (order × order, entries ±1) is the paper's equation 9 without its 2^(−k/2); D repeats in every block, so that
+    D·H_raw is one small matrix. `signs` seeds D; None is D = I. Order 1 on axis "none" is the identity.
+    """
+
+    axis: str = "none"
+    order: int = 1
+    signs: int | None = None
+
+    def __post_init__(self):
+        if self.axis not in AXES:
+            raise UsageError(f"axis {self.axis!r} does not exist", f"known: {', '.join(AXES)}")
+        if self.axis == "none" and (self.order != 1 or self.signs is not None):
+            raise UsageError("a transform along no axis has order 1 and no signs", "set axis to channels or width")
+        if self.order < 1 or self.order & (self.order - 1):
+            raise UsageError(f"Hadamard order {self.order} is not a power of two", "use 8, 16, 32 or 64")
+
+    @property
+    def is_identity(self) -> bool:
+        return self.axis == "none"
+
+    @property
+    def name(self) -> str:
+        """How people write it: `none`, `channels-32`, `channels-32-signs`."""
+        if self.is_identity:
+            return "none"
+        return f"{self.axis}-{self.order}" + ("" if self.signs is None else "-signs")
+
+
+IDENTITY = Transform()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantisable layer of a model: the only word that models and methods share.
+
+    `weight` is the layer's weight shape: (out, in) or (out, in/groups, kh, kw). `positions` are the (height, width) of
+    its input, (0, 0) for a linear; the width decides whether a transform along it exists.
+    """
+
+    name: str
+    kind: str  # linear or conv
+    role: str  # first, last, time, skip, downsample, upsample, attention, feed-forward, projection, residual
+    weight: tuple[int, ...]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    bias: bool = True
+    rank: int = 2  # of its input
+    positions: tuple[int, int] = (0, 0)
+
+    @property
+    def channels(self) -> int:
+        """Input channels."""
+        return self.weight[1] * self.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.weight[0]
+
+    @property
+    def products(self) -> int:
+        """Products summed into one accumulator."""
+        return math.prod(self.weight[1:])
+
+    def admits(self, transform: Transform) -> bool:
+        """Whether the transform's blocks divide the axis it works on. Nothing is ever padded."""
+        if transform.is_identity:
+            return True
+        if transform.axis == "width":
+            return self.kind == "conv" and self.positions[1] > 0 and self.positions[1] % transform.order == 0
+        return self.groups == 1 and self.channels % transform.order == 0
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What is decided for one site. `quantised: false` leaves the layer as it is, and `why` says the reason.
+
+    inverse: where the transform's inverse goes. `single` folds it into the integers of a weight quantised unrotated
+    (HQ-DM), `double` rotates the weight before its quantiser (QuaRot), `activation` undoes it on the quantised
+    activation (the only place for a transform along the width).
+    """
+
+    site: Site
+    quantised: bool = True
+    transform: Transform = IDENTITY
+    inverse: str = "none"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    weight_quantiser: str = "symmetric"
+    activation_quantiser: str = "symmetric"
+    why: str = ""
+    sqnr: dict[str, float] = field(default_factory=dict)  # dB by transform, at the planned bits, mean over timesteps
+
+    def __post_init__(self):
+        where = f"site {self.site.name}: "
+        if not self.quantised:
+            return
+        if self.inverse not in INVERSES:
+            raise UsageError(f"{where}inverse {self.inverse!r} does not exist", f"known: {', '.join(INVERSES)}")
+        allowed = {"none": ("none",), "channels": ("single", "double"), "width": ("activation",)}[self.transform.axis]
+        if self.inverse not in allowed:
+            raise UsageError(
+                f"{where}inverse {self.inverse!r} does not fit a transform along {self.transform.axis}",
+                f"use {' or '.join(allowed)}",
+            )
+        for what, kind in (("weight", self.weight_quantiser), ("activation", self.activation_quantiser)):
+            if kind not in QUANTISERS:
+                raise UsageError(f"{where}{what}_quantiser {kind!r} does not exist", f"known: {', '.join(QUANTISERS)}")
+        if self.weight_bits not in WEIGHT_BITS or self.activation_bits not in ACTIVATION_BITS:
+            raise UsageError(
+                f"{where}{self.weight_bits}/{self.activation_bits} bits are not supported",
+                f"weights take {WEIGHT_BITS}, activations {ACTIVATION_BITS}",
+            )
+        if not self.site.admits(self.transform):
+            axis = self.site.positions[1] if self.transform.axis == "width" else self.site.channels
+            raise UsageError(
+                f"{where}order {self.transform.order} does not divide its {self.transform.axis} ({axis})",
+                "choose an order that divides it, or transform: none; nothing is padded",
+            )
+
+    @property
+    def activation_range(self) -> tuple[int, int]:
+        return integer_range(self.activation_bits, self.activation_quantiser == "symmetric")
+
+    @property
+    def weight_range(self) -> tuple[int, int]:
+        return integer_range(self.weight_bits, self.weight_quantiser == "symmetric")
+
+
+def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """The smallest and largest code: ±(2^(b−1) − 1), or 0 … 2^b − 1 with a zero-point."""
+    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def site_to_dict(site: Site) -> dict:
+    """Plain JSON values."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(site).items()}
+
+
+def site_from_dict(values: dict) -> Site:
+    """The inverse of `site_to_dict`."""
+    return Site(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def with_bits(plan: SitePlan, bits: Bits) -> SitePlan:
+    """The same plan at other bit widths."""
+    return replace(plan, weight_bits=bits.weight, activation_bits=bits.activation)

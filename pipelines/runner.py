@@ -1,0 +1,407 @@
+"""The graph of stages at work: what runs, what is skipped, and why; what is stale; what to type next; whole recipes.
+
+    model -> profile -> plan -> distill -> export -> sample -> score        (sample also from model or distill)
+
+A run is addressed by the deciding part of its configuration, the content of its inputs and the stage's VERSION. The
+same address is not computed twice, and every run or skip has a reason that a person can read.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipelines import stages
+from pipelines.config import differences, from_dict, key_dict, replace, to_dict
+from pipelines.errors import FileFault, UsageError, did_you_mean
+from pipelines.events import Report
+from pipelines.store import Artifact, Store, key_of, links, sha256_of_file
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `make` did. `artifact` is None only in a dry run of something that would run."""
+
+    stage: str
+    artifact: Artifact | None
+    ran: bool
+    reason: str
+    config: dict[str, Any]
+
+
+def make(
+    store: Store,
+    stage: str,
+    config: Any,
+    chosen: Mapping[str, str] | None = None,
+    report: Report | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Outcome:
+    """The stage's artifact for that configuration and its inputs: found, resumed or made.
+
+    `chosen` names inputs by role (role -> artifact id); the stage takes the newest fitting ones for the rest.
+    `force` starts afresh, even where a complete or an interrupted run lies there.
+    """
+    report = report or Report()
+    module = stages.load(stage)
+    inputs = module.inputs(config, store, dict(chosen or {}))
+    key = key_of(stage, module.VERSION, key_dict(config), inputs)
+    runs, reason, found = _decide(store, stage, module, config, inputs, key, force)
+    recorded = to_dict(config)
+    report.note(f"{stage}: {reason}" if not (runs and dry_run) else f"{stage}: would run ({reason})")
+    if not runs:
+        return Outcome(stage, found, False, reason, recorded)
+    for artifact in inputs.values():
+        if faults := artifact.damage():
+            raise FileFault(f"{artifact.path}: {faults[0]}", f"restore it, or: {artifact.redo}")
+    if dry_run:
+        return Outcome(stage, None, False, reason, recorded)
+    request = {
+        "stage_version": module.VERSION,
+        "config": recorded,
+        "inputs": links(inputs),
+        "seed": recorded.get("seed"),
+    }
+    with store.begin(stage, key, request, afresh=force) as draft:
+        figures = module.run(config, inputs, draft, report)
+        artifact = draft.commit(figures)
+    return Outcome(stage, artifact, True, reason, recorded)
+
+
+def _decide(
+    store: Store, stage: str, module: ModuleType, config: Any, inputs: Mapping[str, Artifact], key: str, force: bool
+) -> tuple[bool, str, Artifact | None]:
+    """Whether the stage runs, why, and the artifact that makes a run needless."""
+    if force:
+        return True, "runs: forced", None
+    # Before the complete ones: a draft beside a complete artifact of its key is a forced run that was interrupted.
+    if store.interrupted(stage, key):
+        return True, "goes on: an interrupted run with this configuration is there", None
+    if found := store.find(stage, key):
+        if faults := found.damage():
+            return True, f"runs: {found.id} is damaged ({faults[0]})", None
+        return False, f"up to date: {found.id} has the same configuration, inputs and stage version", found
+    reasons = [_changes(artifact, module.VERSION, config, inputs) for artifact in store.artifacts(stage)]
+    if not reasons:
+        return True, "runs: none yet", None
+    # Against the artifact that is most alike, the newest of equals: `sample` has one for each source, for example.
+    _, reason = min(reversed(reasons), key=lambda counted: counted[0])
+    return True, f"runs: {reason}", None
+
+
+def _changes(artifact: Artifact, version: int, config: Any, inputs: Mapping[str, Artifact]) -> tuple[int, str]:
+    """How many things set a wanted run apart from an artifact, and which."""
+    changes = []
+    if artifact.manifest["stage_version"] != version:
+        before = artifact.manifest["stage_version"]
+        changes.append((1, f"stage version changed since {artifact.id}: {before} -> {version}"))
+    deciding = key_dict(config)
+    recorded_only = to_dict(config).keys() - deciding.keys()
+    before = {name: value for name, value in artifact.config.items() if name not in recorded_only}
+    if changed := differences(before, deciding):
+        changes.append((len(changed), f"configuration changed since {artifact.id}: {', '.join(changed)}"))
+    for role in sorted(artifact.inputs.keys() | inputs.keys()):
+        link, wanted = artifact.inputs.get(role), inputs.get(role)
+        if link and wanted and link["digest"] == wanted.digest:
+            continue
+        changes.append(
+            (1, f"input {role} changed ({link['id'] if link else 'none'} -> {wanted.id if wanted else 'none'})")
+        )
+    if not changes:  # the same run, whose key was made by other rules
+        return 0, f"{artifact.id} is of another workspace format"
+    return sum(count for count, _ in changes), "; ".join(text for _, text in changes)
+
+
+def _lineages(artifacts: list[Artifact]) -> dict[str, Any]:
+    """artifact id -> what was asked for, down to the checkpoint: equal values are versions of one another.
+
+    Hashes of outside files (`sha256`, `…_sha256`) are left out, so that a changed checkpoint or a plan edited once more
+    is a newer version of the same thing.
+    """
+    known: dict[str, Any] = {}
+    by_id = {artifact.id: artifact for artifact in artifacts}
+
+    def lineage(ident: str) -> Any:
+        if ident not in by_id:
+            return ident
+        if ident not in known:
+            artifact = by_id[ident]
+            asked = sorted((n, repr(v)) for n, v in artifact.config.items() if not n.endswith("sha256"))
+            below = sorted((role, lineage(link["id"])) for role, link in artifact.inputs.items())
+            known[ident] = (artifact.stage, tuple(asked), tuple(below))
+        return known[ident]
+
+    for artifact in artifacts:
+        lineage(artifact.id)
+    return known
+
+
+def stale(store: Store) -> dict[str, str | None]:
+    """artifact id -> why it no longer is what its stage would make, or None; in the order of time."""
+    artifacts = store.artifacts()
+    lineages = _lineages(artifacts)
+    by_id = {artifact.id: artifact for artifact in artifacts}
+    newest = {lineages[artifact.id]: artifact for artifact in artifacts}  # the last of each wins
+    reasons: dict[str, str | None] = {}
+    for artifact in artifacts:
+        reasons[artifact.id] = _why_stale(artifact, by_id, newest, lineages, reasons)
+    return reasons
+
+
+def _why_stale(
+    artifact: Artifact,
+    by_id: Mapping[str, Artifact],
+    newest: Mapping[Any, Artifact],
+    lineages: Mapping[str, Any],
+    reasons: Mapping[str, str | None],
+) -> str | None:
+    if faults := artifact.damage():
+        return faults[0]
+    latest = newest[lineages[artifact.id]]
+    if latest.id != artifact.id:
+        return f"replaced by {latest.id}"
+    if artifact.stage in stages.STAGES:
+        before, now = artifact.manifest["stage_version"], stages.version_of(artifact.stage)
+        if before != now:
+            return f"stage version changed: {before} -> {now}"
+    for role, link in artifact.inputs.items():
+        source = by_id.get(link["id"])
+        if source is None:
+            return f"input {role} is gone: {link['id']}"
+        if source.digest != link["digest"]:
+            return f"input {role} changed: {source.id}"
+        latest = newest[lineages[source.id]]
+        if latest.digest != link["digest"]:
+            return f"input {role} has a newer version ({source.id} -> {latest.id})"
+        # Replaced by a version of equal content is as good as new; anything else that ails an input ails its heirs.
+        if (why := reasons.get(source.id)) and not why.startswith("replaced by"):
+            return f"input {role} is stale: {source.id}"
+    return None
+
+
+def next_command(store: Store) -> str:
+    """The next `hqdm …` to type: the first stage of the road that is missing or stale behind the newest artifacts."""
+    reasons = stale(store)
+    above = store.newest("model")
+    if above is None:
+        return "hqdm profile model.ckpt"
+    if reasons[above.id]:
+        return f"hqdm profile {shlex.quote(above.config['path'])}"
+    for stage in ("profile", "plan", "distill", "export", "sample", "score"):
+        heir = _newest_heir(store, stage, above)
+        if heir is None or reasons[heir.id]:
+            return _command_of(stage, heir, above)
+        above = heir
+    return "hqdm report"
+
+
+def _newest_heir(store: Store, stage: str, above: Artifact) -> Artifact | None:
+    """The newest artifact of a stage made from `above` from which the road goes on, as it does not from floats."""
+
+    def fits(artifact: Artifact) -> bool:
+        return artifact.config.get("format") != "float" and above.id in {i["id"] for i in artifact.inputs.values()}
+
+    return store.newest(stage, fits)
+
+
+def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
+    """The command that makes `artifact` again, or makes the first artifact of a stage from `above`."""
+    known = artifact.config if artifact else {}
+    if stage == "profile":
+        return f"hqdm profile {shlex.quote(above.config['path'])}"
+    if stage == "plan":
+        words = [f"--{name} {known[name]}" for name in ("method", "variant", "bits") if known.get(name)]
+        return " ".join(["hqdm plan", *words])
+    if stage == "distill":
+        edited = above.config["edited_sha256"]  # then its bits are in the file
+        return "hqdm distill" if edited else f"hqdm distill --bits {above.config['bits']}"
+    if stage == "export":
+        return "hqdm export --format int"
+    if stage == "sample" and known.get("source"):
+        return f"hqdm sample {known['source']}"
+    return f"hqdm {stage}"
+
+
+def samples_of_newest_lineage(store: Store) -> list[Artifact]:
+    """The sample artifacts that belong together: of the newest student and of its teacher, replaced ones left out."""
+    samples = store.artifacts("sample")
+    if not samples:
+        return []
+    lineages = _lineages(store.artifacts())
+    newest = {lineages[sample.id]: sample for sample in samples}
+    above = {sample.id: _ids_above(store, sample) for sample in newest.values()}
+    student = next((ids["distill"] for ids in reversed(list(above.values())) if "distill" in ids), None)
+    teacher = above[list(newest.values())[-1].id].get("model")
+    return [
+        sample
+        for sample in newest.values()
+        if above[sample.id].get("model") == teacher and above[sample.id].get("distill", student) == student
+    ]
+
+
+def _ids_above(store: Store, artifact: Artifact) -> dict[str, str]:
+    """stage -> id of everything that an artifact was made from."""
+    ids = {}
+    for role in artifact.inputs:
+        source = store.linked(artifact, role)
+        ids |= {source.stage: source.id} | _ids_above(store, source)
+    return ids
+
+
+def model_config(path: Path | str, config_path: Path | str | None = None, **options: Any) -> Any:
+    """The `model` stage's configuration for a checkpoint, with the hashes of its files.
+
+    Without a `config_path` the YAML file of the checkpoint's name is taken, if it lies beside it.
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise FileFault(f"{path} does not exist", "name a checkpoint, as in: hqdm profile model.ckpt")
+    if path.is_dir():
+        raise FileFault(f"{path} is a folder, not a checkpoint", "name a .ckpt file in it")
+    if config_path is None and path.with_suffix(".yaml").exists():
+        config_path = path.with_suffix(".yaml")
+    values = {"path": str(path), "sha256": sha256_of_file(path)}
+    if config_path is not None:
+        config_path = Path(config_path).absolute()
+        values |= {"config_path": str(config_path), "config_sha256": sha256_of_file(config_path)}
+    return from_dict(stages.load("model").Config, values | {k: v for k, v in options.items() if v is not None}, "model")
+
+
+def edited_plan(path: Path | str, **options: Any) -> Any:
+    """The `plan` stage's configuration for a hand-edited plan file."""
+    path = Path(path).absolute()
+    default = stages.load("plan").Config()
+    return replace(default, edited=str(path), edited_sha256=sha256_of_file(path), **options)
+
+
+def plan_like(artifact: Artifact) -> Any:
+    """The `plan` stage's configuration of an artifact, so that `make` finds it or makes it from a newer profile."""
+    module = stages.load("plan")
+    if artifact.manifest["stage_version"] == module.VERSION:
+        return from_dict(module.Config, artifact.config, f"{artifact.path / 'manifest.json'}")
+    known = {field.name for field in dataclasses.fields(module.Config)}
+    return replace(module.Config(), **{name: value for name, value in artifact.config.items() if name in known})
+
+
+PARENT = {"profile": "model", "plan": "profile", "distill": "plan", "export": "distill", "score": "sample"}
+SOURCES = {"teacher": "model", "fake": "distill", "int": "export"}  # where `sample` gets its denoiser from
+SEVERAL = ("sample", "score")  # stages that a recipe may name several times
+
+
+@dataclass(frozen=True)
+class _Step:
+    stage: str
+    config: Any
+
+
+def _steps(recipe: Mapping[str, Any], base: Path, where: str) -> list[_Step]:
+    """A recipe's steps in the order of the road; everything in it is checked before anything runs."""
+    known = ["model", "seed", *(stage for stage in stages.STAGES if stage != "model")]
+    for key in recipe:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}", did_you_mean(key, known))
+    seed = recipe.get("seed")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise UsageError(f"{where}: seed cannot be {seed!r}", "it takes a whole number")
+    model = recipe.get("model")
+    if isinstance(model, str):
+        model = {"path": model}
+    if not isinstance(model, Mapping) or not isinstance(model.get("path"), str):
+        raise UsageError(f"{where}: the key 'model' is missing or no path", "write `model: model.ckpt`")
+    for key in model:
+        if key not in ("path", "config_path", "ema"):
+            raise UsageError(f"{where}: unknown key 'model.{key}'", did_you_mean(key, ("path", "config_path", "ema")))
+    config_path = model.get("config_path")
+    options = {"ema": model.get("ema")}
+    steps = [_Step("model", model_config(base / model["path"], config_path and base / config_path, **options))]
+    for stage in stages.STAGES:
+        if stage == "model" or stage not in recipe:
+            continue
+        entries = recipe[stage]
+        if isinstance(entries, list) and stage not in SEVERAL:
+            raise UsageError(f"{where}: {stage} cannot be a list", f"only {' and '.join(SEVERAL)} can")
+        for values in entries if isinstance(entries, list) else [entries]:
+            if values is not None and not isinstance(values, Mapping):
+                raise UsageError(f"{where}: {stage} cannot be {values!r}", "it takes a mapping of its options, or null")
+            steps.append(_Step(stage, _config_of(stage, values or {}, seed, base, f"{where}: {stage}")))
+    return steps
+
+
+def _config_of(stage: str, values: Mapping[str, Any], seed: int | None, base: Path, where: str) -> Any:
+    """A stage's configuration from a recipe: the recipe's seed where it has none, paths from the recipe's folder."""
+    cls = stages.load(stage).Config
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if seed is not None and "seed" in fields:
+        values = {"seed": seed} | dict(values)
+    values = {
+        name: str((base / value).absolute())
+        if isinstance(value, str) and name in fields and fields[name].metadata.get("path") and (base / value).exists()
+        else value
+        for name, value in values.items()
+    }
+    if stage == "plan" and values.get("edited"):
+        path = (base / values["edited"]).absolute()
+        values |= {"edited": str(path), "edited_sha256": sha256_of_file(path)}
+    config = from_dict(cls, values, where)
+    with_hashes = getattr(stages.load(stage), "with_hashes", None)  # of the outside files that its paths name
+    return with_hashes(config) if with_hashes else config
+
+
+def run_recipe(
+    store: Store,
+    recipe: Mapping[str, Any],
+    report: Report | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    base: Path | str = ".",
+    where: str = "recipe",
+) -> Iterator[Outcome]:
+    """Make everything a recipe names, each stage from the artifacts made before it; one Outcome after the other.
+
+        model: model.ckpt            # or a mapping: path, config_path, ema
+        seed: 0                      # optional; for every stage that takes one
+        plan: {bits: w4a4}           # a stage's options, or null for its defaults; a stage left out is not run
+        sample: [{source: teacher}, {source: int}]
+
+    Relative paths start from `base`, the recipe's folder. `where` names the recipe in errors.
+    """
+    report = report or Report()
+    made: dict[str, list[str]] = {}  # stage -> ids of this recipe's artifacts
+    pending: set[str] = set()  # stages that a dry run would have run
+    for step in _steps(recipe, Path(base), where):
+        source = getattr(step.config, "source", None) if step.stage == "sample" else None
+        parent = SOURCES.get(source) if step.stage == "sample" else PARENT.get(step.stage)
+        for chosen in _choices(step, parent, made, pending):
+            if chosen is None:
+                reason = f"would run: its input {parent} will be made first"
+                report.note(f"{step.stage}: {reason}")
+                outcome = Outcome(step.stage, None, False, reason, to_dict(step.config))
+            else:
+                outcome = make(store, step.stage, step.config, chosen, report, force, dry_run)
+            if outcome.artifact is None:
+                pending.add(step.stage)
+            else:
+                made.setdefault(step.stage, []).append(outcome.artifact.id)
+            yield outcome
+
+
+def _choices(
+    step: _Step, parent: str | None, made: Mapping[str, list[str]], pending: set[str]
+) -> list[dict[str, str] | None]:
+    """The inputs of a step, role -> id: what this recipe made of the stage before it; for a score, each of its samples.
+
+    None stands for an input that a real run would have made by then.
+    """
+    if step.stage == "score":
+        if getattr(step.config, "samples_path", None) is not None:
+            return [{}]
+        chosen = [{"samples": ident} for ident in dict.fromkeys(made.get("sample", ()))]
+        return chosen + ([None] if "sample" in pending else []) or [{}]
+    if parent in pending:
+        return [None]
+    role = "source" if step.stage == "sample" else parent
+    return [{role: made[parent][-1]} if parent in made else {}]

@@ -1,0 +1,126 @@
+"""Train the quantised student against its full-precision teacher, without data.
+
+Writes `student.safetensors` (scales, timestep tables, adapters: see pipelines/students.py), `plan.yaml` as it was used,
+`adapters/` in peft's format, `losses.csv` and `loss.png`.
+"""
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipelines.errors import HqdmError
+from pipelines.events import Report
+from pipelines.plans import read_plan, write_plan
+from pipelines.quant.spec import site_from_dict
+from pipelines.store import Artifact, Draft, Store
+
+NAME = "distill"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    trajectories: int = 40
+    steps: int | None = None  # of a trajectory; the plan's by default
+    batch: int = 8  # images of a trajectory; guidance doubles what the denoisers see
+    guidance: float = 1.5
+    eta: float = 1.0
+    seed: int = 0
+    save_every: int = field(default=100, metadata={"key": False})  # updates between two saved states
+
+
+def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
+    """The plan, and the model it was made for."""
+    plan = store.get(chosen["plan"]) if "plan" in chosen else store.newest("plan")
+    if plan is None:
+        raise HqdmError("there is no plan to distill from", "hqdm plan")
+    return {"plan": plan, "model": store.ancestor(plan, "model")}
+
+
+def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
+    """Distill; figures: updates, first and last loss (means over the first and last trajectory), parameters trained."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from pipelines.diffusion import timesteps_of
+    from pipelines.distillation import SCHEDULER, Course, distill
+    from pipelines.models.denoiser import load_denoiser
+    from pipelines.quant.layers import quant_layers
+    from pipelines.report.curves import loss_curve
+    from pipelines.students import new_student, student_tensors
+
+    sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+    plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
+    scales = load_file(inputs["plan"].file("scales.safetensors"))
+    teacher = load_denoiser(inputs["model"].path)
+    steps = config.steps or len(plan.timesteps)
+    timesteps = timesteps_of(SCHEDULER, teacher.info.schedule, steps)
+    scales = at_timesteps(scales, [int(timestep) for timestep in timesteps])
+    if sorted(timesteps) != sorted(plan.timesteps):
+        report.note(f"the plan's scales are for {len(plan.timesteps)} timesteps; those of {steps} are interpolated")
+    student = new_student(teacher, plan, scales, config.seed)
+    course = Course(config.trajectories, steps, config.batch, config.guidance, config.eta, config.seed)
+    losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
+
+    save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
+    (out.path / "plan.yaml").write_text(write_plan(plan))
+    layers = quant_layers(student.unet)
+    write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
+    with open(out.path / "losses.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["update", "trajectory", "timestep", "loss_per_image"])
+        for update, loss in enumerate(losses):
+            rows.writerow([update + 1, update // steps + 1, int(timesteps[update % steps]), repr(loss)])
+    loss_curve({"student": losses}, [int(timestep) for timestep in timesteps], out.path / "loss.png")
+    trained = sum(value.numel() for value in student.parameters() if value.requires_grad)
+    return {
+        "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "updates": len(losses),
+        "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": trained,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def at_timesteps(scales: dict, timesteps: list[int]) -> dict:
+    """A plan's scales at other timesteps, by the tables' own interpolation."""
+    import torch
+
+    from pipelines.quant.tables import TimestepTables
+
+    names = [key.removesuffix("/activation_scale") for key in scales if key.endswith("/activation_scale")]
+    tables = TimestepTables(
+        scales["timesteps"].tolist(),
+        torch.stack([scales[f"{name}/activation_scale"] for name in names], 1),
+        torch.stack([scales[f"{name}/activation_zero"] for name in names], 1),
+    )
+    wanted = sorted(timesteps)
+    rows = []
+    for timestep in wanted:
+        tables.set_timestep(timestep)
+        rows.append([tables.of(index) for index in range(len(names))])
+    result = dict(scales) | {"timesteps": torch.tensor(wanted)}
+    for index, name in enumerate(names):
+        result[f"{name}/activation_scale"] = torch.stack([row[index][0] for row in rows]).detach()
+        result[f"{name}/activation_zero"] = torch.stack([row[index][1] for row in rows]).detach()
+    return result
+
+
+def write_adapters(layers: Mapping, rank: int, folder) -> None:
+    """The adapters as peft writes them: merged into the base weight they give W + BA exactly (alpha = rank)."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    tensors = {}
+    for name, layer in layers.items():
+        a, b = layer.lora_a.detach(), layer.lora_b.detach()
+        if layer.weight.ndim == 4:
+            b = b[:, :, None, None]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(layers), lora_dropout=0.0).save_pretrained(folder)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

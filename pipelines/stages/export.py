@@ -1,0 +1,69 @@
+"""Export the student: packed integers, or its fake-quantised weights as an ordinary diffusers folder.
+
+`int` merges the adapters, quantises with the very function of training and writes `model.safetensors` and `config.json`
+(see pipelines/students.py). `float` writes `unet/`, which diffusers loads; its activations are not quantised.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.errors import HqdmError
+from pipelines.events import Report
+from pipelines.plans import read_plan
+from pipelines.quant.spec import site_from_dict
+from pipelines.store import Artifact, Draft, Store
+
+NAME = "export"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    format: Literal["int", "float"] = "int"
+
+
+def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
+    """The distilled student, and its teacher."""
+    distilled = store.get(chosen["distill"]) if "distill" in chosen else store.newest("distill")
+    if distilled is None:
+        raise HqdmError("there is no student to export", "hqdm distill --bits w4a4")
+    return {"distill": distilled, "model": store.ancestor(distilled, "model")}
+
+
+def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
+    """Write the model; figures: bytes, and for integers the shares of fp32 that the layers take by weight bits."""
+    from pipelines.kernels import cpu, reference
+    from pipelines.models.denoiser import load_denoiser, save_denoiser
+    from pipelines.quant.layers import quant_layers
+    from pipelines.students import load_fake, merged_state, save_integer
+
+    sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+    plan = read_plan(inputs["distill"].file("plan.yaml"), sites)
+    teacher = load_denoiser(inputs["model"].path)
+    student = load_fake(teacher, plan, inputs["distill"].file("student.safetensors"))
+    about = {"method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "format": config.format}
+    if config.format == "float":
+        merged = merged_state(student)
+        teacher.unet.load_state_dict(merged)
+        save_denoiser(teacher, out.path)
+        return about | {"bytes": sum(value.numel() * value.element_size() for value in merged.values())}
+    forms: dict[str, int] = {}
+    for layer in quant_layers(student.unet).values():
+        weights = layer.integers()
+        reference.prepare(weights)  # the bound on accumulators holds, or the export fails here
+        form = cpu.form_of(weights)
+        forms[form] = forms.get(form, 0) + 1
+    sizes = save_integer(student, plan, out.path)
+    shares = {}
+    for bits in sorted({size["weight_bits"] for size in sizes.values()}):
+        mine = [size for size in sizes.values() if size["weight_bits"] == bits]
+        shares[f"w{bits}"] = {
+            "layers": len(mine),
+            "of_fp32": round(sum(size["bytes"] for size in mine) / sum(size["float_bytes"] for size in mine), 4),
+            "largest": round(max(size["bytes"] / size["float_bytes"] for size in mine), 4),
+        }
+    return about | {
+        "bytes": (out.path / "model.safetensors").stat().st_size, "shares": shares, "forms": dict(sorted(forms.items()))
+    }  # fmt: skip

@@ -1,0 +1,150 @@
+"""Sample images from the teacher, the fake-quantised student or the integer model.
+
+Writes `images/000000.png` …, `samples.npz` (arr_0 uint8 NHWC, arr_1 classes: guided-diffusion's layout) and `grid.png`.
+The noise and class of image i depend on the seed and i alone. Batches are fixed by `batch`, which is part of the key,
+because the composition of a batch moves floating-point rounding.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.errors import HqdmError, UsageError
+from pipelines.events import Report
+from pipelines.plans import read_plan
+from pipelines.quant.spec import site_from_dict
+from pipelines.store import Artifact, Draft, Store
+
+NAME = "sample"
+VERSION = 1
+MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
+FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
+
+
+@dataclass(frozen=True)
+class Config:
+    source: Literal["teacher", "fake", "int"] = "int"
+    count: int = 1000
+    steps: int = 20
+    eta: float = 0.0
+    guidance: float = 1.5
+    scheduler: str = "DDIMScheduler"  # diffusers' names
+    seed: int = 0
+    batch: int = 50
+    backend: Literal["cpu", "reference"] | None = None  # of the integer model; cpu by default
+
+
+def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
+    """What makes the images, and for a fake student its teacher."""
+    if config.count < 1 or config.batch < 1:
+        raise UsageError(f"count {config.count} and batch {config.batch} must be positive", "--count 100 --batch 50")
+    stage = MAKERS[config.source]
+
+    def fits(artifact: Artifact) -> bool:
+        return artifact.stage == stage and artifact.config.get("format", "int") == "int"
+
+    maker = store.get(chosen["source"]) if "source" in chosen else store.newest(stage, fits)
+    if maker is None:
+        raise HqdmError(f"there is no {stage} artifact to sample from", FIRST[config.source])
+    if not fits(maker):
+        raise UsageError(f"{maker.id} is not what {config.source} samples from", f"name a {stage} artifact: --from {stage}/1")
+    if config.backend is not None and config.source != "int":
+        raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
+    return {"source": maker} | ({"model": store.ancestor(maker, "model")} if config.source == "fake" else {})
+
+
+def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
+    """Sample; figures: images per second (of the denoising loop, all batches), bytes of the model's files, source."""
+    import numpy as np
+    import torch
+
+    from pipelines import diffusion
+    from pipelines.models.denoiser import load_denoiser
+    from pipelines.report.grids import save_grid
+    from pipelines.students import load_fake, load_integer
+
+    maker = inputs["source"]
+    plan = None
+    if config.source == "teacher":
+        model = load_denoiser(maker.path)
+        size = maker.file("unet/diffusion_pytorch_model.safetensors").stat().st_size
+    elif config.source == "fake":
+        sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+        plan = read_plan(maker.file("plan.yaml"), sites)
+        model = load_fake(load_denoiser(inputs["model"].path), plan, maker.file("student.safetensors"))
+        weights = inputs["model"].file("unet/diffusion_pytorch_model.safetensors")
+        size = weights.stat().st_size + maker.file("student.safetensors").stat().st_size
+    else:
+        model = load_integer(maker.path, config.backend or "cpu")
+        size = maker.file("model.safetensors").stat().st_size
+    info = model.info
+    timesteps = diffusion.timesteps_of(config.scheduler, info.schedule, config.steps)
+    tables = getattr(model.unet, "timestep_tables", None)
+    interpolated = 0 if tables is None else sum(not tables.covers([step]) for step in timesteps)
+    if interpolated:
+        report.warn(
+            f"the scales were learned at {len(tables.timesteps)} timesteps; "
+            f"{interpolated} of these {len(timesteps)} are interpolated between them"
+        )
+
+    shape = (info.channels, info.size, info.size)
+    starts = list(range(0, config.count, config.batch))
+    classes = diffusion.classes_of(config.seed, list(range(config.count)), info.classes)
+    report.begin(f"sample {config.source}", config.count, unit="images")
+    seconds, warm = 0.0, set()
+    for start in starts:
+        indices = list(range(start, min(start + config.batch, config.count)))
+        kept = out.work / f"batch-{start:06d}.npz"
+        if kept.exists():
+            seconds += float(np.load(kept)["seconds"])
+        else:
+            mine = classes[indices]
+            if len(indices) not in warm:  # packing for a new batch size is not sampling
+                with torch.inference_mode():
+                    model.predict(torch.zeros(len(indices), *shape), torch.tensor(timesteps[0]), mine, config.guidance)
+                warm.add(len(indices))
+            begun = time.perf_counter()
+            latents = diffusion.sample(
+                model, config.scheduler, info.schedule, config.steps, shape, mine, config.guidance, config.eta,
+                config.seed, indices,
+            )  # fmt: skip
+            taken = time.perf_counter() - begun
+            seconds += taken
+            if not torch.isfinite(latents).all():
+                raise HqdmError(f"images {indices[0]} … {indices[-1]} hold NaN or Inf", "distill again at lower rates")
+            images = diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy()
+            part = kept.with_suffix(".part")
+            with open(part, "wb") as file:
+                np.savez(file, images=images, latents=latents.numpy(), seconds=taken)
+            part.replace(kept)
+        report.advance(indices[-1] + 1, images_per_second=(indices[-1] + 1) / max(seconds, 1e-9))
+    report.end()
+
+    images = np.concatenate([np.load(out.work / f"batch-{start:06d}.npz")["images"] for start in starts])
+    _write_pngs(images, out.path / "images")
+    _write_npz(images, classes.numpy(), out.path / "samples.npz")
+    save_grid(images[:100], out.path / "grid.png")
+    about = {key: maker.figures.get(key) for key in ("method", "variant", "bits")} if plan or config.source == "int" else {}
+    return {
+        "source": config.source, "count": config.count, "images_per_second": config.count / seconds, "bytes": size,
+        "interpolated_timesteps": interpolated, "backend": config.backend or ("cpu" if config.source == "int" else None),
+        "threads": torch.get_num_threads(), **about,
+    }  # fmt: skip
+
+
+def _write_pngs(images, folder) -> None:
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(folder / f"{index:06d}.png")
+
+
+def _write_npz(images, classes, path) -> None:
+    """A compressed .npz whose bytes depend on its content alone (numpy stamps no times into it)."""
+    import numpy as np
+
+    with open(path, "wb") as file:
+        np.savez_compressed(file, arr_0=images, arr_1=classes)

@@ -1,0 +1,366 @@
+"""Score images against a reference and, image by image, against their pairs.
+
+| role or path | what | unless given |
+| --- | --- | --- |
+| samples | a sample artifact, or `samples_path` | the newest sample artifact |
+| reference | a registered data set, `reference_path` (images or statistics), or a sample artifact | the digits |
+| pair | images to compare with one by one: a sample artifact, or `pair_path` | the teacher's samples, see below |
+
+The pair of a student's sample artifact is the newest one of the same model's teacher with the same count, steps, seed,
+scheduler, eta and guidance, where there is one.
+
+Writes `scores.json` (every figure with its n, its reference and extractor and their hashes; the warnings) and
+`statistics.npz` (mu, sigma, mu_s, sigma_s of the samples), which can be a later run's reference.
+
+Importing this module does not import torch: only `run` needs it, and "up to date" should not wait for it.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.digits import CLASSIFIER
+from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
+from pipelines.events import Report
+from pipelines.metrics.images import ImageSet, hash_of_images, read_images
+from pipelines.metrics.references import REFERENCES, Reference, read_reference, registered_reference, write_statistics
+from pipelines.store import Artifact, Draft, Store, sha256_of_file
+
+if TYPE_CHECKING:
+    from pipelines.metrics.extractors import Extractor, Features
+
+NAME = "score"
+VERSION = 1
+
+ROLES = ("samples", "reference", "pair")
+SAME_IN_A_PAIR = ("count", "steps", "seed", "scheduler", "eta", "guidance")  # what makes image i of both the same draw
+FEW_PER_FEATURE = 5  # images per pool feature below which a Fréchet distance is mostly bias (Inception: 10,240)
+SMALL = 75  # pixels a side, a quarter of what Inception works on
+FEW_PER_CLASS = 5  # images per class and split below which the Inception score is cut off
+
+PATH = {"key": False, "path": True}  # the hash beside it decides, not where the file lies
+
+
+@dataclass(frozen=True)
+class Config:
+    samples_path: str | None = field(default=None, metadata=PATH)
+    samples_sha256: str | None = None
+    reference: str = "digits"  # a registered data set; a reference_path or artifact goes before it
+    reference_path: str | None = field(default=None, metadata=PATH)
+    reference_sha256: str | None = None
+    pair_path: str | None = field(default=None, metadata=PATH)
+    pair_sha256: str | None = None
+    extractor: str = "digits"
+    extractor_weights: str | None = field(default=None, metadata=PATH)
+    extractor_sha256: str | None = None
+    splits: int = 10  # of the Inception score
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000  # images; fewer where there are fewer
+    neighbours: int = 3  # k of precision and recall
+    seed: int = 0  # of the shuffle before the splits, and of KID's subsets
+
+    def __post_init__(self):
+        for name, least in (("splits", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("neighbours", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"score: {name} cannot be {getattr(self, name)}", f"it takes {least} or more")
+
+
+def sources(
+    store: Store, samples: str | None = None, reference: str | None = None, pair: str | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What a user typed for each role, told apart: (values for Config, role -> artifact id for `inputs`).
+
+    A registered reference's name, the path of an artifact in this workspace, another path, or an artifact's id.
+    """
+    options, chosen = {}, {}
+    for role, text in zip(ROLES, (samples, reference, pair), strict=True):
+        if text is None:
+            continue
+        path = Path(text)
+        inside = path.resolve().relative_to(store.root.resolve()) if _is_inside(path, store.root) else None
+        if role == "reference" and text in REFERENCES:
+            options["reference"] = text
+        elif inside is not None and len(inside.parts) == 2 and (path / "manifest.json").is_file():
+            chosen[role] = store.get(inside.as_posix()).id
+        elif path.exists():
+            options[f"{role}_path"] = str(path.absolute())
+        else:
+            chosen[role] = _artifact_or_fault(store, role, text).id
+    return options, chosen
+
+
+def with_hashes(config: Config) -> Config:
+    """The configuration with the hash of every file it names, which is what decides whether a run is the same run."""
+    found: dict[str, str] = {}
+    for role in ROLES:
+        path = getattr(config, f"{role}_path")
+        if path is not None:
+            found[f"{role}_sha256"] = hash_of_images(path)
+    if config.extractor_weights is not None:
+        found["extractor_sha256"] = sha256_of_file(config.extractor_weights)
+    elif config.extractor == "digits":
+        found["extractor_sha256"] = sha256_of_file(CLASSIFIER)
+    return dataclasses.replace(config, **found)
+
+
+def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
+    """Its sample artifacts: `samples` unless they have a path; `reference` and `pair` where there are any."""
+    for role in chosen:
+        if role not in ROLES:
+            raise UsageError(f"score has no input {role!r}", did_you_mean(role, ROLES))
+        if getattr(config, f"{role}_path") is not None:
+            raise UsageError(f"{role} is given twice: {getattr(config, f'{role}_path')} and {chosen[role]}")
+    found = {role: _sample(store, role, ident) for role, ident in chosen.items()}
+    if config.samples_path is None and "samples" not in found:
+        newest = store.newest("sample")
+        if newest is None:
+            raise HqdmError(f"{store.root} holds no samples", "hqdm sample, or name images: hqdm score samples/")
+        found["samples"] = newest
+    if "samples" in found and "pair" not in found and config.pair_path is None:
+        pair = _teacher_pair(store, found["samples"])
+        if pair is not None:
+            found["pair"] = pair
+    return found
+
+
+def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict[str, Any]:
+    """Compute every figure that samples, reference and pair allow. Returns the figures' values by key."""
+    from pipelines.metrics import scores
+    from pipelines.metrics.extractors import load_extractor
+
+    warnings: list[str] = []
+
+    def warn(message: str) -> None:
+        warnings.append(message)
+        report.warn(message)
+
+    extractor = load_extractor(config.extractor, config.extractor_weights)
+    _expect("the extractor's weights", config.extractor_sha256, extractor.sha256)
+    samples = _images("samples", config.samples_path, config.samples_sha256, inputs, report)
+    pair = None
+    if "pair" in inputs or config.pair_path is not None:
+        pair = _images("pair", config.pair_path, config.pair_sha256, inputs, report)
+        _check_pair(samples, pair, warn)
+    reference = _reference(config, inputs, report)
+    _check_reference(reference, extractor)
+    for found in (samples, reference.images):
+        if found is not None:
+            extractor.check_size(found.images, found.source)
+    for remark in (*samples.remarks, *(reference.images.remarks if reference.images else ())):
+        warn(remark)
+
+    features = extractor.features(samples.images, f"features of {samples.source}", report)
+    pool, spatial = scores.statistics(features.pool), scores.statistics(features.spatial)
+    theirs, their_pool, their_spatial = None, reference.pool, reference.spatial
+    if reference.images is not None:
+        theirs = extractor.features(reference.images.images, f"features of {reference.name}", report)
+        their_pool = their_pool or scores.statistics(theirs.pool)
+        their_spatial = their_spatial or scores.statistics(theirs.spatial)
+    for message in _cautions(samples, reference, features, extractor, config):
+        warn(message)
+
+    splits = max(1, min(config.splits, len(samples) // 2))
+    if splits != config.splits:
+        warn(f"{len(samples)} images are too few for {config.splits} splits; IS is over {splits}")
+    subset_size = min(config.kid_subset_size, len(samples), len(theirs.pool) if theirs else len(samples))
+    report.note(f"scoring {len(samples)} images of {samples.source} against {reference.name} with {extractor.name}")
+    values = {"fid": scores.frechet_distance(pool, their_pool)}
+    if their_spatial is not None:
+        values["sfid"] = scores.frechet_distance(spatial, their_spatial)
+    values |= scores.inception_score(features.logits, splits, config.seed)
+    if theirs is not None:
+        values |= scores.kernel_distance(features.pool, theirs.pool, config.kid_subsets, subset_size, config.seed)
+        if min(len(samples), len(theirs.pool)) > config.neighbours:
+            values |= scores.precision_recall(features.pool, theirs.pool, config.neighbours)
+        else:
+            warn(f"precision and recall need more than {config.neighbours} images on both sides; left out")
+    if samples.labels is not None and extractor.kind.classes is not None:
+        if 0 <= samples.labels.min() and samples.labels.max() < extractor.kind.classes:
+            values["class_accuracy"] = scores.class_accuracy(features.logits, samples.labels)
+        else:
+            warn(f"{samples.source}: labels outside 0…{extractor.kind.classes - 1}; class accuracy is left out")
+    if pair is not None:
+        values |= scores.pair_figures(samples.images, pair.images)
+
+    who = {"name": extractor.name, "sha256": extractor.sha256}
+    against = {"name": reference.name, "sha256": reference.sha256}
+    records = {}
+    for name, value in values.items():
+        record: dict[str, Any] = {"label": scores.figure_label(name, extractor.name), "value": value, "n": len(samples)}
+        if name in ("fid", "sfid"):
+            record["reference"] = against | {"n": their_pool.n}
+        elif name in ("kid", "kid_std", "precision", "recall"):
+            record["reference"] = against | {"n": len(theirs.pool)}
+        if name in ("psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical"):
+            record["pair"] = {"name": pair.source, "sha256": pair.sha256, "n": len(pair)}
+        else:
+            record["extractor"] = who
+        records[scores.figure_key(name, extractor.name)] = record
+    document = {
+        "figures": records,
+        "samples": {"name": samples.source, "sha256": samples.sha256, "n": len(samples), "size": list(samples.size)},
+        "settings": {"splits": splits, "kid_subsets": config.kid_subsets, "kid_subset_size": subset_size,
+                     "neighbours": config.neighbours, "seed": config.seed},
+        "torch_fidelity": importlib.metadata.version("torch-fidelity"),
+        "warnings": warnings,
+    }  # fmt: skip
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    (out.path / "scores.json").write_text(text + "\n", encoding="utf-8")
+    write_statistics(out.path / "statistics.npz", pool, spatial, extractor.name, extractor.sha256)
+    return {key: record["value"] for key, record in records.items()} | {
+        "n": len(samples), "samples": samples.source, "reference": reference.name, "reference_n": their_pool.n,
+        "pair": pair.source if pair else None, "extractor": extractor.name, "warnings": len(warnings),
+    }  # fmt: skip
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _artifact_or_fault(store: Store, role: str, text: str) -> Artifact:
+    try:
+        return store.get(text)
+    except UsageError as error:
+        raise UsageError(f"{role}: {text!r} is neither a file or folder nor an artifact", error.hint) from error
+
+
+def _sample(store: Store, role: str, ident: str) -> Artifact:
+    artifact = store.get(ident)
+    if artifact.stage != "sample":
+        raise UsageError(f"{role}: {artifact.id} holds no images", "name a sample artifact, such as sample/0001")
+    return artifact
+
+
+def _teacher_pair(store: Store, samples: Artifact) -> Artifact | None:
+    """The newest samples of the same model's teacher that were drawn from the same noise in the same way."""
+    if samples.config.get("source") == "teacher":
+        return None
+    model = _model_of(store, samples)
+    if model is None:
+        return None
+
+    def fits(other: Artifact) -> bool:
+        if other.config.get("source") != "teacher":
+            return False
+        if any(other.config.get(name) != samples.config.get(name) for name in SAME_IN_A_PAIR):
+            return False
+        return _model_of(store, other) == model
+
+    return store.newest("sample", fits)
+
+
+def _model_of(store: Store, samples: Artifact) -> str | None:
+    """The digest of the model behind samples; None where it is gone, since then nobody knows whose they were."""
+    try:
+        return store.ancestor(samples, "model").digest
+    except HqdmError:
+        return None
+
+
+def _images(
+    role: str, path: str | None, sha256: str | None, inputs: Mapping[str, Artifact], report: Report
+) -> ImageSet:
+    if path is None:
+        return read_images(inputs[role].file("samples.npz"), inputs[role].id, report)
+    found = read_images(path, path, report)
+    _expect(path, sha256, found.sha256)
+    return found
+
+
+def _reference(config: Config, inputs: Mapping[str, Artifact], report: Report) -> Reference:
+    if "reference" in inputs:
+        return read_reference(inputs["reference"].file("samples.npz"), inputs["reference"].id, report)
+    if config.reference_path is None:
+        return registered_reference(config.reference)
+    found = read_reference(config.reference_path, config.reference_path, report)
+    _expect(config.reference_path, config.reference_sha256, found.sha256)
+    return found
+
+
+def _expect(what: str, wanted: str | None, found: str) -> None:
+    """Refuse a file that is not the one this run's key was computed from."""
+    if wanted is not None and wanted != found:
+        raise FileFault(f"{what}: changed since this run was set up (sha256 {found[:12]}, not {wanted[:12]})",
+                        "type the command again")  # fmt: skip
+
+
+def _check_pair(samples: ImageSet, pair: ImageSet, warn: Callable[[str], None]) -> None:
+    if samples.images.shape != pair.images.shape:
+        raise HqdmError(f"{samples.source} holds images of {samples.images.shape}, its pair {pair.source} of "
+                        f"{pair.images.shape} (N, H, W, C)", "pairs are compared image by image")  # fmt: skip
+    if samples.labels is not None and pair.labels is not None and (samples.labels != pair.labels).any():
+        raise HqdmError(f"{samples.source} and its pair {pair.source} are of different classes, first at image "
+                        f"{int((samples.labels != pair.labels).argmax())}", "draw both with the same seed")  # fmt: skip
+    if samples.names and pair.names and [Path(n).stem for n in samples.names] != [Path(n).stem for n in pair.names]:
+        warn(f"{samples.source} and its pair {pair.source} name their files differently; paired in the files' order")
+
+
+def _check_reference(reference: Reference, extractor: "Extractor") -> None:
+    """Refuse statistics of other features than this extractor's."""
+    if reference.pool is None:
+        return
+    if reference.extractor not in (None, extractor.name):
+        raise HqdmError(f"{reference.name}: statistics of the extractor {reference.extractor!r}, "
+                        f"not of {extractor.name!r}", f"--extractor {reference.extractor}")  # fmt: skip
+    if reference.extractor_sha256 not in (None, extractor.sha256):
+        raise HqdmError(f"{reference.name}: statistics of {extractor.name!r} with other weights "
+                        f"(sha256 {reference.extractor_sha256[:12]}, not {extractor.sha256[:12]})",
+                        "compute the reference's statistics again")  # fmt: skip
+    for wanted, given in ((extractor.kind.pool, reference.pool), (extractor.kind.spatial, reference.spatial)):
+        if given is not None and len(given.mu) != wanted:
+            raise HqdmError(f"{reference.name}: statistics of {len(given.mu)} features, but {extractor.name!r} has "
+                            f"{wanted}", "Inception has 2048 and 2023: --extractor inception")  # fmt: skip
+
+
+def _cautions(
+    samples: ImageSet, reference: Reference, features: "Features", extractor: "Extractor", config: Config
+) -> list[str]:
+    """What to know before believing the figures."""
+    from pipelines.metrics.scores import imbalance, in_class_order
+
+    said = []
+    pool, spatial, n = features.pool.shape[1], features.spatial.shape[1], len(samples)
+    counts = {samples.source: n}
+    given = reference.pool.n if reference.pool is not None else len(reference.images)
+    if given is not None:
+        counts[reference.name] = given
+    for name, count in counts.items():
+        short = [f"{width} {kind}" for kind, width in (("pool", pool), ("spatial", spatial)) if count <= width]
+        if short:
+            said.append(f"{name}: {count} images for {' and '.join(short)} features: the covariance is rank-deficient")
+    if min(counts.values()) < FEW_PER_FEATURE * pool:
+        said.append(f"{min(counts.values())} images are few for a Fréchet distance on {pool} features: it is biased "
+                    f"upwards, compare it at equal n only ({FEW_PER_FEATURE * pool} would do)")  # fmt: skip
+    classes = features.logits.shape[1]
+    if n // config.splits < FEW_PER_CLASS * classes:
+        said.append(f"{n} images in {config.splits} splits are few for an Inception score over {classes} classes: "
+                    "it is cut off, compare it at equal n and splits only")  # fmt: skip
+
+    labels = samples.labels if samples.labels is not None else features.logits.argmax(1).numpy()
+    if in_class_order(labels):
+        said.append(f"{samples.source}: sorted by class; shuffled here before the Inception score is split, but tools "
+                    "that split in file order would report a far lower one")  # fmt: skip
+    if samples.labels is not None and samples.labels.min() >= 0:
+        theirs = reference.images.labels if reference.images is not None else None
+        if theirs is not None:
+            shares = np.bincount(theirs) / len(theirs)
+        else:
+            shares = np.full(int(samples.labels.max()) + 1, 1 / (int(samples.labels.max()) + 1))
+        odd, like = imbalance(samples.labels, shares), reference.name if theirs is not None else "equal shares"
+        if odd is not None:
+            said.append(f"{samples.source}: classes are unbalanced ({odd.min()} to {odd.max()} images a class, unlike "
+                        f"{like}), which moves every score")  # fmt: skip
+    if extractor.kind.size is None and reference.images is not None and reference.images.size != samples.size:
+        said.append(f"{samples.source} has {samples.size[1]}×{samples.size[0]} pixels, {reference.name} "
+                    f"{reference.images.size[1]}×{reference.images.size[0]}: both are resized to the extractor's size, "
+                    "which moves every score")  # fmt: skip
+    elif extractor.kind.size is None and min(samples.size) < SMALL:
+        said.append(f"{samples.source}: {samples.size[1]}×{samples.size[0]} pixels are enlarged to 299×299, where "
+                    "Inception sees little")  # fmt: skip
+    return said

@@ -1,0 +1,38 @@
+"""The first stages of the road on a tiny random model, for tests of the later ones."""
+
+import json
+from pathlib import Path
+
+from pipelines import runner
+from pipelines.models.denoiser import find_sites, save_denoiser
+from pipelines.quant.spec import site_to_dict
+from pipelines.stages import load
+from pipelines.store import Store
+from tiny import tiny_denoiser
+
+STEPS = 3
+
+
+def tiny_store(root: Path, seed: int = 0) -> Store:
+    """A workspace with the tiny model and its profile."""
+    store = Store(root)
+    denoiser = tiny_denoiser(seed)
+    with store.begin("model", f"tiny-{seed}", {"config": {"ema": True}}) as draft:
+        save_denoiser(denoiser, draft.path)
+        sites = [site_to_dict(site) for site in find_sites(denoiser)]
+        (draft.path / "sites.json").write_text(json.dumps(sites))
+        draft.commit({})
+    make(store, "profile", steps=STEPS, batch=2)
+    return store
+
+
+def make(store: Store, stage: str, chosen: dict | None = None, report=None, **options):
+    """One stage with some options; the artifact."""
+    extra = {} if report is None else {"report": report}
+    return runner.make(store, stage, load(stage).Config(**options), chosen or {}, **extra).artifact
+
+
+def tiny_student(store: Store, method="hqdm", variant=None, bits="w4a4", trajectories=1, **options):
+    """Plan and distill; the distill artifact."""
+    plan = make(store, "plan", method=method, variant=variant, bits=bits)
+    return make(store, "distill", {"plan": plan.id}, trajectories=trajectories, batch=2, save_every=2, **options)

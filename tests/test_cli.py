@@ -1,0 +1,328 @@
+"""The command line: help at once, data on stdout, everything else on stderr, and errors with a way out."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from fake_stages import checkpoint, install
+
+from hqdm_cli.app import main
+from hqdm_cli.console import duration
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = (
+    "profile", "plan", "distill", "export", "sample", "score", "run", "status", "show", "verify", "methods", "report",
+)  # fmt: skip
+ROAD = (("plan",), ("distill", "--bits", "w4a4"), ("export", "--format", "int"), ("sample",), ("score",))
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HQDM_WORKSPACE", raising=False)
+    checkpoint(tmp_path)
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def hqdm(fakes, capsys):
+    """Type a command: exit code, stdout and stderr."""
+
+    def type_command(*words):
+        code = main(list(words))
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return type_command
+
+
+@pytest.fixture
+def road(hqdm):
+    """A workspace in which every stage is done."""
+    for words in (("profile", "model.ckpt"), *ROAD):
+        assert hqdm(*words)[0] == 0
+    return hqdm
+
+
+def test_every_command_is_in_the_help_with_a_summary_that_is_not_cut(hqdm):
+    code, out, err = hqdm("--help")
+    assert code == 0 and err == ""
+    for command in COMMANDS:
+        assert f"\n  {command} " in out
+    assert "..." not in out.split("Commands:")[1]
+    assert hqdm()[1] == out == hqdm("-h")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_an_example_of_its_own_command(hqdm, command):
+    code, out, _ = hqdm(command, "--help")
+    examples = [line.strip() for line in out.split("Example:\n")[1].strip().splitlines()]
+    assert code == 0 and examples
+    assert all(line.split()[:2] == ["hqdm", command] for line in examples)
+    assert "--debug" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_options_of_every_example_exist(hqdm, command):
+    out = hqdm(command, "--help")[1]
+    options, examples = out.split("Example:\n")
+    for word in examples.split():
+        if word.startswith("--"):
+            assert f"{word} " in options
+
+
+def test_help_and_usage_errors_never_import_torch_numpy_or_rich():
+    code = (
+        "import sys; from hqdm_cli.app import main; main(['plan', '--help']); main(['plam'])\n"
+        "sys.exit(bool({'torch', 'numpy', 'rich', 'yaml'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_status_show_and_verify_never_import_torch(tmp_path):
+    for words in (["status"], ["show", "plan"], ["verify"]):
+        code = f"import sys; from hqdm_cli.app import main; main({words}); sys.exit('torch' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_python_m_hqdm_cli_is_the_same_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "hqdm_cli", "plam"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: No such command 'plam'. Did you mean 'plan'?\nhint: hqdm --help\n"
+
+
+def test_the_six_commands_go_the_whole_road_and_each_names_the_next(hqdm):
+    typed = [("profile", "model.ckpt"), *ROAD]
+    following = ["hqdm plan", "hqdm distill --bits w4a4", "hqdm export --format int", "hqdm sample", "hqdm score"]
+    for words, command in zip(typed, [*following, "hqdm report"], strict=True):
+        code, out, err = hqdm(*words)
+        assert code == 0
+        assert out.splitlines()[-1] == f"{words[0]}/0001\tworkspace/{words[0]}/0001"
+        assert err.splitlines()[-1] == f"next: {command}"
+        assert f"{words[0]}: runs: none yet" in err.splitlines()
+
+
+def test_a_second_time_everything_is_up_to_date_and_says_why(road):
+    for words in (("profile", "model.ckpt"), *ROAD):
+        code, out, err = road(*words)
+        name = words[0]
+        assert code == 0 and out.splitlines()[-1].startswith(f"{name}/0001\t")
+        assert f"{name}: up to date: {name}/0001 has the same configuration, inputs and stage version" in err
+    assert road("plan", "--force")[1].startswith("plan/0002\t")
+
+
+def test_the_workspace_is_an_option_or_an_environment_variable(hqdm, monkeypatch):
+    code, out, err = hqdm("profile", "model.ckpt", "-w", "else where")
+    assert out.splitlines()[0] == "model/0001\telse where/model/0001"
+    assert err.splitlines()[-1] == "next: hqdm plan -w 'else where'"
+    monkeypatch.setenv("HQDM_WORKSPACE", "else where")
+    code, out, err = hqdm("plan")
+    assert (code, out) == (0, "plan/0001\telse where/plan/0001\n")
+    assert err.splitlines()[-1] == "next: hqdm distill --bits w4a4"
+
+
+def test_json_is_all_there_is_on_stdout(road):
+    for words in (("plan", "--bits", "w3a3"), ("plan",), ("sample", "teacher", "fake"), ("score",)):
+        outcomes = json.loads(road(*words, "--json")[1])
+        assert all(outcome["id"] and outcome["config"] and outcome["reason"] for outcome in outcomes)
+    assert json.loads(road("status", "--json")[1])["artifacts"][0]["artifact"] == "model/0001"
+    assert json.loads(road("show", "plan", "--json")[1])["config"]["bits"] == "w3a3"
+    assert json.loads(road("verify", "--json")[1])["plan/0002"] == []
+
+
+def test_a_dry_run_prints_the_configuration_and_the_reason_and_makes_nothing(hqdm, tmp_path):
+    code, out, err = hqdm("profile", "model.ckpt", "--dry-run")
+    assert code == 0 and out.startswith("# model: runs: none yet\nmodel:\n  path: ")
+    assert "profile: would run (its input model will be made first)" in err
+    assert not (tmp_path / "workspace").exists()
+    hqdm("profile", "model.ckpt")
+    code, out, err = hqdm("distill", "--bits", "w3a3", "--trajectories", "7", "--dry-run")
+    assert "bits: w3a3" in out and "distill: would run (its input plan will be made first)" in err
+
+
+def test_distill_takes_the_newest_plan_if_it_fits_and_else_makes_the_one_asked_for(road):
+    road("plan", "--bits", "w3a3", "--method", "efficientdm")
+    assert "distill/0002" in road("distill", "--bits", "w3a3")[1]
+    assert json.loads(road("show", "distill/2", "--json")[1])["inputs"]["plan"]["id"] == "plan/0002"
+    err = road("distill", "--bits", "w8a8")[2]
+    assert "plan: runs: configuration changed since plan/0001: bits w4a4 -> w8a8" in err
+    assert json.loads(road("show", "distill", "--json")[1])["inputs"]["plan"]["id"] == "plan/0003"
+    assert road("distill", "--plan", "plan/1")[1].startswith("distill/0001\t")
+
+
+def test_a_hand_edited_plan_is_taken_in_and_distilled(road, tmp_path):
+    edited = tmp_path / "edited.yaml"
+    edited.write_text("a: 1")
+    assert road("plan", "--from", "edited.yaml")[1].startswith("plan/0002\t")
+    assert not json.loads(road("plan", "--from", "edited.yaml", "--json")[1])[0]["ran"]
+    edited.write_text("a: 2")
+    assert road("distill", "--plan", "edited.yaml")[0] == 0
+    assert json.loads(road("show", "distill", "--json")[1])["inputs"]["plan"]["id"] == "plan/0003"
+
+
+def test_sample_makes_one_artifact_for_each_source(road):
+    out = road("sample", "teacher", "fake", "int", "--count", "9")[1]
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["sample/0002", "sample/0003", "sample/0004"]
+
+
+def test_score_without_a_word_scores_all_samples_of_the_newest_student(road):
+    road("sample", "teacher", "fake")
+    out = road("score")[1]
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["score/0001", "score/0002", "score/0003"]
+
+
+def test_a_recipe_runs_the_road(hqdm, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: model.ckpt\nprofile:\nplan: {bits: w4a3}\ndistill:\n")
+    code, out, err = hqdm("run", "recipe.yaml")
+    assert code == 0
+    assert [line.split("\t")[0] for line in out.splitlines()] == [
+        "model/0001", "profile/0001", "plan/0001", "distill/0001",
+    ]  # fmt: skip
+    assert err.splitlines()[-1] == "next: hqdm export --format int"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        (("plam",), 2, "error: No such command 'plam'. Did you mean 'plan'?\nhint: hqdm --help\n"),
+        (
+            ("plan", "--bitz", "w4a4"),
+            2,
+            "error: No such option: --bitz (Possible options: --bits)\nhint: hqdm plan --help\n",
+        ),
+        (("profile",), 2, "error: Missing argument 'CHECKPOINT'.\nhint: hqdm profile --help\n"),
+        (("sample", "tacher"), 2, "error: there is no source 'tacher'\nhint: did you mean 'teacher'?\n"),
+        (
+            ("show", "plan/9"),
+            2,
+            "error: there is no artifact 'plan/9': workspace holds none\nhint: hqdm profile model.ckpt\n",
+        ),
+        (("plan", "--xyz", "3"), 2, "error: No such option: --xyz\nhint: hqdm plan --help\n"),
+        (
+            ("export", "--from", "plan"),
+            2,
+            "error: there is no artifact 'plan': workspace holds none\nhint: hqdm profile model.ckpt\n",
+        ),
+        (("plan",), 1, "error: there is no profile yet\nhint: hqdm profile\n"),
+        (
+            ("score",),
+            1,
+            "error: workspace has no samples to score\nhint: hqdm sample, or name images: hqdm score samples/\n",
+        ),
+        (("run", "none.yaml"), 1, "error: none.yaml does not exist\nhint: check the path\n"),
+        (("report", "--format", "cvs"), 2, "error: there is no format 'cvs'\nhint: did you mean 'csv'?\n"),
+    ],
+)
+def test_an_error_is_one_line_with_a_hint_and_stdout_stays_empty(hqdm, monkeypatch, words, code, expected):
+    for name, wanted in (("table", "collect"), ("pictures", "side_by_side")):
+        module = types.ModuleType(f"pipelines.report.{name}")
+        setattr(module, wanted, lambda store: [])
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert hqdm(*words) == (code, "", expected)
+
+
+def test_debug_shows_the_traceback_before_the_error(hqdm):
+    code, out, err = hqdm("plan", "--debug")
+    assert code == 1 and out == ""
+    assert err.startswith("Traceback") and err.endswith("error: there is no profile yet\nhint: hqdm profile\n")
+
+
+def test_an_error_of_the_system_is_named_without_a_traceback(hqdm, fakes):
+    def full(config, inputs, out, report):
+        raise OSError(28, "No space left on device", "weights.safetensors")
+
+    fakes["model"].run = full
+    code, out, err = hqdm("profile", "model.ckpt")
+    assert (code, out) == (1, "")
+    assert "error: weights.safetensors: No space left on device\nhint: " in err and "Traceback" not in err
+
+
+def test_a_fault_of_the_program_is_not_hidden(hqdm, fakes):
+    fakes["model"].run = lambda *args: {}["missing"]
+    with pytest.raises(KeyError):
+        hqdm("profile", "model.ckpt")
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(hqdm, fakes):
+    fakes["model"].interrupt_at = 2
+    code, out, err = hqdm("profile", "model.ckpt", "--force")
+    assert (code, out) == (130, "")
+    assert err.endswith(
+        "error: interrupted\nhint: what was done is kept; the same command goes on: hqdm profile model.ckpt\n"
+    )
+    assert "unfinished: a run of model" in hqdm("status")[2]
+    fakes["model"].interrupt_at = None
+    assert "model: goes on: an interrupted run with this configuration is there" in hqdm("profile", "model.ckpt")[2]
+
+
+def test_status_lists_what_is_stale_and_why(road, fakes):
+    fakes["plan"].VERSION = 2
+    code, out, err = road("status")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0 and lines["profile/0001"].endswith("current")
+    assert lines["plan/0001"].endswith("stage version changed: 1 -> 2")
+    assert lines["distill/0001"].endswith("input plan is stale: plan/0001")
+    assert err == "next: hqdm plan --method hqdm --variant ours --bits w4a4\n"
+
+
+def test_show_prints_what_a_person_asks_of_an_artifact(road):
+    out = road("show", "distill")[1]
+    for word in ("artifact: distill/0001", "state: current", "plan: plan/0001", "trajectories: 4", "result.txt"):
+        assert word in out
+
+
+def test_verify_names_a_damaged_file_and_fails(road, tmp_path):
+    assert road("verify", "plan") == (0, "plan/0001\tas it was written\n", "")
+    (tmp_path / "workspace/plan/0001/result.txt").unlink()
+    code, out, err = road("verify")
+    assert code == 1 and "plan/0001\tresult.txt is missing\n" in out
+    assert err.startswith("error: 1 of 7 artifacts are damaged: plan/0001\nhint: ")
+
+
+def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_path):
+    method = types.SimpleNamespace(summary="rotates", source="a paper", default_variant="ours", variants={})
+    method.variants = {
+        name: types.SimpleNamespace(summary=line) for name, line in (("ours", "signs"), ("paper", "width"))
+    }
+    table, pictures = types.ModuleType("pipelines.report.table"), types.ModuleType("pipelines.report.pictures")
+    table.collect = lambda store: [
+        {"source": "teacher", "fid": 1.23456789},
+        {"source": "int", "fid": 2.5, "psnr": 30.0},
+    ]
+    pictures.side_by_side = lambda store, path: Path(path).write_text("picture")
+    monkeypatch.setitem(sys.modules, "pipelines.methods", types.ModuleType("pipelines.methods"))
+    sys.modules["pipelines.methods"].METHODS = {"hqdm": method}
+    monkeypatch.setitem(sys.modules, table.__name__, table)
+    monkeypatch.setitem(sys.modules, pictures.__name__, pictures)
+    assert hqdm("methods")[1].splitlines() == [
+        "hqdm: rotates", "  source: a paper", "  --variant ours   signs (default)", "  --variant paper  width",
+    ]  # fmt: skip
+    assert json.loads(hqdm("methods", "--json")[1])["hqdm"]["variants"]["ours"] == "signs"
+    assert hqdm("report")[1] == "source      fid  psnr\nteacher  1.2346\nint         2.5    30\n"
+    assert hqdm("report", "--format", "markdown")[1].splitlines()[2] == "| teacher | 1.2346 |  |"
+    assert hqdm("report", "--format", "csv")[1].splitlines()[1] == "teacher,1.23456789,"
+    assert json.loads(hqdm("report", "--json")[1])[1]["psnr"] == 30.0
+    assert hqdm("report", "--picture", "out.png")[2] == "wrote out.png\n" and (tmp_path / "out.png").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error(road, tmp_path):
+    code = "from hqdm_cli.app import main; import sys; sys.exit(main(['show', 'plan', '--json']))"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    child.wait()
+
+
+def test_times_are_said_as_people_say_them():
+    assert [duration(seconds) for seconds in (7, 185, 3723)] == ["7 s", "3:05", "1:02:03"]

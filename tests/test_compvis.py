@@ -1,0 +1,155 @@
+"""Checkpoints in the CompVis layout: safe to read, complete, and equal to diffusers' own conversion."""
+
+import pickle
+import zipfile
+
+import pytest
+import torch
+import yaml
+
+from pipelines.digits import CHECKPOINT
+from pipelines.errors import FileFault, HqdmError
+from pipelines.models.checkpoint import read_checkpoint
+from pipelines.models.compvis import find_config, load_checkpoint, read_config
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return load_checkpoint(CHECKPOINT)[0]
+
+
+def test_the_embedded_checkpoint_is_small_and_has_both_sets_of_weights():
+    assert CHECKPOINT.stat().st_size <= 8_000_000
+    state, _ = read_checkpoint(CHECKPOINT)
+    raw = [key for key in state if key.startswith("model.diffusion_model.")]
+    averaged = [key for key in state if key.startswith("model_ema.diffusion_model")]
+    assert len(raw) == len(averaged) > 100
+    assert state["cond_stage_model.embedding.weight"].shape == (11, 64)
+
+
+def test_raw_and_averaged_weights_differ_and_each_can_be_chosen(denoiser):
+    raw = load_checkpoint(CHECKPOINT, ema=False)[0]
+    assert not torch.equal(raw.unet.conv_in.weight, denoiser.unet.conv_in.weight)
+
+
+def test_epsilon_equals_that_of_diffusers_own_conversion():
+    from diffusers import UNet2DConditionModel
+
+    ours = load_checkpoint(CHECKPOINT, ema=False)[0]
+    state, _ = read_checkpoint(CHECKPOINT)
+    state = {key: value.float() for key, value in state.items() if key.startswith("model.diffusion_model.")}
+    theirs = UNet2DConditionModel.from_single_file(
+        state, original_config=yaml.safe_load(find_config(CHECKPOINT).read_text()), local_files_only=True
+    )
+    x, timestep, context = torch.randn(2, 1, 16, 16), torch.tensor(401), torch.randn(2, 1, 64)
+    with torch.no_grad():
+        mine = ours.unet(x, timestep, encoder_hidden_states=context).sample
+        reference = theirs.eval()(x, timestep, encoder_hidden_states=context).sample
+    assert torch.allclose(mine, reference, atol=1e-5)
+
+
+class Payload:
+    def __reduce__(self):
+        import os
+
+        return (os.system, ("echo run > ran.txt",))
+
+
+def test_a_pickle_that_names_code_is_refused_by_name_and_nothing_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Payload()}, "evil.ckpt")
+    with pytest.raises(FileFault, match="system"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+    assert not (tmp_path / "ran.txt").exists()
+
+
+def test_known_wrappers_are_stubbed_and_named(tmp_path):
+    path = tmp_path / "wrapped.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(2)}}, path)
+    pickled = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in members if name.endswith("data.pkl"))
+    # {"callbacks": ModelCheckpoint, **content}: the global is put into the dictionary that torch wrote.
+    content = members[name]
+    assert content.startswith(b"\x80\x02}")
+    members[name] = b"\x80\x02}X\x09\x00\x00\x00callbacks" + pickled + b"s" + content[3:].replace(b"q\x00", b"q\x00", 1)
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, value in members.items():
+            archive.writestr(member, value)
+    state, left_out = read_checkpoint(path)
+    assert list(state) == ["a"] and left_out == ["pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"]
+
+
+@pytest.mark.parametrize("cut", [0, 10, 1000, 100_000, -1])
+def test_a_cut_or_foreign_file_is_named_with_the_way_out(tmp_path, cut):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(CHECKPOINT.read_bytes()[:cut])
+    with pytest.raises(FileFault, match="model.ckpt") as caught:
+        read_checkpoint(path)
+    assert caught.value.hint
+
+
+def test_a_plain_pickle_is_not_opened(tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(FileFault, match="not a torch checkpoint"):
+        read_checkpoint(path)
+
+
+def changed_config(tmp_path, change):
+    params = yaml.safe_load(find_config(CHECKPOINT).read_text())
+    change(params["model"]["params"])
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump(params))
+    return path
+
+
+def test_a_configuration_of_another_model_lists_missing_and_unexpected_names(tmp_path):
+    path = changed_config(tmp_path, lambda params: params["unet_config"]["params"].update(num_res_blocks=2))
+    with pytest.raises(FileFault, match="missing: model_ema.*unexpected: ") as caught:
+        load_checkpoint(CHECKPOINT, path)
+    assert "--config" in caught.value.hint
+
+
+def test_an_architecture_that_is_not_supported_is_refused_by_its_key(tmp_path):
+    path = changed_config(tmp_path, lambda params: params["unet_config"]["params"].update(use_scale_shift_norm=True))
+    with pytest.raises(HqdmError, match="use_scale_shift_norm: True"):
+        load_checkpoint(CHECKPOINT, path)
+
+
+def test_a_yaml_that_is_no_configuration_is_refused(tmp_path):
+    (tmp_path / "other.yaml").write_text("a: 1\n")
+    with pytest.raises(FileFault, match="not the configuration"):
+        read_config(tmp_path / "other.yaml")
+
+
+def test_a_checkpoint_without_a_configuration_says_how_to_name_one(tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(CHECKPOINT.read_bytes())
+    with pytest.raises(FileFault, match="no configuration beside it"):
+        load_checkpoint(path)
+
+
+def test_the_sites_have_roles_ranks_and_positions(denoiser):
+    from pipelines.models.denoiser import ROLES, find_sites
+
+    sites = find_sites(denoiser)
+    assert {site.role for site in sites} == set(ROLES)
+    by_name = {site.name: site for site in sites}
+    assert by_name["conv_in"].positions == (16, 16) and by_name["time_embedding.linear_1"].rank == 2
+    assert by_name["mid_block.attentions.0.transformer_blocks.0.ff.net.2"].rank == 3
+
+
+def test_the_samples_are_the_digits_that_were_asked_for(denoiser):
+    from pipelines import diffusion
+    from pipelines.digits.classifier import accuracy, load_classifier
+    from pipelines.digits.data import held_out_split
+
+    images, labels = held_out_split()
+    judge = load_classifier()
+    assert accuracy(judge, images, labels) >= 0.97
+    indices = list(range(100))
+    classes = diffusion.classes_of(0, indices, 10)
+    samples = diffusion.sample(denoiser, "DDIMScheduler", denoiser.info.schedule, 20, (1, 16, 16), classes, 1.5, 0.0, 0, indices)
+    assert accuracy(judge, denoiser.decode(samples), classes) >= 0.97

@@ -1,0 +1,119 @@
+"""Distillation: it learns, it goes on after a kill with the same bits, and it stops at the first number that is none."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines.errors import NumericalFault
+from pipelines.events import Report
+from pipelines.models.denoiser import load_denoiser
+from pipelines.plans import Recipe
+from roads import STEPS, make, tiny_store, tiny_student
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tiny_store(tmp_path_factory.mktemp("workspace"))
+
+
+class Stop(Report):
+    """Raises as Ctrl-C does after some updates."""
+
+    def __init__(self, after: int):
+        self.after = after
+
+    def advance(self, done, **figures):
+        if "loss" in figures and done == self.after:
+            raise KeyboardInterrupt
+
+
+def digests(artifact):
+    return {name: entry["sha256"] for name, entry in artifact.manifest["files"].items()}
+
+
+@pytest.mark.parametrize("method, variant", [("hqdm", "ours"), ("hqdm", "paper"), ("efficientdm", None)])
+@pytest.mark.parametrize("after", [2, 5])
+def test_interrupted_and_started_again_it_ends_with_the_same_bits(store, tmp_path, method, variant, after):
+    whole = tiny_student(store, method, variant, trajectories=3)
+    other = tiny_store(tmp_path / "other")
+    plan = make(other, "plan", method=method, variant=variant)
+    options = dict(trajectories=3, batch=2, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        make(other, "distill", {"plan": plan.id}, Stop(after), **options)
+    assert other.newest("distill") is None
+    assert digests(make(other, "distill", {"plan": plan.id}, **options)) == digests(whole)
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bits(store, tmp_path):
+    whole = tiny_student(store, "hqdm", "code", trajectories=4)
+    other = tiny_store(tmp_path / "other")
+    make(other, "plan", method="hqdm", variant="code")
+    command = [sys.executable, "-m", "hqdm_cli", "distill", "-w", str(other.root), "--trajectories", "4", "--batch", "2"]
+    command += ["--save-every", "2"]
+    root = Path(__file__).parents[1]
+    child = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while not list(other.root.glob("distill/.draft-*/work/state.pt")):
+        assert child.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert other.newest("distill") is None
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "goes on" in done.stderr
+    assert digests(other.newest("distill")) == digests(whole)
+
+
+def test_the_loss_falls(store):
+    distilled = tiny_student(store, "hqdm", "ours", "w3a3", trajectories=12)
+    assert distilled.figures["last_loss"] < distilled.figures["first_loss"]
+
+
+def test_a_loss_that_is_no_number_stops_it_and_names_the_timestep(store, monkeypatch):
+    from pipelines import distillation
+
+    plan = make(store, "plan", bits="w4a6")
+    seen = []
+    check = distillation.check_finite
+
+    def poisoned(student, loss, timestep):
+        seen.append(timestep)
+        check(student, float("nan") if len(seen) == 5 else loss, timestep)
+
+    monkeypatch.setattr(distillation, "check_finite", poisoned)
+    with pytest.raises(NumericalFault, match=f"the loss is nan at timestep"):
+        make(store, "distill", {"plan": plan.id}, trajectories=2, batch=2, save_every=2)
+    kept = next(iter(store.root.glob("distill/.draft-*/work/state.pt")))
+    assert torch.load(kept, weights_only=True)["done"] == 4  # the last good state
+
+
+def test_a_scale_that_is_not_positive_is_named_by_its_site(store):
+    from pipelines.distillation import check_finite
+    from pipelines.students import load_fake
+    from test_students import plan_of
+
+    distilled = tiny_student(store)
+    student = load_fake(load_denoiser(store.ancestor(distilled, "model").path), plan_of(store, distilled),
+                        distilled.file("student.safetensors"))  # fmt: skip
+    with torch.no_grad():
+        student.unet.timestep_tables.scale[0][3] = float("nan")
+    name = plan_of(store, distilled).quantised[3].site.name
+    with pytest.raises(NumericalFault, match=name):
+        check_finite(student, 1.0, student.unet.timestep_tables.timesteps[0])
+
+
+def test_trained_at_other_steps_than_profiled_it_interpolates_the_scales(store):
+    plan = make(store, "plan")
+    distilled = make(store, "distill", {"plan": plan.id}, trajectories=1, batch=2, steps=STEPS + 2)
+    assert distilled.figures["updates"] == STEPS + 2
+
+
+def test_the_recipe_is_the_published_one_unless_a_variant_says_otherwise():
+    assert Recipe() == Recipe(32, 2500.0, 1e-6, 5e-4, 5e-4, "quantised", False)

@@ -1,0 +1,146 @@
+"""The contract that every method and variant keeps, and what each one claims."""
+
+import math
+
+import pytest
+
+from pipelines.errors import UsageError
+from pipelines.methods import METHODS, find
+from pipelines.methods.base import EIGHT_BIT_ROLES, FLOAT_ROLES
+from pipelines.plans import Plan, read_plan, write_plan
+from pipelines.quant.spec import IDENTITY, Bits, Site, Transform
+
+VARIANTS = [(name, variant) for name, method in METHODS.items() for variant in method.variants]
+SITES = [
+    Site("conv_in", "conv", "first", (64, 1, 3, 3), padding=(1, 1), rank=4, positions=(16, 16)),
+    Site("time.1", "linear", "time", (256, 64)),
+    Site("proj", "linear", "time-projection", (64, 256)),
+    Site("conv", "conv", "residual", (64, 96, 3, 3), padding=(1, 1), rank=4, positions=(16, 16)),
+    Site("odd", "conv", "residual", (64, 21, 3, 3), padding=(1, 1), rank=4, positions=(15, 15)),
+    Site("skip", "conv", "skip", (64, 96, 1, 1), rank=4, positions=(16, 16)),
+    Site("down", "conv", "downsample", (64, 64, 3, 3), (2, 2), (1, 1), rank=4, positions=(16, 16)),
+    Site("query", "linear", "attention", (64, 64), rank=3),
+    Site("grouped", "conv", "residual", (64, 2, 3, 3), padding=(1, 1), groups=32, rank=4, positions=(16, 16)),
+    Site("conv_out", "conv", "last", (1, 64, 3, 3), padding=(1, 1), rank=4, positions=(16, 16)),
+]
+
+
+class Measures:
+    """Signs help, a larger order helps, and asymmetric helps by a little."""
+
+    def transforms(self, name):
+        site = next(site for site in SITES if site.name == name)
+        every = [Transform("channels", order, signs) for order in (8, 16, 32, 64) for signs in (None, 1)]
+        every += [Transform("width", 16)]
+        return [IDENTITY, *(transform for transform in every if site.admits(transform))]
+
+    def sqnr(self, name, transform, quantiser, bits):
+        if transform not in self.transforms(name):
+            return -math.inf
+        gain = math.log2(transform.order) + (transform.signs is not None) + 0.1 * (quantiser == "asymmetric")
+        return 5.0 * bits + gain - 3.0
+
+
+def decide(name, variant, bits="w4a4"):
+    method, _, chosen = find(name, variant)
+    return {site.name: method.decide(site, Bits.parse(bits), Measures(), chosen) for site in SITES}
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_every_method_decides_every_site_and_says_why(name, variant):
+    for plan in decide(name, variant).values():
+        assert plan.why
+    assert METHODS[name].summary and METHODS[name].source and METHODS[name].variants[variant].summary
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_first_last_and_time_layers_have_eight_bits_and_the_others_those_asked_for(name, variant):
+    for plan in decide(name, variant, "w3a4").values():
+        if plan.quantised and plan.site.role in EIGHT_BIT_ROLES + FLOAT_ROLES:
+            assert (plan.weight_bits, plan.activation_bits) == (8, 8)
+        elif plan.quantised:
+            assert (plan.weight_bits, plan.activation_bits) == (3, 4)
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_a_plan_survives_its_file(name, variant, tmp_path):
+    method, chosen, about = find(name, variant)
+    plan = Plan(name, chosen, Bits(4, 4), about.recipe, [951, 1], list(decide(name, variant).values()))
+    (tmp_path / "plan.yaml").write_text(write_plan(plan))
+    assert read_plan(tmp_path / "plan.yaml", SITES) == plan
+
+
+def test_efficientdm_rotates_nothing_and_is_asymmetric():
+    for plan in decide("efficientdm", None).values():
+        if plan.quantised:
+            assert plan.transform.is_identity and plan.activation_quantiser == plan.weight_quantiser == "asymmetric"
+
+
+def test_hqdm_as_printed_rotates_convolutions_along_the_width_and_linears_along_channels():
+    plans = decide("hqdm", "paper")
+    assert plans["conv"].transform == Transform("width", 16) and plans["conv"].inverse == "activation"
+    assert plans["query"].transform == Transform("channels", 32) and plans["query"].inverse == "single"
+    assert plans["odd"].transform.is_identity  # no power of two divides 15
+
+
+def test_hqdm_as_published_rotates_channels_and_leaves_rank_3_linears_alone():
+    plans = decide("hqdm", "code")
+    assert plans["conv"].transform == Transform("channels", 32)
+    assert plans["query"].transform.is_identity and not plans["proj"].transform.is_identity
+    assert plans["odd"].transform.is_identity and plans["conv"].activation_quantiser == "symmetric"
+
+
+def test_ours_takes_the_best_measured_transform_of_each_site():
+    plans = decide("hqdm", "ours")
+    assert plans["query"].transform == Transform("channels", 64, 1) and plans["query"].activation_quantiser == "asymmetric"
+    assert plans["conv"].transform == Transform("channels", 32, 1)  # 64 does not divide 96
+    assert plans["skip"].quantised and not plans["grouped"].quantised
+    assert plans["conv_in"].transform.is_identity
+
+
+def test_an_unknown_method_or_variant_is_refused_with_the_nearest_name():
+    with pytest.raises(UsageError) as caught:
+        find("hqmd", None)
+    assert caught.value.hint == "did you mean 'hqdm'?"
+    with pytest.raises(UsageError):
+        find("hqdm", "theirs")
+
+
+def edited(tmp_path, change):
+    import yaml
+
+    method, chosen, about = find("hqdm", "code")
+    plan = Plan("hqdm", chosen, Bits(4, 4), about.recipe, [951, 1], list(decide("hqdm", "code").values()))
+    values = yaml.safe_load(write_plan(plan))
+    change(values)
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda v: v["sites"]["conv"].update(weight_bit=4), "weight_bit"),
+        (lambda v: v["sites"]["conv"].update(weight_bits=5), "5/4 bits"),
+        (lambda v: v["sites"]["conv"]["transform"].update(order=64), "order 64 does not divide"),
+        (lambda v: v["sites"]["conv"]["transform"].update(axis="width", order=16), "inverse 'single' does not fit"),
+        (lambda v: v["sites"].pop("conv"), "no entry for site 'conv'"),
+        (lambda v: v["sites"].update(konv={"quantised": False}), "no site 'konv'"),
+        (lambda v: v.update(format=9), "format 9"),
+        (lambda v: v["recipe"].update(lora_rnk=4), "lora_rnk"),
+    ],
+)
+def test_a_plan_edited_wrongly_is_refused_with_its_file_and_key(tmp_path, change, message):
+    from pipelines.errors import HqdmError
+
+    with pytest.raises(HqdmError, match=message) as caught:
+        read_plan(edited(tmp_path, change), SITES)
+    assert "plan.yaml" in str(caught.value) or "site conv" in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_plan_edited_rightly_is_taken(tmp_path):
+    plan = read_plan(edited(tmp_path, lambda v: v["sites"]["conv"].update(inverse="double", activation_bits=6)), SITES)
+    conv = next(site for site in plan.sites if site.site.name == "conv")
+    assert (conv.inverse, conv.activation_bits) == ("double", 6)

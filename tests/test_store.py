@@ -1,0 +1,260 @@
+"""The workspace: what is committed is whole, what is interrupted goes on, what is changed is noticed."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from pipelines.errors import FileFault, HqdmError, UsageError
+from pipelines.store import Store, key_of, links
+
+
+def put(store, stage, files, key=None, inputs=None, config=None, figures=None):
+    """Commit an artifact of those files (name -> text)."""
+    inputs = inputs or {}
+    key = key or key_of(stage, 1, config or files, inputs)
+    with store.begin(stage, key, {"stage_version": 1, "config": config or {}, "inputs": links(inputs)}) as draft:
+        for name, text in files.items():
+            (draft.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft.path / name).write_text(text)
+        return draft.commit(figures or {})
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "ws")
+
+
+def test_an_artifact_is_found_by_every_name_it_has(store):
+    made = put(store, "plan", {"plan.yaml": "a: 1"}, key="k")
+    assert made.id == "plan/0001"
+    for ident in ("plan/0001", "plan/1", "plan", made.digest[:8], made.digest):
+        assert store.get(ident) == made
+    assert store.find("plan", "k") == store.newest("plan") == made
+    assert store.artifacts() == store.artifacts("plan") == [made]
+
+
+def test_an_unknown_artifact_is_answered_with_the_nearest(store):
+    put(store, "distill", {"a": "1"})
+    with pytest.raises(UsageError) as fault:
+        store.get("distil/1")
+    assert fault.value.hint == "did you mean 'distill'?" or fault.value.hint == "did you mean 'distill/0001'?"
+    with pytest.raises(UsageError):
+        store.get("distill/2")
+    with pytest.raises(UsageError, match="holds none"):
+        Store(store.root / "empty").get("plan")
+
+
+def test_reading_creates_nothing(tmp_path):
+    store = Store(tmp_path / "ws")
+    assert store.artifacts() == [] and store.newest("plan") is None and store.drafts() == []
+    assert not (tmp_path / "ws").exists()
+
+
+def test_the_digest_is_of_content_alone(store):
+    first, second = (put(store, "plan", {"a/b.txt": "same", "c": "x"}, key=key) for key in "12")
+    assert first.id != second.id and first.digest == second.digest
+    assert put(store, "plan", {"a/b.txt": "other", "c": "x"}, key="3").digest != first.digest
+    assert put(store, "plan", {"a/c.txt": "same", "c": "x"}, key="4").digest != first.digest
+
+
+def test_the_manifest_says_what_made_it(store):
+    made = put(store, "plan", {"a": "1"}, config={"bits": "w4a4"}, figures={"loss": 0.5, "psnr": float("inf")})
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert set(manifest) >= {
+        "kind", "format", "stage", "stage_version", "key", "config", "inputs", "files", "digest", "seed", "libraries",
+        "machine", "started", "seconds", "figures",
+    }  # fmt: skip
+    assert manifest["config"] == {"bits": "w4a4"}
+    assert manifest["figures"] == {"loss": 0.5, "psnr": "inf"}
+    assert manifest["files"]["a"]["bytes"] == 1
+    assert manifest["libraries"]["python"]
+
+
+def test_an_interrupted_run_is_resumed_by_its_key_and_keeps_its_scratch_until_the_commit(store):
+    with pytest.raises(KeyboardInterrupt), store.begin("distill", "k", {}) as draft:
+        assert not draft.resumed
+        (draft.work / "state").write_text("step 7")
+        raise KeyboardInterrupt
+    assert store.artifacts() == [] and store.interrupted("distill", "k")
+    assert [stage for stage, _ in store.drafts()] == ["distill"]
+    with store.begin("distill", "other", {}) as draft:
+        assert not draft.resumed and not list(draft.work.iterdir())
+    with store.begin("distill", "k", {}) as draft:
+        assert draft.resumed and (draft.work / "state").read_text() == "step 7"
+        (draft.path / "weights").write_text("w")
+        made = draft.commit({})
+    assert sorted(path.name for path in made.path.iterdir()) == ["manifest.json", "weights"]
+    assert not store.interrupted("distill", "k") and store.drafts() == []
+
+
+def test_afresh_forgets_the_interrupted_run(store):
+    with store.begin("distill", "k", {}) as draft:
+        (draft.work / "state").write_text("step 7")
+    with store.begin("distill", "k", {}, afresh=True) as draft:
+        assert not draft.resumed and not list(draft.work.iterdir())
+
+
+def test_the_time_at_work_is_summed_over_resumes(store):
+    with store.begin("distill", "k", {}) as draft:
+        (draft.work / "state").write_text("x")
+        draft._begun -= 100
+    with store.begin("distill", "k", {}) as draft:
+        assert draft.seconds >= 100
+        (draft.path / "a").write_text("x")
+        assert draft.commit({}).manifest["seconds"] >= 100
+
+
+def run_child(store, body):
+    """Start a process that begins distill with key k, prints `ready` and runs `body`."""
+    code = f"""
+        import os, sys, time
+        from pipelines.store import Store
+        with Store({str(store.root)!r}).begin("distill", "k", {{}}) as draft:
+            (draft.work / "state").write_text("x")
+            print("ready", flush=True)
+            {body}
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
+def test_a_second_process_is_told_which_one_is_at_work(store):
+    child = run_child(store, "sys.stdin.read(); time.sleep(30)")
+    try:
+        with pytest.raises(HqdmError) as fault:
+            store.begin("distill", "other", {})
+        assert f"process {child.pid} is working on distill" in fault.value.what
+        put(store, "plan", {"a": "1"})  # another stage is free
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_the_lock_dies_with_its_process_and_the_draft_outlives_it(store):
+    child = run_child(store, "time.sleep(30)")
+    child.kill()
+    child.wait()
+    assert store.interrupted("distill", "k")
+    with store.begin("distill", "k", {}) as draft:
+        assert draft.resumed
+
+
+def test_a_run_killed_inside_the_commit_leaves_no_artifact_and_goes_on(store):
+    body = "(draft.path / 'a').write_text('x'); type(draft.path).rename = lambda *a: os.kill(os.getpid(), 9)"
+    child = run_child(store, body + "; draft.commit({})")
+    assert child.wait() == -9
+    assert store.artifacts() == [] and store.interrupted("distill", "k")
+    with store.begin("distill", "k", {}) as draft:
+        assert draft.resumed
+        made = draft.commit({})
+    assert list(made.manifest["files"]) == ["a"] and made.verify() == []
+
+
+def test_a_folder_without_a_manifest_is_no_artifact_and_its_number_is_not_reused(store):
+    (store.root / "plan" / "0001").mkdir(parents=True)
+    assert store.artifacts() == []
+    assert put(store, "plan", {"a": "1"}).id == "plan/0002"
+
+
+def test_verify_names_every_missing_added_cut_and_changed_file(store):
+    made = put(store, "plan", {"same": "1", "gone": "1", "cut": "12345", "changed": "12345", "longer": "1"})
+    assert made.verify() == made.damage() == []
+    (made.path / "gone").unlink()
+    (made.path / "cut").write_text("123")
+    (made.path / "changed").write_text("12354")
+    (made.path / "longer").write_text("12")
+    (made.path / "added").write_text("")
+    expected = [
+        "gone is missing",
+        "cut is cut: 3 of 5 bytes",
+        "changed is changed",
+        "longer is changed",
+        "added is added",
+    ]
+    assert sorted(made.verify()) == sorted(made.damage()) == sorted(expected)
+
+
+def test_only_a_full_verify_sees_a_change_whose_time_was_set_back(store):
+    made = put(store, "plan", {"a": "12345"})
+    (made.path / "a").write_text("12354")
+    os.utime(made.path / "a", (1, 1))
+    assert made.damage() == [] and made.verify() == ["a is changed"]
+
+
+def test_a_manifest_whose_hashes_were_edited_is_noticed(store):
+    made = put(store, "plan", {"a": "1"})
+    made.manifest["files"]["a"]["bytes"] = 1
+    made.manifest["files"]["a"]["sha256"] = "0" * 64
+    assert "manifest.json is changed" in made.verify()
+
+
+def test_a_file_that_is_asked_for_and_not_there_is_named(store):
+    made = put(store, "plan", {"plan.yaml": "1"})
+    assert made.file("plan.yaml").read_text() == "1"
+    with pytest.raises(FileFault) as fault:
+        made.file("plan.yml")
+    assert fault.value.hint == "did you mean 'plan.yaml'?"
+    (made.path / "plan.yaml").unlink()
+    with pytest.raises(FileFault, match="plan.yaml is missing"):
+        made.file("plan.yaml")
+
+
+def test_an_ancestor_is_found_over_inputs_and_checked(store):
+    model = put(store, "model", {"w": "1"})
+    plan = put(store, "plan", {"p": "1"}, inputs={"model": model})
+    student = put(store, "distill", {"s": "1"}, inputs={"plan": plan})
+    assert store.ancestor(student, "model").id == model.id
+    assert store.ancestor(student, "distill").id == student.id
+    with pytest.raises(HqdmError, match="without any export"):
+        store.ancestor(student, "export")
+    manifest = plan.path / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"digest": "0" * 64}))
+    with pytest.raises(HqdmError, match="made from another plan/0001"):
+        store.ancestor(student, "model")
+    manifest.unlink()
+    with pytest.raises(HqdmError, match="plan/0001, which is gone"):
+        store.ancestor(student, "model")
+
+
+def test_the_key_follows_version_configuration_and_input_content(store):
+    first, same, other = (
+        put(store, "plan", {"p": text}, key=key) for text, key in (("1", "a"), ("1", "b"), ("2", "c"))
+    )
+    base = key_of("distill", 1, {"n": 1, "m": 2}, {"plan": first})
+    assert base == key_of("distill", 1, {"m": 2, "n": 1}, {"plan": same})
+    others = [
+        key_of("distill", 2, {"n": 1, "m": 2}, {"plan": first}),
+        key_of("distill", 1, {"n": 2, "m": 2}, {"plan": first}),
+        key_of("distill", 1, {"n": 1, "m": 2}, {"plan": other}),
+        key_of("export", 1, {"n": 1, "m": 2}, {"plan": first}),
+    ]
+    assert len({base, *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("{", "is damaged"), ("[]", "is not the manifest"), ('{"kind": "hqdm artifact", "format": 99}', "has format 99")],
+)
+def test_a_broken_manifest_is_named(store, text, what):
+    made = put(store, "plan", {"a": "1"})
+    (made.path / "manifest.json").write_text(text)
+    with pytest.raises(FileFault, match=what) as fault:
+        store.artifacts()
+    assert str(made.path) in fault.value.what
+
+
+def test_a_workspace_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "ws").write_text("")
+    with pytest.raises(FileFault, match="a file is in its way"):
+        Store(tmp_path / "ws").begin("plan", "k", {})
+
+
+def test_the_workspace_never_imports_torch():
+    code = "import sys, pipelines.runner, pipelines.stages; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

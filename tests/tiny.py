@@ -1,0 +1,22 @@
+"""A tiny random denoiser with every kind of layer, built in memory in less than a second."""
+
+import torch
+
+from pipelines.models.denoiser import Denoiser, ModelInfo, ready
+
+
+def tiny_denoiser(seed: int) -> Denoiser:
+    """Two resolutions (8×8 and 4×4), 32 channels, one level with cross-attention, 4 classes."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32, attention_head_dim=1, norm_num_groups=32,
+        )  # fmt: skip
+        embedding = torch.randn(5, 32)
+    schedule = dict(num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
+    return ready(Denoiser(unet, embedding, ModelInfo("compvis-ldm", 1, 8, 4, schedule)))
