@@ -18,6 +18,7 @@ from pipelines import stages
 from pipelines.config import differences, from_dict, key_dict, replace, to_dict
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.events import Report
+from pipelines.memory import reuse_freed_memory
 from pipelines.store import Artifact, Store, key_of, links, sha256_of_file
 
 
@@ -66,6 +67,7 @@ def make(
         "inputs": links(inputs),
         "seed": recorded.get("seed"),
     }
+    reuse_freed_memory()
     with store.begin(stage, key, request, afresh=force) as draft:
         figures = module.run(config, inputs, draft, report)
         artifact = draft.commit(figures)

@@ -222,7 +222,7 @@ def test_a_recipe_runs_the_road(hqdm, tmp_path):
     ],
 )
 def test_an_error_is_one_line_with_a_hint_and_stdout_stays_empty(hqdm, monkeypatch, words, code, expected):
-    for name, wanted in (("table", "collect"), ("pictures", "side_by_side")):
+    for name, wanted in (("table", "collect"), ("grids", "side_by_side")):
         module = types.ModuleType(f"pipelines.report.{name}")
         setattr(module, wanted, lambda store: [])
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -292,16 +292,16 @@ def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_pat
     method.variants = {
         name: types.SimpleNamespace(summary=line) for name, line in (("ours", "signs"), ("paper", "width"))
     }
-    table, pictures = types.ModuleType("pipelines.report.table"), types.ModuleType("pipelines.report.pictures")
+    table, grids = types.ModuleType("pipelines.report.table"), types.ModuleType("pipelines.report.grids")
     table.collect = lambda store: [
         {"source": "teacher", "fid": 1.23456789},
         {"source": "int", "fid": 2.5, "psnr": 30.0},
     ]
-    pictures.side_by_side = lambda store, path: Path(path).write_text("picture")
+    grids.side_by_side = lambda store, path: Path(path).write_text("picture")
     monkeypatch.setitem(sys.modules, "pipelines.methods", types.ModuleType("pipelines.methods"))
     sys.modules["pipelines.methods"].METHODS = {"hqdm": method}
     monkeypatch.setitem(sys.modules, table.__name__, table)
-    monkeypatch.setitem(sys.modules, pictures.__name__, pictures)
+    monkeypatch.setitem(sys.modules, grids.__name__, grids)
     assert hqdm("methods")[1].splitlines() == [
         "hqdm: rotates", "  source: a paper", "  --variant ours   signs (default)", "  --variant paper  width",
     ]  # fmt: skip

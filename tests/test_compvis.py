@@ -34,13 +34,13 @@ def test_raw_and_averaged_weights_differ_and_each_can_be_chosen(denoiser):
 
 def test_epsilon_equals_that_of_diffusers_own_conversion():
     from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     ours = load_checkpoint(CHECKPOINT, ema=False)[0]
     state, _ = read_checkpoint(CHECKPOINT)
     state = {key: value.float() for key, value in state.items() if key.startswith("model.diffusion_model.")}
-    theirs = UNet2DConditionModel.from_single_file(
-        state, original_config=yaml.safe_load(find_config(CHECKPOINT).read_text()), local_files_only=True
-    )
+    theirs = UNet2DConditionModel.from_config(ours.unet.config)
+    theirs.load_state_dict(convert_ldm_unet_checkpoint(state, dict(theirs.config)))
     x, timestep, context = torch.randn(2, 1, 16, 16), torch.tensor(401), torch.randn(2, 1, 64)
     with torch.no_grad():
         mine = ours.unet(x, timestep, encoder_hidden_states=context).sample

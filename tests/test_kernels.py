@@ -11,7 +11,7 @@ from pipelines.errors import NumericalFault, UsageError
 from pipelines.kernels import backend, cpu, forms
 from pipelines.kernels.layers import IntegerLayer
 from pipelines.quant.affine import choose
-from pipelines.quant.hadamard import rotate_activation, rotate_weight
+from pipelines.quant.hadamard import hadamard, rotate_activation, rotate_weight
 from pipelines.quant.integers import IntegerWeights
 from pipelines.quant.layers import QuantLayer
 from pipelines.quant.spec import ACTIVATION_BITS, IDENTITY, QUANTISERS, WEIGHT_BITS, Site, SitePlan, Transform
@@ -120,29 +120,33 @@ def test_accumulators_and_outputs_agree_for_any_shape(data):
     check(plan, input_for(s, seed, data.draw(st.integers(1, 3))), seed)
 
 
-def wide_weights(plan: SitePlan, rows: list[int]) -> IntegerWeights:
-    """Integer weights whose first `rows` input channels all hold the largest code, so that V is wide there."""
-    _, high = plan.weight_range
+def wide_weights(plan: SitePlan, wide: str) -> IntegerWeights:
+    """Integer weights whose V is wide: in one input channel, or along another Hadamard row for every output."""
     centred = torch.randint(-2, 3, plan.site.weight, generator=torch.Generator().manual_seed(1)).short()
-    centred[:, rows] = high
+    if wide == "channel":
+        centred[:, 3] = 200
+    elif wide == "rows":
+        _, high = plan.weight_range
+        rows = high * hadamard(32)[: plan.site.outputs].short()
+        centred[:, :32] = rows.view(*rows.shape, *[1] * (centred.ndim - 2))
     outputs = plan.site.outputs
     return IntegerWeights(plan, centred, torch.zeros(outputs, dtype=torch.int16), torch.rand(outputs) + 0.1, torch.randn(outputs))
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize(
-    "form, transform, weight_bits, weight_quantiser, rows",
+    "form, transform, weight_bits, weight_quantiser, wide",
     [
-        ("columns", IDENTITY, 8, "asymmetric", [3]),
-        ("parity", Transform("channels", 32), 4, "symmetric", list(range(32))),
-        ("digits", Transform("channels", 32), 8, "symmetric", list(range(32))),
-        ("one", Transform("channels", 8, 1), 3, "symmetric", []),
+        ("columns", IDENTITY, 8, "asymmetric", "channel"),
+        ("parity", Transform("channels", 32), 4, "symmetric", "rows"),
+        ("digits", Transform("channels", 32), 8, "symmetric", "rows"),
+        ("one", Transform("channels", 8, 1), 3, "symmetric", ""),
     ],
 )
-def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bits, weight_quantiser, rows):
+def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bits, weight_quantiser, wide):
     inverse = "none" if transform.is_identity else "single"
     plan = SitePlan(site(kind, channels=64), True, transform, inverse, weight_bits, 4, weight_quantiser, "symmetric")
-    weights = wide_weights(plan, rows)
+    weights = wide_weights(plan, wide)
     centred = torch.randint(-7, 8, (2, 5, 64) if kind == "linear" else (2, 64, 8, 8)).float()
     prepared = cpu.prepare(weights)
     assert prepared.form == form
@@ -154,7 +158,7 @@ def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bit
 
 def test_entries_of_a_folded_block_have_one_parity():
     plan = SitePlan(site("linear", channels=64), True, Transform("channels", 32, 9), "single", 4, 4)
-    weights = wide_weights(plan, [0, 1, 2])
+    weights = wide_weights(plan, "rows")
     parity = (weights.folded().int() & 1).unflatten(1, (-1, 32))
     assert torch.equal(parity, parity[..., :1].expand_as(parity))
 
@@ -168,7 +172,7 @@ def test_a_processor_without_vnni_is_refused_where_it_would_saturate_and_only_th
 
 
 def test_an_accumulator_beyond_32_bits_is_refused_by_name():
-    plan = SitePlan(site("linear", channels=2**17), True, IDENTITY, "none", 8, 8)
+    plan = SitePlan(site("linear", channels=2**18), True, IDENTITY, "none", 8, 8)
     centred = torch.full(plan.site.weight, 127, dtype=torch.int16)
     weights = IntegerWeights(plan, centred, torch.zeros(6, dtype=torch.int16), torch.ones(6), None)
     for name in ("reference", "cpu"):

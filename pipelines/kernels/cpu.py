@@ -127,9 +127,10 @@ class Prepared:
             sums = codes.unflatten(channel, (-1, self.group)).sum(2 if self.site.kind == "conv" else -1)
             both = torch.cat([codes * 2, sums], channel)
             return [(both + PARTIAL_OFFSET).to(torch.uint8)], PARTIAL_OFFSET
-        if self.offset:
-            codes = codes.add_(self.offset)
-        u8 = codes.to(torch.uint8)
+        if self.offset:  # added to bytes, which are four times fewer; int8 wraps as u8 wants it
+            u8 = codes.to(torch.int8).add_(self.offset - 256 if self.offset > 127 else self.offset).view(torch.uint8)
+        else:
+            u8 = codes.to(torch.uint8)
         if self.repeated is not None:
             u8 = torch.cat([u8, u8.index_select(channel, self.repeated)], channel)
         return [u8], zero + self.offset

@@ -22,17 +22,22 @@ class IntegerLayer(nn.Module):
         self.register_buffer("weight_scale", weights.scale)
         self._tables = [tables]
 
+    @torch.no_grad()
     def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
         """Integer-valued fp32 codes of x, their zero-point, and the activation scale of the epilogue."""
         plan = self.plan
         scale, zero = self._tables[0].of(self.index)
+        if plan.activation_quantiser == "symmetric":
+            zero = None
         spatial = plan.site.kind == "conv"
         if spatial:
             x = x.contiguous(memory_format=torch.channels_last)
-        codes = quantise(rotate_activation(x, plan.transform, spatial), scale, zero, *plan.activation_range)
-        zero_point = int(zero)
+        rotated = rotate_activation(x, plan.transform, spatial)
+        mine = not plan.transform.is_identity  # a rotation's result belongs to nobody else
+        codes = quantise(rotated, scale, zero, *plan.activation_range, overwrite=mine)
+        zero_point = 0 if zero is None else int(zero)
         if plan.inverse == "activation":
-            codes = rotate_activation(codes.sub_(zero_point), plan.transform, spatial, inverse=True)
+            codes = rotate_activation(codes.sub_(zero_point) if zero_point else codes, plan.transform, spatial, inverse=True)
             zero_point = 0
         return codes, zero_point, scale / plan.transform.order
 

@@ -152,6 +152,15 @@ def load_denoiser(folder: Path) -> Denoiser:
     return ready(Denoiser(unet, embedding, read_info(folder)))
 
 
+def _channels_last(_module, _args, output: torch.Tensor) -> torch.Tensor:
+    return output.contiguous(memory_format=torch.channels_last)
+
+
 def ready(denoiser: Denoiser) -> Denoiser:
-    """Evaluation mode, frozen, channels-last: the state in which every stage uses a denoiser."""
+    """Evaluation mode, frozen, channels-last: the state in which every stage uses a denoiser.
+
+    An input of one channel is both formats at once, and torch then takes the slower one for the whole first level, so
+    the first convolution's output is told.
+    """
+    denoiser.unet.conv_in.register_forward_hook(_channels_last)
     return denoiser.eval().requires_grad_(False).to(memory_format=torch.channels_last)

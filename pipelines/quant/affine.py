@@ -10,9 +10,15 @@ SHRINK_STEPS = 80  # EfficientDM's search for a weight scale
 NORM = 2.4  # the exponent of the error that the search minimises
 
 
-def quantise(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """Codes: clamp(⌊x / scale⌉ + zero, low, high), integer-valued, in x's dtype (paper, equation 3)."""
-    return torch.div(x, scale).round_().add_(zero).clamp_(low, high)
+def quantise(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, low: int, high: int, overwrite: bool = False
+) -> torch.Tensor:
+    """Codes: clamp(⌊x / scale⌉ + zero, low, high), integer-valued, in x's dtype (paper, equation 3).
+
+    zero None is 0, and saves a pass. `overwrite` writes over x, which saves an integer layer its largest allocation.
+    """
+    codes = torch.div(x, scale, out=x if overwrite else None).round_()
+    return (codes if zero is None else codes.add_(zero)).clamp_(low, high)
 
 
 def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -29,9 +35,13 @@ class _CentredCodes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero, low, high):
-        codes = torch.div(x, scale).round_().add_(zero)
+        codes = torch.div(x, scale).round_()
+        if zero is not None:
+            codes.add_(zero)
         inside = (codes >= low) & (codes <= high)
-        codes.clamp_(low, high).sub_(zero)
+        codes.clamp_(low, high)
+        if zero is not None:
+            codes.sub_(zero)
         ctx.save_for_backward(x, scale, zero, inside)
         return codes
 
@@ -52,14 +62,18 @@ def _sum_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return value.sum_to_size(shape) if shape else value.sum()
 
 
-def centred_codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, low: int, high: int) -> torch.Tensor:
+def centred_codes(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, low: int, high: int
+) -> torch.Tensor:
     """codes − zero, differentiable in x, scale and zero; x ≈ scale·centred_codes.
 
     The forward values are those of `quantise(…) − zero`, which is what runs when no gradient is wanted.
     """
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero.requires_grad):
+    learned = (x, scale) if zero is None else (x, scale, zero)
+    if torch.is_grad_enabled() and any(value.requires_grad for value in learned):
         return _CentredCodes.apply(x, scale, zero, low, high)
-    return quantise(x, scale, zero, low, high).sub_(zero)
+    codes = quantise(x, scale, zero, low, high)
+    return codes if zero is None else codes.sub_(zero)
 
 
 class _RoundThrough(torch.autograd.Function):

@@ -28,6 +28,7 @@ def sign_diagonal(order: int, seed: int | None) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # a cached tensor made while sampling could not take part in a backward pass later
 def _matrix(transform: Transform) -> torch.Tensor:
     return sign_diagonal(transform.order, transform.signs)[:, None] * hadamard(transform.order)
 

@@ -30,10 +30,15 @@ def epilogue(
 
 
 def product(codes: torch.Tensor, folded: torch.Tensor, site: Site) -> torch.Tensor:
-    """q·V of a linear or convolution, without epilogue, in the operands' dtype."""
+    """q·V of a linear or convolution, without epilogue, in the operands' dtype.
+
+    A convolution's result is channels-last, as the integer operators give it: torch decides otherwise for one input
+    channel, and the next GroupNorm rounds differently in another layout.
+    """
     if site.kind == "linear":
         return F.linear(codes, folded)
-    return F.conv2d(codes, folded, None, site.stride, site.padding, site.dilation, site.groups)
+    result = F.conv2d(codes, folded, None, site.stride, site.padding, site.dilation, site.groups)
+    return result.contiguous(memory_format=torch.channels_last)
 
 
 class QuantLayer(nn.Module):
@@ -116,6 +121,8 @@ class QuantLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan, tables = self.plan, self._tables[0]
         scale, zero = tables.of(self.index)
+        if plan.activation_quantiser == "symmetric":
+            zero = None
         spatial = plan.site.kind == "conv"
         if spatial:
             x = x.contiguous(memory_format=torch.channels_last)

@@ -120,6 +120,10 @@ def write_adapters(layers: Mapping, rank: int, folder) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors")
     LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(layers), lora_dropout=0.0).save_pretrained(folder)
+    # peft writes its set of names in the order of their hashes, which is another one in every process.
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"target_modules": sorted(written["target_modules"])}, indent=2) + "\n")
 
 
 def _mean(values: list[float]) -> float:
