@@ -3,6 +3,7 @@
 # make table       the table of the README: methods by bit widths, 1,000 images each (about half an hour)
 # make lint        ruff
 #
+# The environment is made without ensurepip, which a bare Debian does not have; the outer pip (22.3 or newer) installs.
 # Which build of torch: pip takes the one it finds. To choose, name it and the index that has it:
 #     make demo TORCH=torch==2.13.0+cu130 TORCH_INDEX=<the PyTorch project's index of CUDA 13.0 wheels>
 
@@ -17,9 +18,9 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test table lint clean
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(addprefix --extra-index-url ,$(TORCH_INDEX)) \
-		--constraint constraints.txt $(TORCH) --editable '.[test]'
+	$(PYTHON) -m venv --clear --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check \
+		$(addprefix --extra-index-url ,$(TORCH_INDEX)) --constraint constraints.txt $(TORCH) --editable '.[test]'
 	touch $@
 
 demo: $(READY)

@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+from tiny import tiny_denoiser
+
 from pipelines import runner
 from pipelines.models.denoiser import find_sites, save_denoiser
 from pipelines.quant.spec import site_to_dict
 from pipelines.stages import load
 from pipelines.store import Store
-from tiny import tiny_denoiser
 
 STEPS = 3
 

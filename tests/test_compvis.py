@@ -11,6 +11,7 @@ from pipelines.digits import CHECKPOINT
 from pipelines.errors import FileFault, HqdmError
 from pipelines.models.checkpoint import read_checkpoint
 from pipelines.models.compvis import find_config, load_checkpoint, read_config
+from pipelines.quant.spec import Site
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,22 @@ def test_the_samples_are_the_digits_that_were_asked_for(denoiser):
     classes = diffusion.classes_of(0, indices, 10)
     samples = diffusion.sample(denoiser, "DDIMScheduler", denoiser.info.schedule, 20, (1, 16, 16), classes, 1.5, 0.0, 0, indices)
     assert accuracy(judge, denoiser.decode(samples), classes) >= 0.97
+
+
+def test_the_embedded_models_four_bit_layers_take_at_most_0_14_of_their_fp32_bytes(denoiser):
+    from pipelines.quant.affine import choose, quantise
+    from pipelines.quant.integers import IntegerWeights
+    from pipelines.quant.spec import SitePlan
+
+    packed = floats = 0
+    for name, module in denoiser.unet.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.weight.shape[1] > 1:
+            site = SitePlan(Site(name, "linear", "attention", tuple(module.weight.shape)), True, weight_bits=4,
+                            weight_quantiser="asymmetric")  # fmt: skip
+            scale, zero = choose(module.weight.flatten(1), *site.weight_range, steps=2)
+            shape = (-1, *[1] * (module.weight.ndim - 1))
+            centred = quantise(module.weight, scale.view(shape), zero.view(shape), *site.weight_range) - zero.view(shape)
+            tensors = IntegerWeights(site, centred.short(), zero.short(), scale, module.bias).to_tensors()
+            packed += sum(value.numel() * value.element_size() for value in tensors.values()) + 2 * 4 * 20  # tables
+            floats += 4 * (module.weight.numel() + (0 if module.bias is None else module.bias.numel()))
+    assert packed / floats <= 0.14

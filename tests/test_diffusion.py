@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny import tiny_denoiser
 
 from pipelines import diffusion
 from pipelines.errors import UsageError
-from tiny import tiny_denoiser
 
 SHAPE = (1, 8, 8)
 

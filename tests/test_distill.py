@@ -1,5 +1,6 @@
 """Distillation: it learns, it goes on after a kill with the same bits, and it stops at the first number that is none."""
 
+import math
 import os
 import signal
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from roads import STEPS, make, tiny_store, tiny_student
 
 from pipelines.errors import NumericalFault
 from pipelines.events import Report
 from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import Recipe
-from roads import STEPS, make, tiny_store, tiny_student
+from pipelines.quant.spec import ACTIVATION_BITS, WEIGHT_BITS
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,13 @@ def test_the_loss_falls(store):
     assert distilled.figures["last_loss"] < distilled.figures["first_loss"]
 
 
+@pytest.mark.parametrize("weight", WEIGHT_BITS)
+@pytest.mark.parametrize("activation", ACTIVATION_BITS)
+def test_every_bit_width_trains(store, weight, activation):
+    distilled = tiny_student(store, "hqdm", "ours", f"w{weight}a{activation}")
+    assert distilled.figures["updates"] == STEPS and math.isfinite(distilled.figures["last_loss"])
+
+
 def test_a_loss_that_is_no_number_stops_it_and_names_the_timestep(store, monkeypatch):
     from pipelines import distillation
 
@@ -88,16 +97,17 @@ def test_a_loss_that_is_no_number_stops_it_and_names_the_timestep(store, monkeyp
         check(student, float("nan") if len(seen) == 5 else loss, timestep)
 
     monkeypatch.setattr(distillation, "check_finite", poisoned)
-    with pytest.raises(NumericalFault, match=f"the loss is nan at timestep"):
+    with pytest.raises(NumericalFault, match="the loss is nan at timestep"):
         make(store, "distill", {"plan": plan.id}, trajectories=2, batch=2, save_every=2)
     kept = next(iter(store.root.glob("distill/.draft-*/work/state.pt")))
     assert torch.load(kept, weights_only=True)["done"] == 4  # the last good state
 
 
 def test_a_scale_that_is_not_positive_is_named_by_its_site(store):
+    from test_students import plan_of
+
     from pipelines.distillation import check_finite
     from pipelines.students import load_fake
-    from test_students import plan_of
 
     distilled = tiny_student(store)
     student = load_fake(load_denoiser(store.ancestor(distilled, "model").path), plan_of(store, distilled),

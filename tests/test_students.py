@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from roads import STEPS, make, tiny_store, tiny_student
 from safetensors.torch import load_file
 
 from pipelines import diffusion
@@ -14,7 +15,6 @@ from pipelines.plans import read_plan
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.spec import site_from_dict
 from pipelines.students import load_fake, load_integer
-from roads import STEPS, make, tiny_store, tiny_student
 
 VARIANTS = [(name, variant) for name, method in METHODS.items() for variant in method.variants]
 

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 from torch.nn import functional as F
 

@@ -1,6 +1,6 @@
 """Integer arithmetic: one op table, a reference that is the truth, and faster back ends that give the same integers."""
 
-from pipelines.errors import did_you_mean, UsageError
+from pipelines.errors import UsageError, did_you_mean
 
 BACKENDS = {
     "reference": "plain torch integer operations, the truth; slow",

@@ -6,7 +6,13 @@ Time embedding, first and last convolution at 8 bits; shortcut and downsampling 
 """
 
 from pipelines.methods.base import (
-    EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Variant, left_in_float, measured_sqnr,
+    EIGHT_BIT_ROLES,
+    FLOAT_ROLES,
+    Measured,
+    Method,
+    Variant,
+    left_in_float,
+    measured_sqnr,
 )  # fmt: skip
 from pipelines.quant.spec import Bits, Site, SitePlan
 

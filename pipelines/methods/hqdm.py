@@ -14,7 +14,15 @@ integers alone; the paper's formula would need other integers at every timestep.
 """
 
 from pipelines.methods.base import (
-    EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Recipe, Variant, largest_block, left_in_float, measured_sqnr,
+    EIGHT_BIT_ROLES,
+    FLOAT_ROLES,
+    Measured,
+    Method,
+    Recipe,
+    Variant,
+    largest_block,
+    left_in_float,
+    measured_sqnr,
 )  # fmt: skip
 from pipelines.quant.spec import IDENTITY, QUANTISERS, Bits, Site, SitePlan, Transform
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import HqdmError
+from pipelines.report.table import comparable
 from pipelines.store import Artifact, Store
 
 SCALE_TO = 64  # pixels; small images are enlarged by a whole factor, without smoothing
 SHOWN = 10  # images a row
+GAP = 3  # white pixels between images
 NAMES = {"teacher": "teacher, fp32", "fake": "student, fake-quantised", "int": "student, integers"}
 
 
@@ -18,10 +20,11 @@ def _enlarged(images: np.ndarray) -> np.ndarray:
 
 
 def tiled(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images (N, H, W, C) uint8 to one image (rows·H, columns·W, 3), the last row filled with white."""
+    """Images (N, H, W, C) uint8 to one image (rows, columns, 3) with white lines between them."""
     missing = -len(images) % columns
     padded = np.concatenate([images, np.full((missing, *images.shape[1:]), 255, np.uint8)])
-    rows = padded.reshape(-1, columns, *images.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, C)
+    padded = np.pad(padded, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    rows = padded.reshape(-1, columns, *padded.shape[1:]).swapaxes(1, 2)  # (rows, H, columns, W, C)
     grid = rows.reshape(rows.shape[0] * rows.shape[1], -1, images.shape[3])
     return np.broadcast_to(grid, (*grid.shape[:2], 3)) if grid.shape[2] == 1 else grid
 
@@ -36,13 +39,11 @@ def save_grid(images: np.ndarray, path: Path) -> None:
 def side_by_side(store: Store, path: Path) -> list[Artifact]:
     """The first images of the newest samples of each source, same seeds in one column, with labels; returns what is shown.
 
-    HqdmError where no source has samples.
+    HqdmError where there are no samples.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    shown = [
-        found for source in NAMES if (found := store.newest("sample", lambda a, s=source: a.config["source"] == s))
-    ]
+    shown = list(comparable(store).values())
     if not shown:
         raise HqdmError("there are no samples to show", "hqdm sample teacher fake int")
     bands = []

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from pipelines.quant.spec import Bits
 from pipelines.store import Artifact, Store
 
 SOURCES = ("teacher", "fake", "int")
+SAME_WORK = ("count", "steps", "seed", "scheduler", "guidance", "eta", "batch")
 # column: (key of the score's figures, digits shown); {} is the extractor where the key or heading needs it
 FIGURES = {
     "FD({})": ("fd_{}", 2),
@@ -22,25 +24,60 @@ FIGURES = {
 
 def collect(store: Store) -> list[dict[str, Any]]:
     """One row for each sample artifact with its newest score; figures that were not computed are None."""
-    newest: dict[str, tuple[Artifact, Artifact]] = {}
-    for score in store.artifacts("score"):
-        if "samples" in score.inputs:  # scores of images from elsewhere belong to no artifact
-            samples = store.linked(score, "samples")
-            newest[samples.id] = (samples, score)
+    # By content: the integer student's images are those of the fake one, so one score may belong to both.
+    scores = {link["digest"]: score for score in store.artifacts("score") if (link := score.inputs.get("samples"))}
+    pairs = [(sample, scores[sample.digest]) for sample in store.artifacts("sample") if sample.digest in scores]
 
     def place(pair: tuple[Artifact, Artifact]) -> tuple:
-        samples = pair[0]
-        about = samples.figures
+        config, about = pair[0].config, pair[0].figures
+        bits = Bits.parse(about["bits"]) if about.get("bits") else Bits(32, 32)
         return (
-            SOURCES.index(samples.config["source"]) > 0,
-            about.get("method") or "", about.get("variant") or "", about.get("bits") or "",
-            samples.config["steps"], SOURCES.index(samples.config["source"]), samples.id,
+            config["steps"], -bits.weight, -bits.activation, about.get("method") or "", about.get("variant") or "",
+            SOURCES.index(config["source"]), pair[0].id,
         )  # fmt: skip
 
-    rows = [_row(*pair) for pair in sorted(newest.values(), key=place)]
+    rows = [_row(*pair) for pair in sorted(pairs, key=place)]
     columns = dict.fromkeys(column for row in rows for column in row)
     used = [column for column in columns if any(row.get(column) is not None for row in rows)]
     return [{column: row.get(column) for column in used} for row in rows]
+
+
+def comparable(store: Store) -> dict[str, Artifact]:
+    """source -> newest sample artifact, all of one work: the newest sample's steps, seed, scheduler, guidance and eta."""
+    anchor = store.newest("sample")
+    if anchor is None:
+        return {}
+
+    def fits(artifact: Artifact, source: str) -> bool:
+        config = artifact.config
+        return config["source"] == source and all(config[name] == anchor.config[name] for name in SAME_WORK)
+
+    found = {source: store.newest("sample", lambda artifact, s=source: fits(artifact, s)) for source in SOURCES}
+    return {source: artifact for source, artifact in found.items() if artifact}
+
+
+def speed_up(store: Store) -> str | None:
+    """How the newest integer samples compare with the teacher's of the same work: one sentence, or None without both."""
+    found = comparable(store)
+    if "int" not in found or "teacher" not in found:
+        return None
+    fast, slow = (found[source].figures["images_per_second"] for source in ("int", "teacher"))
+    share = found["int"].figures["bytes"] / found["teacher"].figures["bytes"]
+    return (
+        f"integers sample {fast / slow:.2f} times as fast as the fp32 teacher ({fast:.1f} against {slow:.1f} images/s) "
+        f"from {share:.2f} of its bytes"
+    )
+
+
+def equal_images(store: Store) -> list[tuple[str, str]]:
+    """Pairs of sample artifacts, (fake, integer), whose images are the same bit for bit."""
+    samples = store.artifacts("sample")
+    return [
+        (fake.id, integer.id)
+        for fake in samples
+        for integer in samples
+        if fake.config["source"] == "fake" and integer.config["source"] == "int" and fake.digest == integer.digest
+    ]
 
 
 def _row(samples: Artifact, score: Artifact) -> dict[str, Any]:

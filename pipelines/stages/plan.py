@@ -15,7 +15,7 @@ from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.methods import find
 from pipelines.plans import Plan, read_plan, write_plan
-from pipelines.quant.spec import Bits, SitePlan, Transform, site_from_dict
+from pipelines.quant.spec import Bits, Transform, site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "plan"
