@@ -1,4 +1,4 @@
-"""Schedules, sampling and teacher trajectories. Samplers are diffusers' own; this file decides noise, classes and order.
+"""Schedules, sampling and teacher trajectories. Samplers are diffusers' own; here are noise, classes and order.
 
 The noise and class of image i depend on the seed and i alone: every draw has a generator seeded by (seed, i, purpose).
 """
@@ -23,6 +23,9 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": dict(),
 }
 
+# What students are distilled on: its steps need nothing but x_t, so that a run can go on inside a trajectory.
+SCHEDULER = "DDIMScheduler"
+
 
 class Predicts(Protocol):
     """What sampling needs of a model."""
@@ -43,6 +46,8 @@ def make_scheduler(name: str, schedule: dict, steps: int):
         raise UsageError(f"steps {steps} is outside 1 … {train_steps}", "20 is usual")
     scheduler = getattr(diffusers, name)(**schedule, **SCHEDULERS[name])
     scheduler.set_timesteps(steps)
+    if scheduler.timesteps.max() >= train_steps:  # steps_offset = 1 puts them there when steps is all of them
+        raise UsageError(f"steps {steps} would visit timestep {train_steps}, which does not exist", "take fewer steps")
     return scheduler
 
 
@@ -62,11 +67,11 @@ def noise_of(seed: int, indices: list[int], shape: tuple[int, ...], purpose: str
     return torch.stack([torch.randn(shape, generator=generator(seed, index, purpose)) for index in indices])
 
 
-def classes_of(seed: int, indices: list[int], classes: int) -> torch.Tensor:
-    """Classes (N,) int64: a fresh permutation of all classes for every run of `classes` images, so neither sorted nor unbalanced."""
+def classes_of(seed: int, indices: list[int], classes: int, purpose: str = "classes") -> torch.Tensor:
+    """Classes (N,) int64: a fresh permutation of all classes for every `classes` images, neither sorted nor unbalanced."""
     labels = []
     for index in indices:
-        order = torch.randperm(classes, generator=generator(seed, index // classes, "classes"))
+        order = torch.randperm(classes, generator=generator(seed, index // classes, purpose))
         labels.append(int(order[index % classes]))
     return torch.tensor(labels)
 
@@ -107,10 +112,9 @@ def sample(
     eta: float, seed: int, indices: list[int],
 ) -> torch.Tensor:
     """Latents (N, *shape) of the images `indices`."""  # fmt: skip
-    x = noise_of(seed, indices, shape)
-    for _, _, x, _ in trajectory(model, name, schedule, steps, x, classes, guidance, eta, seed, indices):
-        pass
-    return x
+    start = noise_of(seed, indices, shape)
+    *_, last = trajectory(model, name, schedule, steps, start, classes, guidance, eta, seed, indices)
+    return last[2]
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

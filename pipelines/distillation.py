@@ -8,13 +8,15 @@ Every draw is a function of (seed, trajectory, step), so the loop's whole state 
 moments and the x_t it stands at: saved now and then, and a run killed anywhere ends with the bits of one that was not.
 """
 
-from collections.abc import Callable
+import math
+import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pipelines.diffusion import classes_of, noise_of, timesteps_of, trajectory
+from pipelines.diffusion import SCHEDULER, classes_of, noise_of, timesteps_of, trajectory
 from pipelines.errors import NumericalFault
 from pipelines.events import Report
 from pipelines.models.denoiser import Denoiser
@@ -22,7 +24,6 @@ from pipelines.plans import Recipe
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.tables import TimestepTables
 
-SCHEDULER = "DDIMScheduler"  # its steps need nothing but x_t, so a run can go on inside a trajectory
 WEIGHT_DECAY = 0.01  # of the adapters; scales have none
 
 
@@ -63,23 +64,32 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
 
 
 def check_finite(student: Denoiser, loss: float, timestep: int) -> None:
-    """NumericalFault that names the timestep and, where a scale is the cause, the site."""
+    """NumericalFault that names the timestep and, where a parameter is the cause, its site."""
     layers = quant_layers(student.unet)
     tables: TimestepTables = student.unet.timestep_tables
-    row = tables.timesteps.index(timestep)
-    scale = tables.scale[row].detach()
-    names = [name for name, value in zip(layers, scale, strict=True) if not value > 0]
-    names += [name for name, layer in layers.items() if not bool((layer.weight_scale > 0).all())]
-    if names:
-        raise NumericalFault(
-            f"a scale of site {names[0]} is not positive at timestep {timestep}",
-            "lower the scales' rates in the plan's recipe; the last good state is kept and the same command goes on from it",
+    way_out = "distill with lower rates (the recipe in a plan edited by hand); the last good state is kept in the draft"
+    bad = [
+        f"{what} of site {name}"
+        for name, layer in layers.items()
+        for what, values, positive in (
+            ("the weight scale", layer.weight_scale, True),
+            ("an adapter", layer.lora_a, False),
+            ("an adapter", layer.lora_b, False),
         )
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise NumericalFault(
-            f"the loss is {loss} at timestep {timestep}",
-            "lower the rates in the plan's recipe; the last good state is kept and the same command goes on from it",
-        )
+        if not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
+    ]
+    rows = tables.scale if tables.factor is None else [*tables.scale, *tables.factor]
+    if not bool(torch.cat([row.detach() for row in rows]).gt(0).all()):  # NaN is not above zero either
+        names = list(layers)
+        bad += [
+            f"the activation scale of site {names[column]} at timestep {known}"
+            for known, row in zip(tables.timesteps, tables.scale, strict=True)
+            for column in (~(row.detach() > 0)).nonzero().flatten().tolist()
+        ] or ["a weight factor"]
+    if bad:
+        raise NumericalFault(f"{bad[0]} is not a positive number or not finite, found at timestep {timestep}", way_out)
+    if not math.isfinite(loss):
+        raise NumericalFault(f"the loss is {loss} at timestep {timestep}", way_out)
 
 
 def distill(
@@ -90,12 +100,10 @@ def distill(
     state_file: Path,
     save_every: int,
     report: Report,
-    after: Callable[[int], None] = lambda update: None,
 ) -> list[float]:
     """Train in place and return the loss of every update, per image. Goes on from `state_file` where there is one.
 
     Raises NumericalFault at the first loss or scale that is not a number; the state file then holds the last good state.
-    `after` is called after each update with the number of updates done.
     """
     schedule, info = teacher.info.schedule, teacher.info
     groups = parameter_groups(student, recipe)
@@ -106,8 +114,14 @@ def distill(
     optimiser = torch.optim.AdamW(groups)
     timesteps = timesteps_of(SCHEDULER, schedule, course.steps)
     done, losses, x = 0, [], None
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+    threads = torch.get_num_threads()
+    state = _read_state(state_file, report)
+    if state is not None:
+        if (state["threads"], state["torch"]) != (threads, torch.__version__):
+            report.warn(
+                f"interrupted with {state['threads']} threads of torch {state['torch']}, going on with {threads} of "
+                f"{torch.__version__}: the result will differ in its last bits from an undisturbed run's"
+            )
         with torch.no_grad():
             for parameter, value in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -116,9 +130,15 @@ def distill(
         report.note(f"goes on after update {done} of {course.updates}")
 
     def save() -> None:
-        part = state_file.with_suffix(".part")
         values = [parameter.detach() for parameter in parameters]
-        torch.save({"parameters": values, "optimiser": optimiser.state_dict(), "done": done, "losses": losses, "x": x}, part)
+        part = state_file.with_suffix(".part")
+        with open(part, "wb") as file:
+            torch.save(
+                {"parameters": values, "optimiser": optimiser.state_dict(), "done": done, "losses": losses, "x": x,
+                 "threads": threads, "torch": str(torch.__version__)}, file,
+            )  # fmt: skip
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(state_file)
 
     report.begin("distill", course.updates, done, unit="updates")
@@ -136,13 +156,15 @@ def distill(
             for step, timestep, x, target in steps:
                 if step == course.steps:
                     break
-                if done % save_every == 0 and done:
-                    save()
                 with torch.enable_grad():
                     difference = student.predict(x, timestep, classes, course.guidance) - target
                     loss = difference.square().sum()
                 value = loss.item() / course.batch
-                check_finite(student, value, timesteps[step])
+                saves = done % save_every == 0 and done > 0
+                if saves or not math.isfinite(value):
+                    check_finite(student, value, int(timesteps[step]))
+                if saves:
+                    save()  # the state before this update, which has just been seen to be good
                 for group in optimiser.param_groups:
                     group["lr"] = group["rate"] * (1 - done / course.updates)
                 optimiser.zero_grad(set_to_none=True)
@@ -151,6 +173,17 @@ def distill(
                 done += 1
                 losses.append(value)
                 report.advance(done, loss=value)
-                after(done)
     report.end()
+    check_finite(student, losses[-1], int(timesteps[-1]))
     return losses
+
+
+def _read_state(path: Path, report: Report) -> dict | None:
+    """The saved state, or None where there is none or a power cut left half of one."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        report.warn(f"{path} is damaged ({error or type(error).__name__}); distillation starts again")
+        return None

@@ -24,6 +24,16 @@ class Recipe:
     base_weight: Literal["quantised", "float"] = "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
     weight_factors: bool = False  # a learned factor on the weight scales for every timestep
 
+    def __post_init__(self):
+        if self.lora_rank < 1 or self.lora_rate_divisor <= 0:
+            raise UsageError(
+                f"recipe: lora_rank {self.lora_rank} and lora_rate_divisor {self.lora_rate_divisor} must be positive",
+                "32 and 2500 are the published values",
+            )
+        for name in ("weight_scale_rate", "activation_scale_rate", "zero_point_rate"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"recipe: {name} cannot be {getattr(self, name)}", "0 leaves those parameters as they are")
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -15,10 +15,11 @@ from types import ModuleType
 from typing import Any
 
 from pipelines import stages
-from pipelines.config import differences, from_dict, key_dict, replace, to_dict
+from pipelines.config import differences, from_dict, key_dict, read_yaml, replace, to_dict
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.memory import reuse_freed_memory
+from pipelines.quant.spec import Bits
 from pipelines.store import Artifact, Store, key_of, links, sha256_of_file
 
 
@@ -55,6 +56,8 @@ def make(
     recorded = to_dict(config)
     report.note(f"{stage}: {reason}" if not (runs and dry_run) else f"{stage}: would run ({reason})")
     if not runs:
+        if not dry_run:
+            store.mark_current(found)
         return Outcome(stage, found, False, reason, recorded)
     for artifact in inputs.values():
         if faults := artifact.damage():
@@ -71,6 +74,7 @@ def make(
     with store.begin(stage, key, request, afresh=force) as draft:
         figures = module.run(config, inputs, draft, report)
         artifact = draft.commit(figures)
+    store.mark_current(artifact)
     return Outcome(stage, artifact, True, reason, recorded)
 
 
@@ -186,9 +190,9 @@ def _why_stale(
 
 
 def next_command(store: Store) -> str:
-    """The next `hqdm …` to type: the first stage of the road that is missing or stale behind the newest artifacts."""
+    """The next `hqdm …` to type: the first stage of the road that is missing or stale behind what was asked for last."""
     reasons = stale(store)
-    above = store.newest("model")
+    above = store.current("model")
     if above is None:
         return "hqdm profile model.ckpt"
     if reasons[above.id]:
@@ -199,6 +203,13 @@ def next_command(store: Store) -> str:
             return _command_of(stage, heir, above)
         above = heir
     return "hqdm report"
+
+
+def another_road(store: Store) -> str:
+    """What to try when the road is finished: the first of some bit widths that has no student yet."""
+    done = {student.figures.get("bits") for student in store.artifacts("distill")}
+    left = [bits for bits in ("w4a3", "w3a3", "w8a8") if bits not in done]
+    return f"hqdm distill --bits {left[0]}" if left else "hqdm status"
 
 
 def _newest_heir(store: Store, stage: str, above: Artifact) -> Artifact | None:
@@ -212,7 +223,7 @@ def _newest_heir(store: Store, stage: str, above: Artifact) -> Artifact | None:
             link["digest"] for link in artifact.inputs.values()
         }
 
-    return store.newest(stage, fits)
+    return store.current(stage, fits)
 
 
 def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
@@ -233,16 +244,17 @@ def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
     return f"hqdm {stage}"
 
 
-def samples_of_newest_lineage(store: Store) -> list[Artifact]:
-    """The sample artifacts that belong together: of the newest student and of its teacher, replaced ones left out."""
-    samples = store.artifacts("sample")
-    if not samples:
+def samples_of_current_lineage(store: Store) -> list[Artifact]:
+    """The sample artifacts that belong together: of the student asked for last and of its teacher, replaced ones left out."""
+    anchor = store.current("sample")
+    if anchor is None:
         return []
+    teacher = _ids_above(store, anchor).get("model")
+    last = store.current("sample", lambda sample: "distill" in _ids_above(store, sample))
+    student = _ids_above(store, last).get("distill") if last else None
     lineages = _lineages(store.artifacts())
-    newest = {lineages[sample.id]: sample for sample in samples}
+    newest = {lineages[sample.id]: sample for sample in store.artifacts("sample")}
     above = {sample.id: _ids_above(store, sample) for sample in newest.values()}
-    student = next((ids["distill"] for ids in reversed(list(above.values())) if "distill" in ids), None)
-    teacher = above[list(newest.values())[-1].id].get("model")
     return [
         sample
         for sample in newest.values()
@@ -262,27 +274,41 @@ def _ids_above(store: Store, artifact: Artifact) -> dict[str, str]:
 def model_config(path: Path | str, config_path: Path | str | None = None, **options: Any) -> Any:
     """The `model` stage's configuration for a checkpoint, with the hashes of its files.
 
-    Without a `config_path` the YAML file of the checkpoint's name is taken, if it lies beside it.
+    Without a `config_path` the YAML beside the checkpoint is taken: of its name, or the only one there.
     """
+    from pipelines.models.compvis_config import find_config
+
     path = Path(path).absolute()
     if not path.exists():
         raise FileFault(f"{path} does not exist", "name a checkpoint, as in: hqdm profile model.ckpt")
     if path.is_dir():
         raise FileFault(f"{path} is a folder, not a checkpoint", "name a .ckpt file in it")
-    if config_path is None and path.with_suffix(".yaml").exists():
-        config_path = path.with_suffix(".yaml")
-    values = {"path": str(path), "sha256": sha256_of_file(path)}
-    if config_path is not None:
-        config_path = Path(config_path).absolute()
-        values |= {"config_path": str(config_path), "config_sha256": sha256_of_file(config_path)}
+    config_path = find_config(path) if config_path is None else Path(config_path).absolute()
+    values = {
+        "path": str(path),
+        "sha256": sha256_of_file(path),
+        "config_path": str(config_path),
+        "config_sha256": sha256_of_file(config_path),
+    }
     return from_dict(stages.load("model").Config, values | {k: v for k, v in options.items() if v is not None}, "model")
 
 
-def edited_plan(path: Path | str, **options: Any) -> Any:
-    """The `plan` stage's configuration for a hand-edited plan file."""
+def edited_plan(path: Path | str) -> Any:
+    """The `plan` stage's configuration for a hand-edited plan file, with the method, variant and bits of the file.
+
+    The stage itself reads the rest of the file against its model; a fault in these three is told as it would tell it.
+    """
     path = Path(path).absolute()
-    default = stages.load("plan").Config()
-    return replace(default, edited=str(path), edited_sha256=sha256_of_file(path), **options)
+    values = read_yaml(path)
+    named = {}
+    for name in ("method", "variant", "bits"):
+        if name not in values:
+            raise UsageError(f"{path}: the key {name!r} is missing", "it takes text")
+        if not isinstance(values[name], str):
+            raise UsageError(f"{path}: {name} cannot be {values[name]!r}", "it takes text")
+        named[name] = values[name]
+    named["bits"] = str(Bits.parse(named["bits"]))
+    return replace(stages.load("plan").Config(), edited=str(path), edited_sha256=sha256_of_file(path), **named)
 
 
 def plan_like(artifact: Artifact) -> Any:
@@ -351,8 +377,11 @@ def _config_of(stage: str, values: Mapping[str, Any], seed: int | None, base: Pa
         for name, value in values.items()
     }
     if stage == "plan" and values.get("edited"):
-        path = (base / values["edited"]).absolute()
-        values |= {"edited": str(path), "edited_sha256": sha256_of_file(path)}
+        if mixed := [name for name in ("method", "variant", "bits") if name in values]:
+            words = " and ".join(mixed)
+            raise UsageError(f"{where}: edited says the {words} already", f"leave out {words}")
+        read = edited_plan(base / values["edited"]) if isinstance(values["edited"], str) else None
+        values |= to_dict(read) if read else {}
     config = from_dict(cls, values, where)
     with_hashes = getattr(stages.load(stage), "with_hashes", None)  # of the outside files that its paths name
     return with_hashes(config) if with_hashes else config

@@ -2,6 +2,7 @@
 
     <root>/<stage>/<NNNN>/manifest.json     a complete artifact; without a manifest there is none
     <root>/<stage>/.draft-<key>/            a run under way or interrupted: draft.json, out/ (final files), work/
+    <root>/<stage>/.current                 the number of the artifact that was asked for last
     <root>/<stage>/.lock                    held with flock during a run; the kernel drops it with the process
 
 A commit hashes and syncs every file, writes the manifest last and renames out/ to its number, so that a reader sees the
@@ -29,6 +30,7 @@ from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 KIND = "hqdm artifact"
 FORMAT = 1
 MANIFEST = "manifest.json"
+CURRENT = ".current"
 LIBRARIES = ("torch", "diffusers", "peft", "safetensors")
 _CHUNK = 1 << 20  # bytes
 
@@ -198,9 +200,17 @@ class Store:
         found = [artifact for name in stages if not name.startswith(".") for artifact in self.artifacts(name)]
         return sorted(found, key=lambda artifact: artifact.manifest["finished"])
 
-    def newest(self, stage: str, where: Callable[[Artifact], bool] | None = None) -> Artifact | None:
-        """The newest complete artifact of a stage for which `where` holds."""
-        for path in reversed(self._folders(stage)):
+    def current(self, stage: str, where: Callable[[Artifact], bool] | None = None) -> Artifact | None:
+        """The artifact of a stage that was asked for last, if `where` holds for it, or else the newest for which it does.
+
+        Asking for an older configuration again finds its artifact up to date, and the stages after it go on from there.
+        """
+        folders = self._folders(stage)
+        try:
+            last = (self.root / stage / CURRENT).read_text(encoding="utf-8").strip()
+        except OSError:
+            last = ""
+        for path in sorted(folders, key=lambda path: (path.name == last, int(path.name)), reverse=True):
             artifact = self._read(path)
             if artifact and (where is None or where(artifact)):
                 return artifact
@@ -209,7 +219,7 @@ class Store:
     def get(self, ident: str) -> Artifact:
         """`distill/0003`, `distill/3`, `distill` (the newest), or at least four digits of one artifact's digest."""
         stage, _, number = ident.strip().strip("/").partition("/")
-        if not number and (artifact := self.newest(stage)):
+        if not number and (artifact := self.current(stage)):
             return artifact
         if number.isdecimal():
             for path in self._folders(stage):
@@ -225,9 +235,17 @@ class Store:
         known = [artifact.id for artifact in everything] + sorted({artifact.stage for artifact in everything})
         raise UsageError(f"there is no artifact {ident!r} in {self.root}", did_you_mean(ident, known))
 
+    def mark_current(self, artifact: Artifact) -> None:
+        """Remember that this one was asked for last. Not part of any artifact: without it the newest counts."""
+        path = self.root / artifact.stage / CURRENT
+        if self.current(artifact.stage) != artifact:
+            part = path.with_name(path.name + ".part")
+            part.write_text(artifact.path.name + "\n", encoding="utf-8")
+            part.replace(path)
+
     def find(self, stage: str, key: str) -> Artifact | None:
         """The newest artifact of that key."""
-        return self.newest(stage, lambda artifact: artifact.key == key)
+        return self.current(stage, lambda artifact: artifact.key == key)
 
     def linked(self, artifact: Artifact, role: str) -> Artifact:
         """The input that `artifact` was made from, checked by its digest. HqdmError if gone or changed."""
@@ -445,7 +463,7 @@ def libraries(names: Iterable[str]) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The CPU's name, the threads in use and the accelerator; torch is asked only where it is loaded already."""
+    """The CPU's name and the threads in use; torch is asked only where it is loaded already."""
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -455,5 +473,4 @@ def machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is None:
         return {"cpu": cpu, "threads": os.cpu_count(), "device": "cpu"}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "device": device}
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "device": "cpu"}

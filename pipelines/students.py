@@ -14,6 +14,7 @@ and the plan as `plan.yaml`. An integer model's files (of the export stage): `mo
 with `config.json`, which holds all that a loader needs.
 """
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines.config import from_dict, to_dict
+from pipelines.diffusion import SCHEDULER
 from pipelines.errors import FileFault
 from pipelines.kernels import layers as integer_layers
 from pipelines.models.denoiser import Denoiser, ModelInfo, ready
 from pipelines.plans import Plan
 from pipelines.quant import layers as fake_layers
 from pipelines.quant.affine import dequantise, quantise
-from pipelines.quant.hadamard import rotate_weight
+from pipelines.quant.hadamard import rotate_weight, sign_diagonal
 from pipelines.quant.integers import IntegerWeights
 from pipelines.quant.layers import QuantLayer
 from pipelines.quant.spec import SitePlan, site_from_dict, site_to_dict
@@ -38,7 +40,18 @@ from pipelines.quant.tables import TimestepTables
 
 FORMAT = "hqdm-int"
 FORMAT_VERSION = 1
-EPILOGUE = "y = ((sum(q·V) · (activation_scale/order)) · weight_scale[c]) + bias[c], each operation rounded to fp32"
+# What a loader has to compute, in words that go into config.json.
+ARITHMETIC = {
+    "prologue": "x~ = x·blockdiag(D·H, …) in fp32 (H: Sylvester's ±1 matrix of `order`; D: `sign_diagonals`); "
+    "q = clamp(round_half_even(x~ / s_t) + z_t, low, high) - z_t",
+    "ranges": "symmetric: ±(2^(bits-1) - 1), no zero-point; asymmetric: 0 … 2^bits - 1, zero-point clamped to it",
+    "fold": "single: V = W·blockdiag(D·H, …) along the input channels; none, double: V = W; "
+    "activation: V = W and q is replaced by q·blockdiag(D·H, …)^T along the width",
+    "epilogue": "y = ((sum(q·V) · (s_t/order)) · w[c]) + bias[c], each operation rounded to fp32; "
+    "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order of `sites`)",
+    "timesteps": "rows of the tables by timestep; between two rows scales and factors are interpolated linearly in "
+    "their logarithm and zero-points linearly, then rounded; beyond the ends the end row holds",
+}
 
 
 def base_weight(weight: torch.Tensor, plan: SitePlan, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
@@ -54,8 +67,6 @@ def base_weight(weight: torch.Tensor, plan: SitePlan, scale: torch.Tensor, zero:
 
 def share_frozen(denoiser: Denoiser) -> Denoiser:
     """A second denoiser whose modules can be swapped while its tensors stay the first one's: no second copy of weights."""
-    import copy
-
     memo = {id(tensor): tensor for tensor in [*denoiser.parameters(), *denoiser.buffers()]}
     return copy.deepcopy(denoiser, memo)
 
@@ -166,7 +177,9 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
     save_file(tensors, folder / "model.safetensors")
     config = {
         "format": FORMAT, "version": FORMAT_VERSION, "method": plan.method, "variant": plan.variant,
-        "bits": str(plan.bits), "model": asdict(student.info), "epilogue": EPILOGUE,
+        "bits": str(plan.bits), "model": asdict(student.info), "arithmetic": ARITHMETIC,
+        "learned_on": {"scheduler": SCHEDULER, "steps": len(tables.timesteps)},
+        "sign_diagonals": _sign_diagonals(plan.quantised),
         "packing": "codes minus the smallest code, most significant bit first, rows one after another",
         "unet": {key: value for key, value in student.unet.config.items() if not key.startswith("_")},
         "sites": [_site_entry(site) for site in plan.quantised],
@@ -175,13 +188,19 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
     return sizes
 
 
+def _sign_diagonals(sites: list[SitePlan]) -> dict[str, list[int]]:
+    """Every diagonal D that the sites use, written out, by `<order>/<seed>`."""
+    used = {(site.transform.order, site.transform.signs) for site in sites if site.transform.signs is not None}
+    return {f"{order}/{seed}": sign_diagonal(order, seed).int().tolist() for order, seed in sorted(used)}
+
+
 def _site_entry(site: SitePlan) -> dict:
     entry = to_dict(site) | {"site": site_to_dict(site.site)}
     return {key: value for key, value in entry.items() if key not in ("why", "sqnr")}
 
 
 def load_integer(folder: Path, backend: str) -> Denoiser:
-    """An exported integer model, ready to sample on a back end ("reference" or "cpu"). No floats of its weights are made."""
+    """An exported integer model, ready to sample on a back end ("reference" or "cpu"), from its own files alone."""
     from diffusers import UNet2DConditionModel
 
     path = Path(folder) / "config.json"
@@ -195,19 +214,30 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
             "export again: hqdm export --format int",
         )
     tensors = _load(Path(folder) / "model.safetensors")
-    plans = [from_dict(SitePlan, entry | {"site": site_from_dict(entry["site"])}, str(path)) for entry in config["sites"]]
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config["unet"])
-    weights = {}
-    for plan in plans:
-        prefix = f"{plan.site.name}."
-        mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        weights[plan.site.name] = IntegerWeights.from_tensors(plan, mine)
-    integer_layers.swap_in(unet, plans, _tables(tensors, "tables."), weights, backend)
+    try:
+        plans = [
+            from_dict(SitePlan, entry | {"site": site_from_dict(entry["site"])}, str(path)) for entry in config["sites"]
+        ]
+        if config["sign_diagonals"] != _sign_diagonals(plans):
+            raise FileFault(f"{path}: its sign diagonals are not those of this hqdm", "use the hqdm that exported it")
+        info = ModelInfo(**config["model"])
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config["unet"])
+        weights = {}
+        for plan in plans:
+            prefix = f"{plan.site.name}."
+            mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            weights[plan.site.name] = IntegerWeights.from_tensors(plan, mine)
+        integer_layers.swap_in(unet, plans, _tables(tensors, "tables."), weights, backend)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileFault(
+            f"{folder}: config.json or model.safetensors is incomplete: {type(error).__name__}: {error}",
+            "export again: hqdm export --format int --force",
+        ) from error
     floats = {key.removeprefix("float."): value for key, value in tensors.items() if key.startswith("float.")}
     left = [name for name, value in [*unet.named_parameters(), *unet.named_buffers()] if value.is_meta]
     if sorted(left) != sorted(floats):
         different = sorted(set(left) ^ set(floats))
         raise FileFault(f"{folder}: tensors and configuration disagree on {', '.join(different[:5])}", "export again")
     unet.load_state_dict(floats, strict=False, assign=True)
-    return ready(Denoiser(unet, tensors["embedding"], ModelInfo(**config["model"])))
+    return ready(Denoiser(unet, tensors["embedding"], info))

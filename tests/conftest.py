@@ -1,4 +1,4 @@
-"""Shared by all tests: no hub, one thread a process where the shape of the work allows it, torchvision mended first."""
+"""Shared by all tests: no hub, torchvision mended before any library asks for it."""
 
 import os
 

@@ -85,7 +85,7 @@ def _fake(name):
         if parent is None:
             return {}
         role = role or parent
-        artifact = store.get(chosen[role]) if role in chosen else store.newest(parent)
+        artifact = store.get(chosen[role]) if role in chosen else store.current(parent)
         if artifact is None:
             raise HqdmError(f"there is no {parent} yet", f"hqdm {parent}")
         return {role: artifact}

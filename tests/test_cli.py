@@ -24,6 +24,7 @@ def fakes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HQDM_WORKSPACE", raising=False)
     checkpoint(tmp_path)
+    (tmp_path / "model.yaml").write_text("model: {}")
     return install(monkeypatch)
 
 
@@ -134,7 +135,7 @@ def test_json_is_all_there_is_on_stdout(road):
         outcomes = json.loads(road(*words, "--json")[1])
         assert all(outcome["id"] and outcome["config"] and outcome["reason"] for outcome in outcomes)
     assert json.loads(road("status", "--json")[1])["artifacts"][0]["artifact"] == "model/0001"
-    assert json.loads(road("show", "plan", "--json")[1])["config"]["bits"] == "w3a3"
+    assert json.loads(road("show", "plan/2", "--json")[1])["config"]["bits"] == "w3a3"
     assert json.loads(road("verify", "--json")[1])["plan/0002"] == []
 
 
@@ -160,12 +161,44 @@ def test_distill_takes_the_newest_plan_if_it_fits_and_else_makes_the_one_asked_f
 
 def test_a_hand_edited_plan_is_taken_in_and_distilled(road, tmp_path):
     edited = tmp_path / "edited.yaml"
-    edited.write_text("a: 1")
+    edited.write_text("{method: hqdm, variant: paper, bits: w3a3}")
     assert road("plan", "--from", "edited.yaml")[1].startswith("plan/0002\t")
     assert not json.loads(road("plan", "--from", "edited.yaml", "--json")[1])[0]["ran"]
-    edited.write_text("a: 2")
+    assert json.loads(road("show", "plan", "--json")[1])["config"]["bits"] == "w3a3"
+    edited.write_text("{method: hqdm, variant: paper, bits: w4a3}")
     assert road("distill", "--plan", "edited.yaml")[0] == 0
     assert json.loads(road("show", "distill", "--json")[1])["inputs"]["plan"]["id"] == "plan/0003"
+
+
+def test_an_edited_plan_and_options_that_it_decides_are_not_mixed(road, tmp_path):
+    (tmp_path / "edited.yaml").write_text("{method: hqdm, variant: paper, bits: w3a3}")
+    assert road("plan", "--from", "edited.yaml", "--bits", "w4a4") == (
+        2, "", "error: --from edited.yaml says the bits already\nhint: leave out --bits\n",
+    )  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text("model: model.ckpt\nplan: {edited: edited.yaml, bits: w4a4}\n")
+    assert "plan: edited says the bits already" in road("run", "recipe.yaml")[2]
+
+
+@pytest.mark.parametrize("word", ["typo.yaml", "plans/typo", "./typo"])
+def test_a_plan_file_that_is_not_there_is_called_a_file_and_no_artifact(road, tmp_path, word):
+    missing = f"error: {tmp_path / word} does not exist\nhint: check the path\n"
+    assert road("distill", "--plan", word) == (1, "", missing)
+    assert "there is no artifact 'plna/3'" in road("distill", "--plan", "plna/3")[2]
+
+
+def test_sample_from_one_artifact_takes_for_each_source_what_that_was_made_of(road):
+    road("distill", "--trajectories", "9")
+    road("export")
+    assert road("sample", "teacher", "fake", "int", "--from", "export/1")[0] == 0
+    made = [json.loads(road("show", f"sample/{number}", "--json")[1])["inputs"] for number in (2, 3, 1)]
+    assert [inputs["source"]["id"] for inputs in made] == ["model/0001", "distill/0001", "export/0001"]
+
+
+def test_sample_refuses_a_source_before_it_draws_from_another(road):
+    before = road("status")[1]
+    code, _, err = road("sample", "teacher", "int", "--count", "9", "--from", "distill/1")
+    assert code == 1 and "distill/0001 was made without any export artifact" in err
+    assert road("status")[1] == before
 
 
 def test_sample_makes_one_artifact_for_each_source(road):

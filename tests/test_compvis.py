@@ -1,6 +1,7 @@
 """Checkpoints in the CompVis layout: safe to read, complete, and equal to diffusers' own conversion."""
 
 import pickle
+import sys
 import zipfile
 
 import pytest
@@ -10,7 +11,8 @@ import yaml
 from pipelines.digits import CHECKPOINT
 from pipelines.errors import FileFault, HqdmError
 from pipelines.models.checkpoint import read_checkpoint
-from pipelines.models.compvis import find_config, load_checkpoint, read_config
+from pipelines.models.compvis import load_checkpoint
+from pipelines.models.compvis_config import find_config, read_config
 from pipelines.quant.spec import Site
 
 
@@ -98,6 +100,29 @@ def test_a_plain_pickle_is_not_opened(tmp_path):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("content", [{"state_dict": [1]}, {"state_dict": {1: torch.ones(1)}}, [torch.ones(1)]])
+def test_a_checkpoint_without_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.ckpt")
+    with pytest.raises(FileFault, match="holds no tensors under names"):
+        read_checkpoint(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize(
+    "pickled", [b"", b".", b"\x80\x02X\x05\x00", b"\x80\x02K\x01K\x02\x86b.", b"\x80\x02]K\x01h\x07."]
+)
+def test_a_damaged_pickle_is_named_whatever_torch_makes_of_it(tmp_path, pickled):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(2)}}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in members.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else value)
+    with pytest.raises(FileFault, match="damaged checkpoint: .") as caught:
+        read_checkpoint(path)
+    assert caught.value.hint
+
+
 def changed_config(tmp_path, change):
     params = yaml.safe_load(find_config(CHECKPOINT).read_text())
     change(params["model"]["params"])
@@ -125,6 +150,85 @@ def test_a_yaml_that_is_no_configuration_is_refused(tmp_path):
         read_config(tmp_path / "other.yaml")
 
 
+UNET = "model.params.unet_config.params"
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda params: params["unet_config"]["params"].pop("channel_mult"), f"'{UNET}.channel_mult' is missing"),
+        (lambda params: params["unet_config"]["params"].update(channel_mult=3), f"{UNET}.channel_mult cannot be 3"),
+        (lambda params: params["unet_config"]["params"].update(channel_mult=[]), "channel_mult is empty"),
+        (lambda params: params["unet_config"]["params"].update(context_dim="64"), f"{UNET}.context_dim cannot be '64'"),
+        (lambda params: params["unet_config"]["params"].update(num_head_channels=0), "num_head_channels cannot be 0"),
+        (lambda params: params["unet_config"]["params"].pop("num_head_channels"), "num_heads and num_head_channels"),
+        (lambda params: params["unet_config"]["params"].update(model_channels=40), "channel_mult = 40 does not divide by 32"),
+        (lambda params: params.pop("linear_start"), "'model.params.linear_start' is missing"),
+        (lambda params: params.update(linear_end=-1), "make no schedule"),
+        (lambda params: params.update(first_stage_config="identity"), "model.params.first_stage_config cannot be 'id"),
+    ],
+)
+def test_a_missing_or_wrong_key_is_named_with_its_file(tmp_path, change, what):
+    path = changed_config(tmp_path, change)
+    with pytest.raises(FileFault) as caught:
+        read_config(path)
+    assert what in caught.value.what and str(path) in caught.value.what and caught.value.hint
+
+
+def test_numbers_are_read_as_people_write_them_and_a_key_given_twice_is_refused(tmp_path):
+    text = find_config(CHECKPOINT).read_text()
+    path = tmp_path / "model.yaml"
+    path.write_text(text.replace("0.0015", "15e-4"))
+    assert read_config(path).linear_start == 0.0015
+    path.write_text(text.replace("timesteps: 1000", "timesteps: 1000\n    timesteps: 500"))
+    with pytest.raises(FileFault, match="given twice"):
+        read_config(path)
+
+
+def test_a_model_that_predicts_something_else_than_noise_is_refused(tmp_path):
+    with pytest.raises(HqdmError, match="parameterization: v"):
+        load_checkpoint(CHECKPOINT, changed_config(tmp_path, lambda params: params.update(parameterization="v")))
+
+
+@pytest.mark.parametrize("schedule", [{"linear_end": 0.02}, {"timesteps": 500}])
+def test_a_schedule_that_is_not_the_checkpoints_own_is_refused(tmp_path, schedule):
+    with pytest.raises(FileFault, match="alphas_cumprod are not the schedule"):
+        load_checkpoint(CHECKPOINT, changed_config(tmp_path, lambda params: params.update(schedule)))
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.yaml"])
+def test_a_file_that_changed_after_it_was_hashed_is_named(tmp_path, name):
+    from pipelines import runner
+    from pipelines.store import Store
+
+    (tmp_path / "model.ckpt").write_bytes(CHECKPOINT.read_bytes())
+    (tmp_path / "model.yaml").write_bytes(find_config(CHECKPOINT).read_bytes())
+    config = runner.model_config(tmp_path / "model.ckpt")
+    with open(tmp_path / name, "ab") as file:
+        file.write(b"\n")
+    with pytest.raises(FileFault, match=f"{name} was changed"):
+        runner.make(Store(tmp_path / "ws"), "model", config)
+
+
+def test_training_goes_on_only_with_the_options_it_began_with(tmp_path, monkeypatch):
+    from pipelines.digits import train
+
+    def typed(*options):
+        monkeypatch.setattr(sys, "argv", ["train", "--work", str(tmp_path), "--batch", "2", *options])
+        train.main()
+
+    shipped = CHECKPOINT.read_bytes()
+    typed("--steps", "1")
+    assert (tmp_path / "model.ckpt").exists() and CHECKPOINT.read_bytes() == shipped
+    for options, what in ((("--steps", "2"), "steps 1, not 2"), (("--steps", "1", "--seed", "5"), "seed 0, not 5")):
+        with pytest.raises(SystemExit, match=what):
+            typed(*options)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "seed"}, tmp_path / "state.pt")
+    with pytest.raises(SystemExit, match="seed not known, not 0"):
+        typed("--steps", "1")
+
+
 def test_a_checkpoint_without_a_configuration_says_how_to_name_one(tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(CHECKPOINT.read_bytes())
@@ -133,10 +237,10 @@ def test_a_checkpoint_without_a_configuration_says_how_to_name_one(tmp_path):
 
 
 def test_the_sites_have_roles_ranks_and_positions(denoiser):
-    from pipelines.models.denoiser import ROLES, find_sites
+    from pipelines.models.denoiser import find_sites
 
     sites = find_sites(denoiser)
-    assert {site.role for site in sites} == set(ROLES)
+    assert len({site.role for site in sites}) == 11
     by_name = {site.name: site for site in sites}
     assert by_name["conv_in"].positions == (16, 16) and by_name["time_embedding.linear_1"].rank == 2
     assert by_name["mid_block.attentions.0.transformer_blocks.0.ff.net.2"].rank == 3
@@ -152,7 +256,8 @@ def test_the_samples_are_the_digits_that_were_asked_for(denoiser):
     assert accuracy(judge, images, labels) >= 0.97
     indices = list(range(100))
     classes = diffusion.classes_of(0, indices, 10)
-    samples = diffusion.sample(denoiser, "DDIMScheduler", denoiser.info.schedule, 20, (1, 16, 16), classes, 1.5, 0.0, 0, indices)
+    schedule = denoiser.info.schedule
+    samples = diffusion.sample(denoiser, "DDIMScheduler", schedule, 20, (1, 16, 16), classes, 1.5, 0.0, 0, indices)
     assert accuracy(judge, denoiser.decode(samples), classes) >= 0.97
 
 
@@ -168,7 +273,8 @@ def test_the_embedded_models_four_bit_layers_take_at_most_0_14_of_their_fp32_byt
                             weight_quantiser="asymmetric")  # fmt: skip
             scale, zero = choose(module.weight.flatten(1), *site.weight_range, steps=2)
             shape = (-1, *[1] * (module.weight.ndim - 1))
-            centred = quantise(module.weight, scale.view(shape), zero.view(shape), *site.weight_range) - zero.view(shape)
+            codes = quantise(module.weight, scale.view(shape), zero.view(shape), *site.weight_range)
+            centred = codes - zero.view(shape)
             tensors = IntegerWeights(site, centred.short(), zero.short(), scale, module.bias).to_tensors()
             packed += sum(value.numel() * value.element_size() for value in tensors.values()) + 2 * 4 * 20  # tables
             floats += 4 * (module.weight.numel() + (0 if module.bias is None else module.bias.numel()))

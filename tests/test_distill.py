@@ -48,7 +48,7 @@ def test_interrupted_and_started_again_it_ends_with_the_same_bits(store, tmp_pat
     options = dict(trajectories=3, batch=2, save_every=2)
     with pytest.raises(KeyboardInterrupt):
         make(other, "distill", {"plan": plan.id}, Stop(after), **options)
-    assert other.newest("distill") is None
+    assert other.current("distill") is None
     assert digests(make(other, "distill", {"plan": plan.id}, **options)) == digests(whole)
 
 
@@ -66,11 +66,11 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bits(store, tmp_
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    assert other.newest("distill") is None
+    assert other.current("distill") is None
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "goes on" in done.stderr
-    assert digests(other.newest("distill")) == digests(whole)
+    assert digests(other.current("distill")) == digests(whole)
 
 
 def test_the_loss_falls(store):
@@ -85,22 +85,37 @@ def test_every_bit_width_trains(store, weight, activation):
     assert distilled.figures["updates"] == STEPS and math.isfinite(distilled.figures["last_loss"])
 
 
-def test_a_loss_that_is_no_number_stops_it_and_names_the_timestep(store, monkeypatch):
-    from pipelines import distillation
-
+def test_a_parameter_that_is_no_number_stops_it_by_name_with_the_last_good_state_kept(store, monkeypatch):
     plan = make(store, "plan", bits="w4a6")
-    seen = []
-    check = distillation.check_finite
+    taken = []
+    step = torch.optim.AdamW.step
 
-    def poisoned(student, loss, timestep):
-        seen.append(timestep)
-        check(student, float("nan") if len(seen) == 5 else loss, timestep)
+    def poisoned(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        taken.append(1)
+        if len(taken) == 4:  # after the update that the next state would be saved behind
+            self.param_groups[0]["params"][1].data.fill_(float("nan"))
 
-    monkeypatch.setattr(distillation, "check_finite", poisoned)
-    with pytest.raises(NumericalFault, match="the loss is nan at timestep"):
+    monkeypatch.setattr(torch.optim.AdamW, "step", poisoned)
+    with pytest.raises(NumericalFault, match="an adapter of site conv_in is .* not finite"):
         make(store, "distill", {"plan": plan.id}, trajectories=2, batch=2, save_every=2)
     kept = next(iter(store.root.glob("distill/.draft-*/work/state.pt")))
-    assert torch.load(kept, weights_only=True)["done"] == 4  # the last good state
+    state = torch.load(kept, weights_only=True)
+    assert state["done"] == 2 and all(torch.isfinite(value).all() for value in state["parameters"])
+
+
+def test_a_damaged_state_is_said_and_not_trusted(store, tmp_path):
+    from pipelines.distillation import _read_state
+
+    class Listener(Report):
+        heard = ""
+
+        def warn(self, message):
+            self.heard = message
+
+    (tmp_path / "state.pt").write_bytes(b"half of")
+    listener = Listener()
+    assert _read_state(tmp_path / "state.pt", listener) is None and "is damaged" in listener.heard
 
 
 def test_a_scale_that_is_not_positive_is_named_by_its_site(store):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.quant.affine import centred_codes, choose, dequantise, quantise, sqnr
 from pipelines.quant.hadamard import hadamard, matrix, rotate_activation, rotate_weight
 from pipelines.quant.packing import pack, unpack
@@ -61,6 +61,13 @@ def test_packing_is_exact_and_really_packed(bits, rows, columns, random):
 def test_codes_that_do_not_fit_are_refused():
     with pytest.raises(UsageError, match="do not fit 3 bits"):
         pack(np.array([8]), 3)
+
+
+@pytest.mark.parametrize("packed", [np.zeros(2, np.uint8), np.zeros((1, 3), np.uint8), np.zeros(3, np.float32)])
+def test_bytes_that_are_not_those_of_the_codes_are_a_files_fault_with_a_way_out(packed):
+    with pytest.raises(FileFault, match="cannot hold 8 codes of 3 bits") as caught:
+        unpack(packed, 3, (8,))
+    assert "--force" in caught.value.hint
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

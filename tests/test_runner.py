@@ -2,7 +2,8 @@
 
 import pytest
 import yaml
-from fake_stages import checkpoint, install
+from fake_stages import checkpoint as weights
+from fake_stages import install
 
 from pipelines import runner
 from pipelines.config import read_yaml
@@ -11,6 +12,12 @@ from pipelines.events import Report
 from pipelines.store import Store
 
 ROAD = ("profile", "plan", "distill", "export", "sample", "score")
+
+
+def checkpoint(tmp_path, text="weights"):
+    """A checkpoint and its configuration."""
+    (tmp_path / "model.yaml").write_text("model: {}")
+    return weights(tmp_path, text)
 
 
 class Notes(Report):
@@ -157,6 +164,44 @@ def test_the_model_is_known_by_its_content_and_its_yaml_is_found_beside_it(tmp_p
         runner.model_config(path)
 
 
+def test_the_only_yaml_in_the_folder_belongs_to_the_run_as_one_of_the_same_name_does(tmp_path, fakes):
+    store = Store(tmp_path / "ws")
+    path = weights(tmp_path)
+    with pytest.raises(FileFault, match="no configuration beside it"):
+        runner.model_config(path)
+    (tmp_path / "cin.yaml").write_text("a: 1")
+    assert runner.model_config(path).config_path == str(tmp_path / "cin.yaml")
+    runner.make(store, "model", runner.model_config(path))
+    (tmp_path / "cin.yaml").write_text("a: 2")
+    assert "config_sha256" in runner.make(store, "model", runner.model_config(path)).reason
+
+
+def test_an_edited_plan_is_recorded_with_its_own_method_variant_and_bits(tmp_path, fakes):
+    path = tmp_path / "mine.yaml"
+    path.write_text("{method: efficientdm, variant: paper, bits: w3a3}")
+    config = runner.edited_plan(path)
+    assert (config.method, config.variant, config.bits) == ("efficientdm", "paper", "w3a3")
+    checkpoint(tmp_path)
+    recipe = {"model": "model.ckpt", "profile": None, "plan": {"edited": "mine.yaml"}}
+    assert list(runner.run_recipe(Store(tmp_path / "ws"), recipe, base=tmp_path))[-1].config["bits"] == "w3a3"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{method: hqdm, variant: ours}", "the key 'bits' is missing"),
+        ("{method: hqdm, variant: ours, bits: 4}", "bits cannot be 4"),
+        ("{method: hqdm, variant: ours, bits: w5}", "bits 'w5' cannot be read"),
+        ("- 1", "not a mapping"),
+    ],
+)
+def test_an_edited_plan_that_cannot_be_read_is_refused_before_the_stage(tmp_path, fakes, text, what):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(HqdmError, match=what) as fault:
+        runner.edited_plan(tmp_path / "mine.yaml")
+    assert fault.value.hint
+
+
 def test_nothing_is_stale_after_the_whole_road(store, fakes):
     make_road(store, fakes)
     assert set(runner.stale(store).values()) == {None} and len(runner.stale(store)) == 7
@@ -215,13 +260,13 @@ def test_the_samples_that_belong_together_are_those_of_one_student_and_its_teach
         make(store, fakes, stage)
     for source in ("teacher", "fake", "int"):
         make(store, fakes, "sample", source=source)
-    ids = [sample.id for sample in runner.samples_of_newest_lineage(store)]
+    ids = [sample.id for sample in runner.samples_of_current_lineage(store)]
     assert ids == ["sample/0001", "sample/0002", "sample/0003"]
     make(store, fakes, "distill", trajectories=9)
     make(store, fakes, "export")
     make(store, fakes, "sample")
     make(store, fakes, "sample", force=True)
-    ids = [sample.id for sample in runner.samples_of_newest_lineage(store)]
+    ids = [sample.id for sample in runner.samples_of_current_lineage(store)]
     assert ids == ["sample/0001", "sample/0005"]
 
 

@@ -33,7 +33,7 @@ def test_an_artifact_is_found_by_every_name_it_has(store):
     assert made.id == "plan/0001"
     for ident in ("plan/0001", "plan/1", "plan", made.digest[:8], made.digest):
         assert store.get(ident) == made
-    assert store.find("plan", "k") == store.newest("plan") == made
+    assert store.find("plan", "k") == store.current("plan") == made
     assert store.artifacts() == store.artifacts("plan") == [made]
 
 
@@ -50,7 +50,7 @@ def test_an_unknown_artifact_is_answered_with_the_nearest(store):
 
 def test_reading_creates_nothing(tmp_path):
     store = Store(tmp_path / "ws")
-    assert store.artifacts() == [] and store.newest("plan") is None and store.drafts() == []
+    assert store.artifacts() == [] and store.current("plan") is None and store.drafts() == []
     assert not (tmp_path / "ws").exists()
 
 

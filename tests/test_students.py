@@ -134,3 +134,20 @@ def test_an_exported_model_that_was_cut_is_refused_by_name(store, tmp_path):
     (tmp_path / "config.json").write_text('{"format": "hqdm-int", "version": 99}')
     with pytest.raises(FileFault, match="version 99"):
         load_integer(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("method, variant, bits", [("hqdm", "ours", "w4a4"), ("efficientdm", None, "w3a3")])
+def test_epsilon_of_the_embedded_model_is_equal_at_every_timestep(tmp_path, method, variant, bits):
+    from pipelines import runner
+    from pipelines.digits import CHECKPOINT
+    from pipelines.store import Store
+
+    store = Store(tmp_path)
+    runner.make(store, "model", runner.model_config(CHECKPOINT))
+    make(store, "profile", steps=2, batch=1)
+    plan = make(store, "plan", method=method, variant=variant, bits=bits)
+    fake, integer = students(store, make(store, "distill", {"plan": plan.id}, trajectories=1, batch=1))
+    x, classes = torch.randn(3, 1, 16, 16), torch.tensor([3, 1, 4])
+    for timestep in diffusion.timesteps_of("DDIMScheduler", fake.info.schedule, 20):
+        with torch.no_grad():
+            assert torch.equal(*(model.predict(x, torch.tensor(timestep), classes, 1.5) for model in (fake, integer)))

@@ -1,5 +1,6 @@
 """hqdm distill: train the quantised student against its teacher, without data."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,13 @@ from hqdm_cli.skin import config_of, finish, named
 EXAMPLE = """hqdm distill --bits w4a4
   hqdm distill --bits w4a3 --method efficientdm --trajectories 40
   hqdm distill --plan plan/3"""
+
+
+def _is_path(plan: str) -> bool:
+    """Whether a word for --plan is or looks like a file, there or not, rather than an artifact's id or digest."""
+    ident = plan.strip("/")
+    has_folder = "/" in ident and not re.fullmatch(r"\w+/\d+", ident)
+    return Path(plan).is_file() or Path(plan).suffix.lower() in (".yaml", ".yml") or has_folder
 
 
 def distill(
@@ -75,14 +83,14 @@ def distill(
     )
     outcomes = []
     with console.Progress() as progress:
-        if plan and not Path(plan).is_file():
+        if plan and not _is_path(plan):
             chosen = named(store, plan, "plan")
         else:
-            newest = store.newest("plan")
+            newest = store.current("plan")
             if plan:
                 wanted = runner.edited_plan(plan)
             else:
-                # An edited plan's configuration does not say its bits: it is taken when nothing else is asked for.
+                # An edited plan's sites need not have the bits of its head: it is taken when nothing else is asked for.
                 edited = newest and newest.config["edited_sha256"]
                 fits = newest and all(newest.config[n] == value and not edited for n, value in asked.items())
                 wanted = runner.plan_like(newest) if fits else config_of("plan", **asked)

@@ -31,10 +31,15 @@ def plan(
     --from.
     """
     from pipelines import runner
+    from pipelines.errors import UsageError
     from pipelines.store import Store
 
-    options = {"bits": bits, "method": method, "variant": variant}
-    config = runner.edited_plan(edited, **options) if edited else config_of("plan", **options)
+    asked = {name: value for name, value in (("bits", bits), ("method", method), ("variant", variant)) if value}
+    if edited and asked:
+        raise UsageError(
+            f"--from {edited} says the {' and '.join(asked)} already", f"leave out --{' and --'.join(asked)}"
+        )
+    config = runner.edited_plan(edited) if edited else config_of("plan", **asked)
     with console.Progress() as progress:
         outcome = runner.make(Store(workspace), "plan", config, {}, progress, force, dry_run)
     finish(workspace, [outcome], dry_run, as_json)

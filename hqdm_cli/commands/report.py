@@ -58,5 +58,4 @@ def report(
     if not rows:
         console.say(f"{workspace} holds nothing scored yet")
     following = runner.next_command(store)
-    # Behind a finished road stands another one: the next narrower activations show what a method is worth.
-    console.next_step("hqdm distill --bits w4a3" if following == "hqdm report" else following, workspace)
+    console.next_step(runner.another_road(store) if following == "hqdm report" else following, workspace)

@@ -39,7 +39,12 @@ def sample(
         str | None, typer.Option(help="Who computes the integers: cpu or reference.", metavar="NAME")
     ] = None,
     origin: Annotated[
-        str | None, typer.Option("--from", help="The artifact to sample from; by default the newest.", metavar="ID")
+        str | None,
+        typer.Option(
+            "--from",
+            help="Sample from this artifact, or from what it was made of; by default the newest.",
+            metavar="ID",
+        ),
     ] = None,
     seed: Seed = None,
     workspace: Workspace = WORKSPACE,
@@ -53,24 +58,26 @@ def sample(
     PNG files and one .npz. Image i depends on the seed and i alone, so that the images of the teacher and of its
     students can be compared one by one.
     """
-    from pipelines import runner
+    from pipelines import runner, stages
     from pipelines.errors import UsageError, did_you_mean
     from pipelines.store import Store
 
     store = Store(workspace)
     chosen = store.get(origin) if origin else None
-    outcomes = []
     for source in sources or []:
         if source not in runner.SOURCES:
             raise UsageError(f"there is no source {source!r}", did_you_mean(source, runner.SOURCES))
     # Only the integer student has back ends; beside it, teacher and fake are drawn without.
     beside_int = {"teacher", "fake"} if "int" in (sources or []) else set()
+    asked = []
+    for source in dict.fromkeys(sources or [None]):
+        config = config_of(
+            "sample", source=source, count=count, steps=steps, eta=eta, guidance=guidance, scheduler=scheduler,
+            batch=batch, backend=None if source in beside_int else backend, seed=seed,
+        )  # fmt: skip
+        named = {"source": store.ancestor(chosen, runner.SOURCES[config.source]).id} if chosen else {}
+        stages.load("sample").inputs(config, store, named)  # refuses now what would be refused after the first source
+        asked.append((config, named))
     with console.Progress() as progress:
-        for source in dict.fromkeys(sources or [None]):
-            config = config_of(
-                "sample", source=source, count=count, steps=steps, eta=eta, guidance=guidance, scheduler=scheduler,
-                batch=batch, backend=None if source in beside_int else backend, seed=seed,
-            )  # fmt: skip
-            named = {"source": chosen.id} if chosen else {}
-            outcomes.append(runner.make(store, "sample", config, named, progress, force, dry_run))
+        outcomes = [runner.make(store, "sample", config, named, progress, force, dry_run) for config, named in asked]
     finish(workspace, outcomes, dry_run, as_json)

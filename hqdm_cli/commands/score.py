@@ -51,7 +51,7 @@ def score(
     from pipelines.store import Store
 
     store, stage = Store(workspace), stages.load("score")
-    jobs = what or [artifact.id for artifact in runner.samples_of_newest_lineage(store)]
+    jobs = what or [artifact.id for artifact in runner.samples_of_current_lineage(store)]
     if not jobs:
         raise HqdmError(f"{workspace} has no samples to score", "hqdm sample, or name images: hqdm score samples/")
     asked = []

@@ -4,6 +4,7 @@
 
 Reproducible from `--seed`: every step draws its batch, timesteps and noise from a generator seeded by (seed, step), so
 that a run stopped at any moment and started again goes on as if it had not stopped. About half an hour on 2 cores.
+The shipped checkpoint is only replaced where `--out` names it.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.digits import CHECKPOINT
 from pipelines.digits.data import CLASSES, train_split
 from pipelines.models.compvis_keys import ema_name, to_compvis
 
@@ -35,7 +35,8 @@ class ClassConditionalUNet(nn.Module):
 
         self.unet = UNet2DConditionModel(
             sample_size=16, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(64, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=64, attention_head_dim=2, norm_num_groups=32,
         )  # fmt: skip
         self.embedding = nn.Embedding(CLASSES + 1, 64)  # the last is the null class
@@ -90,11 +91,13 @@ def write_checkpoint(model: ClassConditionalUNet, ema: ClassConditionalUNet, ste
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/digits"), help="folder of the resumable state")
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="the checkpoint to write")
+    parser.add_argument("--out", type=Path, help="the checkpoint to write; WORK/model.ckpt by default")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    out = options.out or options.work / "model.ckpt"
+    asked = {name: getattr(options, name) for name in ("seed", "batch", "steps")}  # what every step's numbers depend on
 
     torch.manual_seed(options.seed)
     model = ClassConditionalUNet().to(memory_format=torch.channels_last)
@@ -107,6 +110,12 @@ def main() -> None:
     saved, step = options.work / "state.pt", 0
     if saved.exists():
         state = torch.load(saved, weights_only=True)
+        differing = [f"{name} {state.get(name, 'not known')}, not {value}" for name, value in asked.items()
+                     if state.get(name) != value]  # fmt: skip
+        if differing:
+            raise SystemExit(
+                f"{saved} is of a run with {', '.join(differing)}: give the same options to go on, or another --work"
+            )
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
@@ -116,7 +125,7 @@ def main() -> None:
     def save() -> None:
         part = saved.with_suffix(".part")
         torch.save({"model": model.state_dict(), "ema": ema.state_dict(),
-                    "optimiser": optimiser.state_dict(), "step": step}, part)  # fmt: skip
+                    "optimiser": optimiser.state_dict(), "step": step, **asked}, part)  # fmt: skip
         part.replace(saved)
 
     start, first, mean = time.monotonic(), step, None
@@ -141,8 +150,8 @@ def main() -> None:
         if step % 250 == 0:
             save()
     save()
-    write_checkpoint(model, ema, step, options.out)
-    print(f"wrote {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
+    write_checkpoint(model, ema, step, out)
+    print(f"wrote {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

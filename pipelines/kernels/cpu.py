@@ -34,8 +34,6 @@ class Prepared:
 
     def __init__(self, weights: IntegerWeights, vnni: bool):
         plan = weights.plan
-        if not hasattr(torch.ops.onednn, "qconv_pointwise") or not torch.backends.mkldnn.is_available():
-            raise HqdmError("this build of torch has no oneDNN int8 operators", "sample with --backend reference")
         self.plan, self.site, self.bias = plan, plan.site, weights.bias
         folded = weights.folded()
         self.growth = plan.transform.order if plan.inverse == "activation" else 1
@@ -172,10 +170,12 @@ class Prepared:
 
 
 def form_of(weights: IntegerWeights) -> str:
-    """The exact form in which this back end computes the layer; see `forms`."""
-    return choose_form(weights.folded(), weights.plan).name
+    """The exact form in which this back end computes the layer, every bound but the processor's checked; see `forms`."""
+    return Prepared(weights, vnni=True).form
 
 
 def prepare(weights: IntegerWeights) -> Prepared:
-    """Choose the exact form, check every bound, pack."""
+    """Choose the exact form and check every bound, this processor's too; packing waits for the input's shape."""
+    if not hasattr(torch.ops.onednn, "qconv_pointwise") or not torch.backends.mkldnn.is_available():
+        raise HqdmError("this build of torch has no oneDNN int8 operators", "sample with --backend reference")
     return Prepared(weights, _vnni())

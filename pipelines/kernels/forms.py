@@ -3,7 +3,7 @@
 A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 bits:
 
     one       V fits int8: q' = q, V' = V.
-    columns   a few input channels hold |V| > 127: these are given twice, V split over the two. One product.
+    columns   |V| ≤ 254: the input channels that hold |V| > 127 are given twice, V split over the two. One product.
     parity    inside one Hadamard block all entries of a row of V = W_int·M have one parity, so V = 2Z + P with P in {0, 1}
               constant per (output, block, kernel position). q' = [2q | partial sums of q over the block],
               V' = [Z | P, …]. One product, wider by a small share. Symmetric activations only.
@@ -79,7 +79,7 @@ def choose_form(folded: torch.Tensor, plan: SitePlan) -> Form:
             first = folded.clamp(-INT8, INT8)
             both = torch.cat([first, (folded - first).index_select(1, wide)], 1)
             return Form("columns", (Term(both.to(torch.int8)),), repeated=wide)
-        if group and largest <= 2 * INT8:
+        if group:
             parity = folded & 1
             halves = (folded - parity) // 2
             first_of_block = parity[:, :: plan.transform.order]

@@ -7,7 +7,7 @@ from pipelines.kernels import backend
 from pipelines.quant.affine import quantise
 from pipelines.quant.hadamard import rotate_activation
 from pipelines.quant.integers import IntegerWeights
-from pipelines.quant.layers import output_spans
+from pipelines.quant.layers import output_spans, zero_point
 from pipelines.quant.spec import SitePlan
 from pipelines.quant.tables import TimestepTables
 
@@ -27,19 +27,18 @@ class IntegerLayer(nn.Module):
         """Integer-valued fp32 codes of x, their zero-point, and the activation scale of the epilogue."""
         plan = self.plan
         scale, zero = self._tables[0].of(self.index)
-        if plan.activation_quantiser == "symmetric":
-            zero = None
+        zero = zero_point(zero, plan)
         spatial = plan.site.kind == "conv"
         if spatial:
             x = x.contiguous(memory_format=torch.channels_last)
         rotated = rotate_activation(x, plan.transform, spatial)
         mine = not plan.transform.is_identity  # a rotation's result belongs to nobody else
         codes = quantise(rotated, scale, zero, *plan.activation_range, overwrite=mine)
-        zero_point = 0 if zero is None else int(zero)
+        offset = 0 if zero is None else int(zero)
         if plan.inverse == "activation":
-            codes = rotate_activation(codes.sub_(zero_point) if zero_point else codes, plan.transform, spatial, inverse=True)
-            zero_point = 0
-        return codes, zero_point, scale / plan.transform.order
+            centred = codes.sub_(offset) if offset else codes
+            codes, offset = rotate_activation(centred, plan.transform, spatial, inverse=True), 0
+        return codes, offset, scale / plan.transform.order
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -53,11 +53,3 @@ def measured_sqnr(site: Site, measured: Measured, quantiser: str, bits: int) -> 
         transform.name: round(measured.sqnr(site.name, transform, quantiser, bits), 2)
         for transform in measured.transforms(site.name)
     }
-
-
-def largest_block(length: int, most: int) -> int:
-    """The largest power of two that divides `length` and is at most `most`; 1 where none above it does."""
-    order = 1
-    while order * 2 <= most and length % (order * 2) == 0:
-        order *= 2
-    return order

@@ -14,17 +14,9 @@ integers alone; the paper's formula would need other integers at every timestep.
 """
 
 from pipelines.methods.base import (
-    EIGHT_BIT_ROLES,
-    FLOAT_ROLES,
-    Measured,
-    Method,
-    Recipe,
-    Variant,
-    largest_block,
-    left_in_float,
-    measured_sqnr,
+    EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Recipe, Variant, left_in_float, measured_sqnr,
 )  # fmt: skip
-from pipelines.quant.spec import IDENTITY, QUANTISERS, Bits, Site, SitePlan, Transform
+from pipelines.quant.spec import IDENTITY, QUANTISERS, Bits, Site, SitePlan, Transform, largest_block
 
 ORDER = 32  # k = 5, the best of the paper's table 4
 ENOUGH_DB = 30.0  # above this a rotation buys nothing, and at 8 bits it costs a second int8 digit

@@ -139,7 +139,7 @@ def find_kind(name: str) -> Kind:
 
 def _digits_weights(path: str | None) -> Path:
     if path is not None:
-        raise UsageError("the extractor 'digits' comes with its weights", "leave --extractor-weights away")
+        raise UsageError("the extractor 'digits' comes with its weights", "leave --weights away")
     return CLASSIFIER
 
 
@@ -162,7 +162,7 @@ def _inception_weights(path: str | None) -> Path:
 
 def _fetch(url: str, file: Path) -> None:
     """Download into a file, after making sure within seconds that the server answers: looking up a name can hang."""
-    hint = (f"fetch {url} on a connected machine and pass the file as --extractor-weights, "
+    hint = (f"fetch {url} on a connected machine and pass the file as --weights, "
             f"or put it at {file}")  # fmt: skip
     problem = [f"no answer within {ANSWER_SECONDS} s"]
 

@@ -3,88 +3,28 @@
 from pathlib import Path
 
 import torch
-import yaml
 
-from pipelines.errors import FileFault, HqdmError
+from pipelines.errors import FileFault
 from pipelines.models.checkpoint import read_checkpoint
+from pipelines.models.compvis_config import Params, find_config, read_config, unet_arguments
 from pipelines.models.compvis_keys import ema_name, to_compvis
 from pipelines.models.denoiser import Denoiser, ModelInfo, ready
 
-# Entries of a checkpoint that hold nothing a denoiser needs: schedule buffers, a first stage, losses, averages' counters.
+# Entries of a checkpoint that hold nothing a denoiser needs: buffers, a first stage, losses, averages' counters.
 _IGNORED = ("first_stage_model.", "model_ema.decay", "model_ema.num_updates", "loss.", "logvar", "scale_factor")
 _BUFFERS = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights",
 )  # fmt: skip
-
-
-def find_config(checkpoint: Path) -> Path:
-    """The YAML beside a checkpoint: the same name, or the only one in the folder."""
-    beside = Path(checkpoint).with_suffix(".yaml")
-    if beside.is_file():
-        return beside
-    others = sorted(Path(checkpoint).parent.glob("*.yaml"))
-    if len(others) == 1:
-        return others[0]
-    raise FileFault(
-        f"{checkpoint}: no configuration beside it (looked for {beside.name})",
-        "name the model's YAML: hqdm profile model.ckpt --config model.yaml",
-    )
-
-
-def read_config(path: Path) -> dict:
-    """`model.params` of an LDM configuration; plain YAML, no tags."""
-    try:
-        params = yaml.safe_load(Path(path).read_text())["model"]["params"]
-        params["unet_config"]["params"]["model_channels"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise FileFault(
-            f"{path}: not the configuration of a latent-diffusion model ({type(error).__name__}: {error})",
-            "it needs model.params.unet_config.params, as in CompVis latent-diffusion",
-        ) from error
-    return params
-
-
-def unet_arguments(params: dict, path: Path) -> dict:
-    """Arguments of diffusers' UNet2DConditionModel for an LDM UNet with spatial transformers."""
-    unet = params["unet_config"]["params"]
-    refused = [
-        f"{key}: {unet[key]}"
-        for key, wanted in {"use_spatial_transformer": True, "use_scale_shift_norm": False, "resblock_updown": False}.items()
-        if unet.get(key, False) != wanted
-    ]
-    if params.get("conditioning_key") != "crossattn":
-        refused.append(f"conditioning_key: {params.get('conditioning_key')}")
-    if "IdentityFirstStage" not in str(params.get("first_stage_config", {}).get("target")):
-        refused.append(f"first_stage_config: {params.get('first_stage_config', {}).get('target')}")
-    if refused:
-        raise HqdmError(
-            f"{path}: this configuration is not supported: {'; '.join(refused)}",
-            "supported: a class-conditional UNet with spatial transformers, cross-attention and an identity first stage",
-        )
-    multipliers = unet["channel_mult"]
-    channels = [unet["model_channels"] * multiplier for multiplier in multipliers]
-    attention = [2**level in unet["attention_resolutions"] for level in range(len(channels))]
-    heads = [
-        width // unet["num_head_channels"] if unet.get("num_head_channels", -1) != -1 else unet["num_heads"]
-        for width in channels
-    ]
-    return dict(
-        sample_size=unet["image_size"], in_channels=unet["in_channels"], out_channels=unet["out_channels"],
-        block_out_channels=tuple(channels), layers_per_block=unet["num_res_blocks"],
-        down_block_types=tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
-        cross_attention_dim=unet["context_dim"], attention_head_dim=tuple(heads), norm_num_groups=32,
-        transformer_layers_per_block=unet.get("transformer_depth", 1),
-    )  # fmt: skip
+SCHEDULE_TOLERANCE = 1e-4  # of a cumulative alpha; files keep them in single precision
 
 
 def load_checkpoint(checkpoint: Path, config: Path | None = None, ema: bool = True) -> tuple[Denoiser, list[str]]:
     """The denoiser of a checkpoint and what was left out of the file.
 
     `ema` takes the moving averages, which the published samples come from. Raises FileFault with the missing and
-    unexpected names where the file does not fit its configuration.
+    unexpected names where the file does not fit its configuration, and where its own schedule is another one.
     """
     from diffusers import UNet2DConditionModel
 
@@ -113,22 +53,43 @@ def load_checkpoint(checkpoint: Path, config: Path | None = None, ema: bool = Tr
     ]
     if missing or unexpected or wrong:
         raise FileFault(
-            f"{checkpoint}: does not fit {config}: {_few('missing', missing)}; {_few('unexpected', unexpected)}; {_few('shapes', wrong)}",
+            f"{checkpoint}: does not fit {config}: {_few('missing', missing)}; {_few('unexpected', unexpected)}; "
+            f"{_few('shapes', wrong)}",
             "give the configuration that the checkpoint was trained with: --config model.yaml",
         )
     tensors = {name: state[key].float().clone() for name, key in wanted.items()}
     bad = sorted(name for name, value in tensors.items() if not torch.isfinite(value).all())
     if bad:
         raise FileFault(f"{checkpoint}: NaN or Inf in {_few('weights', bad)}", "fetch the file again, or try --no-ema")
+    _check_schedule(state, params, checkpoint, config)
     unet.load_state_dict(tensors, assign=True)
     schedule = dict(
-        num_train_timesteps=params.get("timesteps", 1000), beta_start=params["linear_start"],
-        beta_end=params["linear_end"], beta_schedule="scaled_linear",
+        num_train_timesteps=params.timesteps, beta_start=params.linear_start, beta_end=params.linear_end,
+        beta_schedule="scaled_linear",
     )  # fmt: skip
     table = state[embedding].float().clone()
-    unet_params = params["unet_config"]["params"]
-    info = ModelInfo("compvis-ldm", unet_params["in_channels"], unet_params["image_size"], table.shape[0] - 1, schedule)
+    info = ModelInfo("compvis-ldm", params.unet.in_channels, params.unet.image_size, table.shape[0] - 1, schedule)
     return ready(Denoiser(unet, table, info)), wrappers
+
+
+def _check_schedule(state: dict[str, torch.Tensor], params: Params, checkpoint: Path, config: Path) -> None:
+    """The checkpoint's own cumulative alphas, where it has them, against LDM's "linear" schedule, linear in √β."""
+    found = state.get("alphas_cumprod")
+    if found is None:
+        return
+    ends = params.linear_start**0.5, params.linear_end**0.5
+    wanted = torch.cumprod(1 - torch.linspace(*ends, params.timesteps, dtype=torch.float64) ** 2, 0)
+    if found.shape != wanted.shape:
+        what = f"{tuple(found.shape)} in the file, {tuple(wanted.shape)} by the configuration"
+    else:
+        largest = (found.double() - wanted).abs().max().item()
+        if largest <= SCHEDULE_TOLERANCE:  # not with NaN
+            return
+        what = f"they differ by up to {largest:.2g}"
+    raise FileFault(
+        f"{checkpoint}: its alphas_cumprod are not the schedule of {config}: {what}",
+        "give the configuration that the checkpoint was trained with: timesteps, linear_start and linear_end",
+    )
 
 
 def _few(what: str, names: list[str], most: int = 8) -> str:

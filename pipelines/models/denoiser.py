@@ -53,23 +53,14 @@ class Denoiser(nn.Module):
         return latents.clamp(-1, 1)
 
 
-ROLES = {
-    "first": "the convolution that reads the noisy image",
-    "last": "the convolution that writes ε",
-    "time": "the two linears of the time embedding",
-    "time-projection": "a residual block's linear on the time embedding",
-    "skip": "a 1×1 convolution where a residual block changes its width",
-    "downsample": "a strided convolution between resolutions",
-    "upsample": "the convolution after an upsampling",
-    "projection": "into and out of a transformer block",
-    "attention": "query, key, value and output of attention",
-    "feed-forward": "the two linears of a transformer's feed-forward",
-    "residual": "a 3×3 convolution of a residual block",
-}
-
-
 def role_of(name: str) -> str:
-    """The role of a site of diffusers' UNet2DConditionModel, from its module name."""
+    """The role of a site of diffusers' UNet2DConditionModel, from its module name.
+
+    first reads the noisy image, last writes ε; time: the two linears of the time embedding; time-projection: a residual
+    block's linear on it; skip: a 1×1 convolution where a residual block changes its width; downsample, upsample: the
+    convolutions between resolutions; projection: into and out of a transformer; attention: q, k, v and output;
+    feed-forward: a transformer's two linears; residual: a 3×3 convolution of a residual block.
+    """
     if name == "conv_in":
         return "first"
     if name == "conv_out":

@@ -6,7 +6,7 @@ import torch
 
 from pipelines.quant.affine import choose, dequantise, quantise, sqnr
 from pipelines.quant.hadamard import rotate_activation
-from pipelines.quant.spec import IDENTITY, ORDERS, Site, Transform, integer_range
+from pipelines.quant.spec import IDENTITY, ORDERS, Site, Transform, integer_range, largest_block
 
 SIGN_SEED = 1  # of the diagonal D; one seed for all sites, so that a transform's name says all about it
 WIDEST = 32  # order of a transform along the width: the paper's choice, where the width allows it
@@ -33,10 +33,7 @@ def order_on_channels(site: Site) -> int:
 
 def order_on_width(site: Site) -> int:
     """The largest power of two up to 32 that divides the width of a convolution's input; 1 where none does."""
-    order = WIDEST
-    while order > 1 and not site.admits(Transform("width", order)):
-        order //= 2
-    return order
+    return largest_block(site.positions[1], WIDEST) if site.kind == "conv" else 1
 
 
 def shown(site: Site) -> list[Transform]:

@@ -4,6 +4,7 @@ Everything here is *raw*: entries ±1 and no 2^(−k/2). A raw transform maps in
 that undoes it, 1/order, is a power of two: dividing a scale by it rounds nothing.
 """
 
+import hashlib
 from functools import lru_cache
 
 import torch
@@ -20,11 +21,15 @@ def hadamard(order: int) -> torch.Tensor:
 
 
 def sign_diagonal(order: int, seed: int | None) -> torch.Tensor:
-    """The diagonal of D (order,), ±1 in fp32; all ones without a seed."""
+    """The diagonal of D (order,), ±1 in fp32; all ones without a seed.
+
+    The signs are the bits of SHA-256("hqdm signs <seed>"), at most 256 of them: exports are decoded with them, so they
+    may not hang on the random numbers of some library's version.
+    """
     if seed is None:
         return torch.ones(order)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2, (order,), generator=generator).float() * 2 - 1
+    digest = hashlib.sha256(f"hqdm signs {seed}".encode()).digest()
+    return torch.tensor([1.0 if digest[index // 8] >> (index % 8) & 1 else -1.0 for index in range(order)])
 
 
 @lru_cache(maxsize=256)

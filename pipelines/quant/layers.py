@@ -29,6 +29,11 @@ def epilogue(
     return y if bias is None else y + bias.view(shape)
 
 
+def zero_point(zero: torch.Tensor, plan: SitePlan) -> torch.Tensor | None:
+    """A table's zero-point as a site uses it: within its codes, which the integer bounds rely on; None where symmetric."""
+    return None if plan.activation_quantiser == "symmetric" else zero.clamp(*plan.activation_range)
+
+
 def product(codes: torch.Tensor, folded: torch.Tensor, site: Site) -> torch.Tensor:
     """q·V of a linear or convolution, without epilogue, in the operands' dtype.
 
@@ -121,8 +126,7 @@ class QuantLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan, tables = self.plan, self._tables[0]
         scale, zero = tables.of(self.index)
-        if plan.activation_quantiser == "symmetric":
-            zero = None
+        zero = zero_point(zero, plan)
         spatial = plan.site.kind == "conv"
         if spatial:
             x = x.contiguous(memory_format=torch.channels_last)

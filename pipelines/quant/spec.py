@@ -1,8 +1,7 @@
 """Plain values that say how a site is quantised. No torch here: plans are read, shown and edited without it."""
 
-import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 from pipelines.errors import UsageError
 
@@ -55,8 +54,8 @@ class Transform:
             raise UsageError(f"axis {self.axis!r} does not exist", f"known: {', '.join(AXES)}")
         if self.axis == "none" and (self.order != 1 or self.signs is not None):
             raise UsageError("a transform along no axis has order 1 and no signs", "set axis to channels or width")
-        if self.order < 1 or self.order & (self.order - 1):
-            raise UsageError(f"Hadamard order {self.order} is not a power of two", "use 8, 16, 32 or 64")
+        if not 1 <= self.order <= 256 or self.order & (self.order - 1):
+            raise UsageError(f"Hadamard order {self.order} is not a power of two up to 256", "use 8, 16, 32 or 64")
 
     @property
     def is_identity(self) -> bool:
@@ -102,11 +101,6 @@ class Site:
     def outputs(self) -> int:
         return self.weight[0]
 
-    @property
-    def products(self) -> int:
-        """Products summed into one accumulator."""
-        return math.prod(self.weight[1:])
-
     def admits(self, transform: Transform) -> bool:
         """Whether the transform's blocks divide the axis it works on. Nothing is ever padded."""
         if transform.is_identity:
@@ -140,6 +134,8 @@ class SitePlan:
         where = f"site {self.site.name}: "
         if not self.quantised:
             return
+        if self.site.groups != 1:
+            raise UsageError(f"{where}grouped convolutions are not quantised", "set quantised: false")
         if self.inverse not in INVERSES:
             raise UsageError(f"{where}inverse {self.inverse!r} does not exist", f"known: {', '.join(INVERSES)}")
         allowed = {"none": ("none",), "channels": ("single", "double"), "width": ("activation",)}[self.transform.axis]
@@ -172,6 +168,14 @@ class SitePlan:
         return integer_range(self.weight_bits, self.weight_quantiser == "symmetric")
 
 
+def largest_block(length: int, most: int) -> int:
+    """The largest power of two that divides `length` and is at most `most`; 1 where none above it does."""
+    order = 1
+    while order * 2 <= most and length > 0 and length % (order * 2) == 0:
+        order *= 2
+    return order
+
+
 def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """The smallest and largest code: ±(2^(b−1) − 1), or 0 … 2^b − 1 with a zero-point."""
     return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
@@ -185,8 +189,3 @@ def site_to_dict(site: Site) -> dict:
 def site_from_dict(values: dict) -> Site:
     """The inverse of `site_to_dict`."""
     return Site(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def with_bits(plan: SitePlan, bits: Bits) -> SitePlan:
-    """The same plan at other bit widths."""
-    return replace(plan, weight_bits=bits.weight, activation_bits=bits.activation)

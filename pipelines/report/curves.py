@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.report.pictures import COLOURS, _figure
+from pipelines.report.pictures import COLOURS, figure_file
 
 
 def loss_curve(losses: Mapping[str, Sequence[float]], timesteps: Sequence[int], path: Path) -> None:
@@ -15,7 +15,7 @@ def loss_curve(losses: Mapping[str, Sequence[float]], timesteps: Sequence[int], 
     4 shows (its step 0).
     """
     steps = len(timesteps)
-    with _figure(path, 7.2, 2.8, "Distillation loss") as figure:
+    with figure_file(path, 7.2, 2.8, "Distillation loss") as figure:
         axes = figure.subplots(1, 2)
         for index, (name, values) in enumerate(losses.items()):
             table = np.asarray(values).reshape(-1, steps)  # (trajectories, steps)

@@ -35,7 +35,7 @@ MUTED = "#555555"
 
 
 @contextmanager
-def _figure(path: Path, width: float, height: float, title: str, caption: str = ""):
+def figure_file(path: Path, width: float, height: float, title: str, caption: str = ""):
     """A figure of that size in inches, with its title above and its caption below, written to `path` at the end."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,7 +78,7 @@ def channel_maxima(
     """
     columns = max(len(panels) for _, panels in rows)
     width = 0.9 + 2.35 * columns
-    with _figure(path, width, 0.75 + 1.35 * len(rows), title, wrapped(caption, width)) as figure:
+    with figure_file(path, width, 0.75 + 1.35 * len(rows), title, wrapped(caption, width)) as figure:
         axes = figure.subplots(len(rows), columns, squeeze=False)
         top = max(float(panel.maxima.max()) for _, panels in rows for panel in panels if panel)
         for (label, panels), line in zip(rows, axes, strict=True):
@@ -124,7 +124,7 @@ def heat_map(
     from matplotlib.colors import TwoSlopeNorm
 
     width = 2.6 + 0.34 * len(columns) * len(panels) + 0.6
-    with _figure(path, width, 1.9 + 0.125 * len(rows), title, wrapped(caption, width)) as figure:
+    with figure_file(path, width, 1.9 + 0.125 * len(rows), title, wrapped(caption, width)) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for ax, (name, values) in zip(axes, panels.items(), strict=True):
             ax.set_facecolor("#e4e4e4")
@@ -165,7 +165,7 @@ def lines(
     """A grid of line plots with one legend; a row shares its vertical axis. `falling` draws x from high to low."""
     columns = max(len(row) for row in panels)
     width = 0.8 + 2.1 * columns
-    with _figure(path, width, 0.9 + 2.1 * len(panels), title, wrapped(caption, width)) as figure:
+    with figure_file(path, width, 0.9 + 2.1 * len(panels), title, wrapped(caption, width)) as figure:
         axes = figure.subplots(len(panels), columns, squeeze=False, sharex=True, sharey="row")
         entries = {}
         for row, line_of_axes in zip(panels, axes, strict=True):

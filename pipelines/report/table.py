@@ -13,7 +13,9 @@ FIGURES = {
     "FID": ("fid", 2),
     "sFD({})": ("sfd_{}", 2),
     "sFID": ("sfid", 2),
+    "IS({})": ("is", 3),
     "IS": ("is", 3),
+    "KD({})": ("kid", 4),
     "KID": ("kid", 4),
     "precision": ("precision", 3),
     "recall": ("recall", 3),
@@ -44,15 +46,17 @@ def collect(store: Store) -> list[dict[str, Any]]:
 
 def comparable(store: Store) -> dict[str, Artifact]:
     """source -> newest sample artifact, all of one work: the newest sample's steps, seed, scheduler, guidance and eta."""
-    anchor = store.newest("sample")
+    anchor = store.current("sample")
     if anchor is None:
         return {}
+    model = store.ancestor(anchor, "model").digest
 
     def fits(artifact: Artifact, source: str) -> bool:
         config = artifact.config
-        return config["source"] == source and all(config[name] == anchor.config[name] for name in SAME_WORK)
+        same = all(config[name] == anchor.config[name] for name in SAME_WORK)
+        return config["source"] == source and same and store.ancestor(artifact, "model").digest == model
 
-    found = {source: store.newest("sample", lambda artifact, s=source: fits(artifact, s)) for source in SOURCES}
+    found = {source: store.current("sample", lambda artifact, s=source: fits(artifact, s)) for source in SOURCES}
     return {source: artifact for source, artifact in found.items() if artifact}
 
 
@@ -93,7 +97,11 @@ def _row(samples: Artifact, score: Artifact) -> dict[str, Any]:
         "bytes": about["bytes"],
     }
     extractor = figures["extractor"]
+    other = extractor != "inception"  # distances on other features than Inception's go by other names
     for heading, (key, digits) in FIGURES.items():
+        if heading in ("IS", "KID", "IS({})", "KD({})") and ("{" in heading) != other:
+            continue
         value = figures.get(key.format(extractor))
         row[heading.format(extractor)] = round(value, digits) if isinstance(value, float) else value
-    return row | {"samples": samples.id}
+    interpolated = about.get("interpolated_timesteps") or None
+    return row | {"interpolated": interpolated, "reference": figures["reference"], "samples": samples.id}

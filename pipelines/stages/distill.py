@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipelines.errors import HqdmError
+from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.plans import read_plan, write_plan
 from pipelines.quant.spec import site_from_dict
@@ -29,10 +29,16 @@ class Config:
     seed: int = 0
     save_every: int = field(default=100, metadata={"key": False})  # updates between two saved states
 
+    def __post_init__(self):
+        for name in ("trajectories", "steps", "batch", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"distill: {name} cannot be {value}", "it takes 1 or more")
+
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
     """The plan, and the model it was made for."""
-    plan = store.get(chosen["plan"]) if "plan" in chosen else store.newest("plan")
+    plan = store.get(chosen["plan"]) if "plan" in chosen else store.current("plan")
     if plan is None:
         raise HqdmError("there is no plan to distill from", "hqdm plan")
     return {"plan": plan, "model": store.ancestor(plan, "model")}
@@ -43,8 +49,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     import torch
     from safetensors.torch import load_file, save_file
 
-    from pipelines.diffusion import timesteps_of
-    from pipelines.distillation import SCHEDULER, Course, distill
+    from pipelines.diffusion import SCHEDULER, timesteps_of
+    from pipelines.distillation import Course, distill
     from pipelines.models.denoiser import load_denoiser
     from pipelines.quant.layers import quant_layers
     from pipelines.report.curves import loss_curve

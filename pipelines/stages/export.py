@@ -26,7 +26,7 @@ class Config:
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
     """The distilled student, and its teacher."""
-    distilled = store.get(chosen["distill"]) if "distill" in chosen else store.newest("distill")
+    distilled = store.get(chosen["distill"]) if "distill" in chosen else store.current("distill")
     if distilled is None:
         raise HqdmError("there is no student to export", "hqdm distill --bits w4a4")
     return {"distill": distilled, "model": store.ancestor(distilled, "model")}

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pipelines.errors import FileFault
 from pipelines.events import Report
-from pipelines.store import Artifact, Draft, Store
+from pipelines.store import Artifact, Draft, Store, sha256_of_file
 
 NAME = "model"
 VERSION = 1
@@ -19,7 +20,7 @@ VERSION = 1
 class Config:
     path: str = field(default="", metadata={"key": False})  # the checkpoint
     sha256: str = ""
-    config_path: str | None = field(default=None, metadata={"key": False})  # its YAML; found beside it by default
+    config_path: str | None = field(default=None, metadata={"key": False})  # its YAML
     config_sha256: str | None = None
     ema: bool = True  # the moving averages, not the raw weights
 
@@ -35,6 +36,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.models.denoiser import find_sites, save_denoiser
     from pipelines.quant.spec import site_to_dict
 
+    for name, recorded in ((config.path, config.sha256), (config.config_path, config.config_sha256)):
+        if name is not None and sha256_of_file(name) != recorded:
+            raise FileFault(f"{name} was changed since this run began", "type the same command again")
     path = None if config.config_path is None else Path(config.config_path)
     denoiser, wrappers = load_checkpoint(Path(config.path), path, config.ema)
     if wrappers:

@@ -8,14 +8,15 @@ Writes `plan.yaml`, which a person can read, edit and hand back, and `scales.saf
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.methods import find
+from pipelines.methods.base import measured_sqnr
 from pipelines.plans import Plan, read_plan, write_plan
-from pipelines.quant.spec import Bits, Transform, site_from_dict
+from pipelines.quant.spec import Bits, SitePlan, Transform, site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "plan"
@@ -33,7 +34,7 @@ class Config:
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
     """The profile, and the model it was made from."""
-    profile = store.get(chosen["profile"]) if "profile" in chosen else store.newest("profile")
+    profile = store.get(chosen["profile"]) if "profile" in chosen else store.current("profile")
     if profile is None:
         raise HqdmError("there is no profile to plan from", "hqdm profile model.ckpt")
     return {"profile": profile, "model": store.ancestor(profile, "model")}
@@ -89,6 +90,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
                 f"{config.edited}: its timesteps are not those of {inputs['profile'].id}",
                 "leave timesteps as they were, or profile with the same --steps",
             )
+        plan = replace(plan, sites=[_measured_anew(site, measured) for site in plan.sites])
     else:
         method, variant_name, variant = find(config.method, config.variant)
         bits = Bits.parse(config.bits)
@@ -121,6 +123,15 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     return _figures(plan)
 
 
+def _measured_anew(site: SitePlan, measured: ProfileMeasures) -> SitePlan:
+    """An edited site with the SQNR of its own bits and quantiser, whatever the file said."""
+    if not site.quantised:
+        return site
+    return replace(
+        site, sqnr=measured_sqnr(site.site, measured, site.activation_quantiser, site.activation_bits)
+    )
+
+
 def _figures(plan: Plan) -> dict:
     kinds: dict[str, int] = {}
     for site in plan.quantised:
@@ -129,7 +140,7 @@ def _figures(plan: Plan) -> dict:
     return {
         "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "sites": len(plan.sites),
         "quantised": len(plan.quantised), "transforms": dict(sorted(kinds.items())),
-        "sqnr_before": _mean([site.sqnr["none"] for site in rotated]),
+        "sqnr_before": _mean([site.sqnr["none"] for site in rotated if "none" in site.sqnr]),
         "sqnr_after": _mean([site.sqnr[site.transform.name] for site in rotated if site.transform.name in site.sqnr]),
     }  # fmt: skip
 

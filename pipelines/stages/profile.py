@@ -48,12 +48,17 @@ class Config:
     scheduler: str = "DDIMScheduler"
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"profile: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
     """model: the chosen or the newest model artifact."""
     if "model" in chosen:
         return {"model": store.get(chosen["model"])}
-    newest = store.newest("model")
+    newest = store.current("model")
     if newest is None:
         raise HqdmError(f"{store.root} holds no model", "hqdm profile model.ckpt takes a checkpoint into the workspace")
     return {"model": newest}
@@ -65,8 +70,6 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     from pipelines.models.denoiser import load_denoiser
 
-    if config.batch < 1:
-        raise UsageError(f"batch {config.batch} is less than one trajectory", "8 is usual")
     model = inputs["model"]
     denoiser = load_denoiser(model.path)
     sites = [site_from_dict(values) for values in json.loads(model.file("sites.json").read_text())]
@@ -109,8 +112,9 @@ def observe(config: Config, denoiser: "Denoiser", sites: list[Site], report: Rep
     info = denoiser.info
     visited = [int(timestep) for timestep in timesteps_of(config.scheduler, info.schedule, config.steps)]
     indices = list(range(config.batch))
-    noise = noise_of(config.seed, indices, (info.channels, info.size, info.size))
-    classes = classes_of(config.seed, indices, info.classes)
+    # Noise and classes of their own: scales must not be fitted to the images that are scored later.
+    noise = noise_of(config.seed, indices, (info.channels, info.size, info.size), "profile")
+    classes = classes_of(config.seed, indices, info.classes, "profile classes")
     report.begin("teacher trajectories", len(visited))
     with (
         torch.inference_mode(),

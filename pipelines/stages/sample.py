@@ -35,17 +35,20 @@ class Config:
     batch: int = 50
     backend: Literal["cpu", "reference"] | None = None  # of the integer model; cpu by default
 
+    def __post_init__(self):
+        for name in ("count", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"sample: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
     """What makes the images, and for a fake student its teacher."""
-    if config.count < 1 or config.batch < 1:
-        raise UsageError(f"count {config.count} and batch {config.batch} must be positive", "--count 100 --batch 50")
     stage = MAKERS[config.source]
 
     def fits(artifact: Artifact) -> bool:
         return artifact.stage == stage and artifact.config.get("format", "int") == "int"
 
-    maker = store.get(chosen["source"]) if "source" in chosen else store.newest(stage, fits)
+    maker = store.get(chosen["source"]) if "source" in chosen else store.current(stage, fits)
     if maker is None:
         raise HqdmError(f"there is no {stage} artifact to sample from", FIRST[config.source])
     if not fits(maker):

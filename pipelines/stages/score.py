@@ -118,7 +118,7 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
             raise UsageError(f"{role} is given twice: {getattr(config, f'{role}_path')} and {chosen[role]}")
     found = {role: _sample(store, role, ident) for role, ident in chosen.items()}
     if config.samples_path is None and "samples" not in found:
-        newest = store.newest("sample")
+        newest = store.current("sample")
         if newest is None:
             raise HqdmError(f"{store.root} holds no samples", "hqdm sample, or name images: hqdm score samples/")
         found["samples"] = newest
@@ -252,7 +252,7 @@ def _teacher_pair(store: Store, samples: Artifact) -> Artifact | None:
             return False
         return _model_of(store, other) == model
 
-    return store.newest("sample", fits)
+    return store.current("sample", fits)
 
 
 def _model_of(store: Store, samples: Artifact) -> str | None:
