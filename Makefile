@@ -11,7 +11,8 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-READY := $(VENV)/.ready
+# One stamp for each choice of torch, so that another choice installs again.
+READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
@@ -30,7 +31,7 @@ demo: $(READY)
 	hqdm export --format int
 	hqdm sample teacher fake int --count 500
 	hqdm score
-	hqdm report --picture workspace/comparison.png
+	hqdm report --picture $${HQDM_WORKSPACE:-workspace}/comparison.png
 
 test: $(READY)
 	python -m pytest

@@ -2,7 +2,8 @@
 
     python -m benchmarks.digits --count 1000
 
-Every cell is a chain of artifacts in the workspace `runs/table`: plan, distill, export, sample, score, all with the same
+Every cell is a chain of artifacts in the workspace `runs/table`: plan, distill, export, sample, score, all with the
+same
 seeds. What is there is not computed twice, so the table can be stopped and gone on with at any moment.
 """
 

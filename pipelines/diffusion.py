@@ -68,7 +68,9 @@ def noise_of(seed: int, indices: list[int], shape: tuple[int, ...], purpose: str
 
 
 def classes_of(seed: int, indices: list[int], classes: int, purpose: str = "classes") -> torch.Tensor:
-    """Classes (N,) int64: a fresh permutation of all classes for every `classes` images, neither sorted nor unbalanced."""
+    """Classes (N,) int64: a fresh permutation of all classes for every `classes` images, neither sorted nor
+    unbalanced.
+    """
     labels = []
     for index in indices:
         order = torch.randperm(classes, generator=generator(seed, index // classes, purpose))
@@ -77,8 +79,17 @@ def classes_of(seed: int, indices: list[int], classes: int, purpose: str = "clas
 
 
 def trajectory(
-    model: Predicts, name: str, schedule: dict, steps: int, x: torch.Tensor, classes: torch.Tensor, guidance: float,
-    eta: float, seed: int, indices: list[int], first: int = 0,
+    model: Predicts,
+    name: str,
+    schedule: dict,
+    steps: int,
+    x: torch.Tensor,
+    classes: torch.Tensor,
+    guidance: float,
+    eta: float,
+    seed: int,
+    indices: list[int],
+    first: int = 0,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Run a sampler and yield (step, timestep, x_t, ε) before each step and, last, (steps, timestep, x_0, ε).
 
@@ -108,8 +119,16 @@ def trajectory(
 
 @torch.inference_mode()
 def sample(
-    model: Predicts, name: str, schedule: dict, steps: int, shape: tuple[int, ...], classes: torch.Tensor, guidance: float,
-    eta: float, seed: int, indices: list[int],
+    model: Predicts,
+    name: str,
+    schedule: dict,
+    steps: int,
+    shape: tuple[int, ...],
+    classes: torch.Tensor,
+    guidance: float,
+    eta: float,
+    seed: int,
+    indices: list[int],
 ) -> torch.Tensor:
     """Latents (N, *shape) of the images `indices`."""  # fmt: skip
     start = noise_of(seed, indices, shape)

@@ -1,7 +1,9 @@
 """The training loop: the student follows its teacher along the teacher's own trajectories, without data.
 
-Source: HQ-DM, equation 12, and the public code of EfficientDM and HQ-DM: the teacher runs DDIM from noise, at every step
-the student sees the same x_t, one optimiser step follows, and the teacher's ε carries the trajectory on. The loss is the
+Source: HQ-DM, equation 12, and the public code of EfficientDM and HQ-DM: the teacher runs DDIM from noise, at every
+step
+the student sees the same x_t, one optimiser step follows, and the teacher's ε carries the trajectory on. The loss
+is the
 squared error, summed, of the two guided ε.
 
 Every draw is a function of (seed, trajectory, step), so the loop's whole state is its parameters, the optimiser's
@@ -103,7 +105,8 @@ def distill(
 ) -> list[float]:
     """Train in place and return the loss of every update, per image. Goes on from `state_file` where there is one.
 
-    Raises NumericalFault at the first loss or scale that is not a number; the state file then holds the last good state.
+    Raises NumericalFault at the first loss or scale that is not a number; the state file then holds the last good
+    state.
     """
     schedule, info = teacher.info.schedule, teacher.info
     groups = parameter_groups(student, recipe)
@@ -151,7 +154,17 @@ def distill(
         # No gradient inside the generator's frames; it is resumed under grad mode for the student's own pass.
         with torch.no_grad():
             steps = trajectory(
-                teacher, SCHEDULER, schedule, course.steps, x, classes, course.guidance, course.eta, course.seed, indices, first
+                teacher,
+                SCHEDULER,
+                schedule,
+                course.steps,
+                x,
+                classes,
+                course.guidance,
+                course.eta,
+                course.seed,
+                indices,
+                first,
             )
             for step, timestep, x, target in steps:
                 if step == course.steps:

@@ -1,9 +1,9 @@
 """Errors that a user can mend, and the exit codes that go with them.
 
-    0    done
-    1    something a user can mend: HqdmError and its children below
-    2    usage: a wrong option, value or name (UsageError, and what the command line itself refuses)
-    130  interrupted by Ctrl-C; the same command goes on where it stopped
+0    done
+1    something a user can mend: HqdmError and its children below
+2    usage: a wrong option, value or name (UsageError, and what the command line itself refuses)
+130  interrupted by Ctrl-C; the same command goes on where it stopped
 """
 
 import difflib

@@ -1,4 +1,6 @@
-"""What the engine reports while it works. The engine never prints: a front end subclasses Report and shows what it likes."""
+"""What the engine reports while it works. The engine never prints: a front end subclasses Report and shows what it
+likes.
+"""
 
 
 class Report:

@@ -21,7 +21,9 @@ class Recipe:
     weight_scale_rate: float = 1e-6
     activation_scale_rate: float = 5e-4  # of the scale in orthonormal coordinates
     zero_point_rate: float = 5e-4
-    base_weight: Literal["quantised", "float"] = "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
+    base_weight: Literal["quantised", "float"] = (
+        "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
+    )
     weight_factors: bool = False  # a learned factor on the weight scales for every timestep
 
     def __post_init__(self):
@@ -32,7 +34,9 @@ class Recipe:
             )
         for name in ("weight_scale_rate", "activation_scale_rate", "zero_point_rate"):
             if getattr(self, name) < 0:
-                raise UsageError(f"recipe: {name} cannot be {getattr(self, name)}", "0 leaves those parameters as they are")
+                raise UsageError(
+                    f"recipe: {name} cannot be {getattr(self, name)}", "0 leaves those parameters as they are"
+                )
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,9 @@ def read_plan(path: Path, sites: list[Site]) -> Plan:
     """A plan file against the sites of its model. Errors name the file, the site and the key."""
     values = from_dict(_PlanFile, read_yaml(path), str(path))
     if values.format != FORMAT:
-        raise FileFault(f"{path}: plan format {values.format}, this hqdm reads {FORMAT}", "make the plan again: hqdm plan")
+        raise FileFault(
+            f"{path}: plan format {values.format}, this hqdm reads {FORMAT}", "make the plan again: hqdm plan"
+        )
     known = {site.name: site for site in sites}
     for name in values.sites:
         if name not in known:

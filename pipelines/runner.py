@@ -190,7 +190,9 @@ def _why_stale(
 
 
 def next_command(store: Store) -> str:
-    """The next `hqdm …` to type: the first stage of the road that is missing or stale behind what was asked for last."""
+    """The next `hqdm …` to type: the first stage of the road that is missing or stale behind what was asked for
+    last.
+    """
     reasons = stale(store)
     above = store.current("model")
     if above is None:
@@ -245,7 +247,9 @@ def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
 
 
 def samples_of_current_lineage(store: Store) -> list[Artifact]:
-    """The sample artifacts that belong together: of the student asked for last and of its teacher, replaced ones left out."""
+    """The sample artifacts that belong together: of the student asked for last and of its teacher, replaced ones
+    left out.
+    """
     anchor = store.current("sample")
     if anchor is None:
         return []

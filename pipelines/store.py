@@ -201,7 +201,8 @@ class Store:
         return sorted(found, key=lambda artifact: artifact.manifest["finished"])
 
     def current(self, stage: str, where: Callable[[Artifact], bool] | None = None) -> Artifact | None:
-        """The artifact of a stage that was asked for last, if `where` holds for it, or else the newest for which it does.
+        """The artifact of a stage that was asked for last, if `where` holds for it, or else the newest for which it
+        does.
 
         Asking for an older configuration again finds its artifact up to date, and the stages after it go on from there.
         """

@@ -48,7 +48,8 @@ ARITHMETIC = {
     "fold": "single: V = W·blockdiag(D·H, …) along the input channels; none, double: V = W; "
     "activation: V = W and q is replaced by q·blockdiag(D·H, …)^T along the width",
     "epilogue": "y = ((sum(q·V) · (s_t/order)) · w[c]) + bias[c], each operation rounded to fp32; "
-    "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order of `sites`)",
+    "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order "
+    "of `sites`)",
     "timesteps": "rows of the tables by timestep; between two rows scales and factors are interpolated linearly in "
     "their logarithm and zero-points linearly, then rounded; beyond the ends the end row holds",
 }
@@ -66,7 +67,9 @@ def base_weight(weight: torch.Tensor, plan: SitePlan, scale: torch.Tensor, zero:
 
 
 def share_frozen(denoiser: Denoiser) -> Denoiser:
-    """A second denoiser whose modules can be swapped while its tensors stay the first one's: no second copy of weights."""
+    """A second denoiser whose modules can be swapped while its tensors stay the first one's: no second copy of
+    weights.
+    """
     memo = {id(tensor): tensor for tensor in [*denoiser.parameters(), *denoiser.buffers()]}
     return copy.deepcopy(denoiser, memo)
 
@@ -138,7 +141,9 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise FileFault(f"{path}: not readable as safetensors: {error}", "make the artifact again with --force") from error
+        raise FileFault(
+            f"{path}: not readable as safetensors: {error}", "make the artifact again with --force"
+        ) from error
 
 
 def merged_state(student: Denoiser) -> dict[str, torch.Tensor]:
@@ -210,7 +215,8 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
         raise FileFault(f"{path}: not readable: {error}", "export again: hqdm export --format int") from error
     if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
         raise FileFault(
-            f"{path}: format {config.get('format')!r} version {config.get('version')!r}, this hqdm reads {FORMAT} {FORMAT_VERSION}",
+            f"{path}: format {config.get('format')!r} version {config.get('version')!r}, "
+            f"this hqdm reads {FORMAT} {FORMAT_VERSION}",
             "export again: hqdm export --format int",
         )
     tensors = _load(Path(folder) / "model.safetensors")

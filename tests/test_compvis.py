@@ -162,7 +162,7 @@ UNET = "model.params.unet_config.params"
         (lambda params: params["unet_config"]["params"].update(context_dim="64"), f"{UNET}.context_dim cannot be '64'"),
         (lambda params: params["unet_config"]["params"].update(num_head_channels=0), "num_head_channels cannot be 0"),
         (lambda params: params["unet_config"]["params"].pop("num_head_channels"), "num_heads and num_head_channels"),
-        (lambda params: params["unet_config"]["params"].update(model_channels=40), "channel_mult = 40 does not divide by 32"),
+        (lambda params: params["unet_config"]["params"].update(model_channels=40), "= 40 does not divide by 32"),
         (lambda params: params.pop("linear_start"), "'model.params.linear_start' is missing"),
         (lambda params: params.update(linear_end=-1), "make no schedule"),
         (lambda params: params.update(first_stage_config="identity"), "model.params.first_stage_config cannot be 'id"),

@@ -1,4 +1,6 @@
-"""Distillation: it learns, it goes on after a kill with the same bits, and it stops at the first number that is none."""
+"""Distillation: it learns, it goes on after a kill with the same bits, and it stops at the first number that is
+none.
+"""
 
 import math
 import os
@@ -56,7 +58,18 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bits(store, tmp_
     whole = tiny_student(store, "hqdm", "code", trajectories=4)
     other = tiny_store(tmp_path / "other")
     make(other, "plan", method="hqdm", variant="code")
-    command = [sys.executable, "-m", "hqdm_cli", "distill", "-w", str(other.root), "--trajectories", "4", "--batch", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "hqdm_cli",
+        "distill",
+        "-w",
+        str(other.root),
+        "--trajectories",
+        "4",
+        "--batch",
+        "2",
+    ]
     command += ["--save-every", "2"]
     root = Path(__file__).parents[1]
     child = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -21,7 +21,9 @@ def test_every_command_is_in_the_docs_with_an_example(command):
 
 @pytest.mark.parametrize("option", ["profile", "plan", "distill", "export", "sample", "score", "report"])
 def test_every_option_that_the_readme_types_exists(option):
-    readme = (ROOT / "README.md").read_text() + (ROOT / "docs/commands.md").read_text() + (ROOT / "Makefile").read_text()
+    readme = (
+        (ROOT / "README.md").read_text() + (ROOT / "docs/commands.md").read_text() + (ROOT / "Makefile").read_text()
+    )
     typed = set()
     for line in re.findall(rf"hqdm {option} ([^`\n]*)", readme):
         typed |= set(re.findall(r"(--[a-z-]+)", line))

@@ -1,4 +1,6 @@
-"""Integer layers: every form, every back end and the definition give the same integers, and training gives the same bits."""
+"""Integer layers: every form, every back end and the definition give the same integers, and training gives the same
+bits.
+"""
 
 import itertools
 
@@ -31,7 +33,15 @@ def site(kind: str, channels=64, outputs=6, kernel=3, stride=1, size=8) -> Site:
     if kind == "linear":
         return Site("layer", "linear", "attention", (outputs, channels), rank=3)
     padding = (kernel // 2, kernel // 2)
-    return Site("layer", "conv", "residual", (outputs, channels, kernel, kernel), (stride, stride), padding, positions=(size, size))
+    return Site(
+        "layer",
+        "conv",
+        "residual",
+        (outputs, channels, kernel, kernel),
+        (stride, stride),
+        padding,
+        positions=(size, size),
+    )
 
 
 def layer_of(plan: SitePlan, x: torch.Tensor, seed: int) -> QuantLayer:
@@ -92,7 +102,9 @@ def input_for(s: Site, seed: int, batch: int = 2) -> torch.Tensor:
 
 @pytest.mark.parametrize("weight_bits, activation_bits", list(itertools.product(WEIGHT_BITS, ACTIVATION_BITS)))
 @pytest.mark.parametrize("weight, activation", list(itertools.product(QUANTISERS, QUANTISERS)))
-def test_accumulators_and_outputs_agree_for_every_bit_width_and_quantiser(weight_bits, activation_bits, weight, activation):
+def test_accumulators_and_outputs_agree_for_every_bit_width_and_quantiser(
+    weight_bits, activation_bits, weight, activation
+):
     for kind, (transform, inverse) in itertools.product(("linear", "conv"), PLACEMENTS):
         s = site(kind)
         if s.admits(transform):
@@ -130,7 +142,9 @@ def wide_weights(plan: SitePlan, wide: str) -> IntegerWeights:
         rows = high * hadamard(32)[: plan.site.outputs].short()
         centred[:, :32] = rows.view(*rows.shape, *[1] * (centred.ndim - 2))
     outputs = plan.site.outputs
-    return IntegerWeights(plan, centred, torch.zeros(outputs, dtype=torch.int16), torch.rand(outputs) + 0.1, torch.randn(outputs))
+    return IntegerWeights(
+        plan, centred, torch.zeros(outputs, dtype=torch.int16), torch.rand(outputs) + 0.1, torch.randn(outputs)
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

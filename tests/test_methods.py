@@ -92,7 +92,9 @@ def test_hqdm_as_published_rotates_channels_and_leaves_rank_3_linears_alone():
 
 def test_ours_takes_the_best_measured_transform_of_each_site():
     plans = decide("hqdm", "ours")
-    assert plans["query"].transform == Transform("channels", 64, 1) and plans["query"].activation_quantiser == "asymmetric"
+    assert (
+        plans["query"].transform == Transform("channels", 64, 1) and plans["query"].activation_quantiser == "asymmetric"
+    )
     assert plans["conv"].transform == Transform("channels", 32, 1)  # 64 does not divide 96
     assert plans["skip"].quantised and not plans["grouped"].quantised
     assert plans["conv_in"].transform.is_identity

@@ -412,7 +412,7 @@ def test_without_a_connection_inception_fails_at_once_with_a_way_out(tmp_path, m
     started = time.monotonic()
     with pytest.raises(HqdmError, match="cannot be fetched") as error:
         load_extractor("inception")
-    assert "--extractor-weights" in error.value.hint and error.value.exit_code == 1
+    assert "--weights" in error.value.hint and error.value.exit_code == 1
     assert time.monotonic() - started < 5
     assert not list(tmp_path.rglob("*.pth"))
 

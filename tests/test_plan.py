@@ -25,7 +25,9 @@ def test_scales_are_positive_one_for_each_timestep_and_output(store):
     sites = {site["name"]: site for site in json.loads(store.ancestor(plan, "model").file("sites.json").read_text())}
     for name, entry in values["sites"].items():
         if entry["quantised"]:
-            assert scales[f"{name}/activation_scale"].shape == (STEPS,) and (scales[f"{name}/activation_scale"] > 0).all()
+            assert (
+                scales[f"{name}/activation_scale"].shape == (STEPS,) and (scales[f"{name}/activation_scale"] > 0).all()
+            )
             assert scales[f"{name}/weight_scale"].shape == (sites[name]["weight"][0],)
 
 

@@ -112,7 +112,9 @@ def test_training_and_export_get_the_same_codes():
 @pytest.mark.parametrize("weight", WEIGHT_BITS)
 @pytest.mark.parametrize("activation", ACTIVATION_BITS)
 def test_bits_are_read_as_they_are_written(weight, activation):
-    assert Bits.parse(f"W{weight}A{activation}") == Bits(weight, activation) == Bits.parse(str(Bits(weight, activation)))
+    assert (
+        Bits.parse(f"W{weight}A{activation}") == Bits(weight, activation) == Bits.parse(str(Bits(weight, activation)))
+    )
 
 
 @pytest.mark.parametrize("text", ["w4", "w5a4", "w4a2", "4/4", ""])

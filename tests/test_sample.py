@@ -46,7 +46,9 @@ def test_pngs_and_npz_hold_the_same_images(store, source):
 
 def test_fake_and_integer_samples_are_one_content(store):
     options = dict(count=4, steps=STEPS, batch=4)
-    assert make(store, "sample", source="fake", **options).digest == make(store, "sample", source="int", **options).digest
+    assert (
+        make(store, "sample", source="fake", **options).digest == make(store, "sample", source="int", **options).digest
+    )
 
 
 def test_interrupted_sampling_goes_on_and_ends_with_the_same_files(store):
@@ -62,7 +64,9 @@ def test_interrupted_sampling_goes_on_and_ends_with_the_same_files(store):
 
 
 def test_another_seed_gives_other_images(store):
-    first, second = (images(make(store, "sample", source="teacher", count=2, steps=STEPS, seed=seed))[0] for seed in (1, 2))
+    first, second = (
+        images(make(store, "sample", source="teacher", count=2, steps=STEPS, seed=seed))[0] for seed in (1, 2)
+    )
     assert not np.array_equal(first, second)
 
 

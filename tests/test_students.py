@@ -1,4 +1,6 @@
-"""One truth: what is trained is what is exported and what the integer kernels compute, bit for bit, for every method."""
+"""One truth: what is trained is what is exported and what the integer kernels compute, bit for bit, for every
+method.
+"""
 
 import json
 
@@ -25,7 +27,9 @@ def store(tmp_path_factory):
 
 
 def plan_of(store, artifact):
-    sites = [site_from_dict(entry) for entry in json.loads(store.ancestor(artifact, "model").file("sites.json").read_text())]
+    sites = [
+        site_from_dict(entry) for entry in json.loads(store.ancestor(artifact, "model").file("sites.json").read_text())
+    ]
     return read_plan(artifact.file("plan.yaml"), sites)
 
 
@@ -106,7 +110,9 @@ def test_adapters_merged_by_peft_give_the_students_weight(store):
     distilled = tiny_student(store, "hqdm", "ours", "w4a4", trajectories=2)
     teacher = load_denoiser(store.ancestor(distilled, "model").path)
     fake = load_fake(teacher, plan_of(store, distilled), distilled.file("student.safetensors"))
-    merged = PeftModel.from_pretrained(load_denoiser(store.ancestor(distilled, "model").path).unet, distilled.path / "adapters")
+    merged = PeftModel.from_pretrained(
+        load_denoiser(store.ancestor(distilled, "model").path).unet, distilled.path / "adapters"
+    )
     merged = merged.merge_and_unload()
     for name, layer in quant_layers(fake.unet).items():
         assert layer.lora_b.abs().max() > 0

@@ -1,4 +1,6 @@
-"""The embedded model: a latent-diffusion UNet on the UCI handwritten digits, its data, its classifier and its training."""
+"""The embedded model: a latent-diffusion UNet on the UCI handwritten digits, its data, its classifier and its
+training.
+"""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """The digits classifier: judge of the embedded model's samples, and a feature extractor for their scores.
 
-    python -m pipelines.digits.classifier        trains it anew (a minute on 2 cores) and prints its held-out accuracy
+python -m pipelines.digits.classifier        trains it anew (a minute on 2 cores) and prints its held-out accuracy
 """
 
 import torch
@@ -81,4 +81,7 @@ if __name__ == "__main__":
     classifier = train()
     save_file({name: value.half() for name, value in classifier.state_dict().items()}, CLASSIFIER)
     images, labels = held_out_split()
-    print(f"held-out accuracy {accuracy(load_classifier(), images, labels):.4f} on {len(labels)} digits; wrote {CLASSIFIER}")
+    print(
+        f"held-out accuracy {accuracy(load_classifier(), images, labels):.4f} on {len(labels)} digits; "
+        f"wrote {CLASSIFIER}"
+    )

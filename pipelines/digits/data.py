@@ -35,4 +35,3 @@ def held_out_split() -> tuple[torch.Tensor, torch.Tensor]:
     """The 360 digits that training never sees."""
     images, labels = load_digits()
     return images[:HELD_OUT], labels[:HELD_OUT]
-

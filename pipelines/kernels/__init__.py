@@ -9,7 +9,9 @@ BACKENDS = {
 
 
 def backend(name: str):
-    """The back end's module, which offers `prepare(weights, spatial_size) -> Prepared`; UsageError for an unknown name."""
+    """The back end's module, which offers `prepare(weights) -> Prepared`; UsageError for an unknown
+    name.
+    """
     if name not in BACKENDS:
         raise UsageError(f"back end {name!r} does not exist", did_you_mean(name, BACKENDS))
     from pipelines.kernels import cpu, reference

@@ -1,4 +1,5 @@
-"""oneDNN's int8 operators as torch ships them for x86-64: u8 activations with a zero-point, s8 weights, s32 accumulators.
+"""oneDNN's int8 operators as torch ships them for x86-64: u8 activations with a zero-point, s8 weights, s32
+accumulators.
 
 The fused epilogue computes (acc·s_x)·s_w[c] + b with every operation rounded to fp32, which is `quant.layers.epilogue`.
 Where a form needs several products their accumulators are read back through fp32 (exact below 2²⁴, checked when the
@@ -24,7 +25,8 @@ def check_saturation(name: str, largest_code: int, weight: torch.Tensor, vnni: b
     largest = int(weight.to(torch.int32).abs().max())
     if not vnni and 2 * largest_code * largest > 2**15 - 1:
         raise NumericalFault(
-            f"site {name}: codes up to {largest_code} times weights up to {largest} saturate on this processor, which lacks VNNI",
+            f"site {name}: codes up to {largest_code} times weights up to {largest} saturate "
+            "on this processor, which lacks VNNI",
             "sample with --backend reference, or on a processor with avx512_vnni or avx_vnni",
         )
 
@@ -104,7 +106,19 @@ class Prepared:
         site = self.site
         if site.kind == "linear":
             return torch.ops.onednn.qlinear_pointwise(
-                u8, activation_scale, zero, packed, weight_scale, self._no_zero, bias, 1.0, 0, torch.float32, "none", [], ""
+                u8,
+                activation_scale,
+                zero,
+                packed,
+                weight_scale,
+                self._no_zero,
+                bias,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
             )
         return torch.ops.onednn.qconv_pointwise(
             u8, activation_scale, zero, packed, weight_scale, self._no_zero, bias, site.stride, site.padding,
@@ -137,7 +151,9 @@ class Prepared:
         """int32 accumulators of centred codes (fp32, integer-valued), read through the operators themselves."""
         low, _ = self.plan.activation_range
         zero = 0
-        if low == 0 and self.plan.inverse != "activation":  # asymmetric codes are unsigned: any zero-point that fits will do
+        if (
+            low == 0 and self.plan.inverse != "activation"
+        ):  # asymmetric codes are unsigned: any zero-point that fits will do
             zero = max(0, int(-centred.min()))
         total = self._sum(centred + zero, zero)
         return total if self.site.kind == "conv" else total.view(*centred.shape[:-1], self.outputs)
@@ -170,7 +186,9 @@ class Prepared:
 
 
 def form_of(weights: IntegerWeights) -> str:
-    """The exact form in which this back end computes the layer, every bound but the processor's checked; see `forms`."""
+    """The exact form in which this back end computes the layer, every bound but the processor's checked; see
+    `forms`.
+    """
     return Prepared(weights, vnni=True).form
 
 

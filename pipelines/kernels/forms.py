@@ -4,7 +4,8 @@ A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 
 
     one       V fits int8: q' = q, V' = V.
     columns   |V| ≤ 254: the input channels that hold |V| > 127 are given twice, V split over the two. One product.
-    parity    inside one Hadamard block all entries of a row of V = W_int·M have one parity, so V = 2Z + P with P in {0, 1}
+    parity    inside one Hadamard block all entries of a row of V = W_int·M have one parity, so V = 2Z + P with P in
+    {0, 1}
               constant per (output, block, kernel position). q' = [2q | partial sums of q over the block],
               V' = [Z | P, …]. One product, wider by a small share. Symmetric activations only.
     digits    V = V₀ + 128·V₁, and where q itself exceeds 8 bits (a transform undone on the activation) q = q₀ + 128·q₁:
@@ -34,7 +35,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Form:
-    """The rewriting of one layer. `repeated` are the channels given twice (columns); `group` the width of a partial sum."""
+    """The rewriting of one layer. `repeated` are the channels given twice (columns); `group` the width of a partial
+    sum.
+    """
 
     name: str
     terms: tuple[Term, ...]

@@ -1,4 +1,6 @@
-"""Layers that rotate, quantise and compute in integers. The prologue is training's, call for call; the rest is a back end's."""
+"""Layers that rotate, quantise and compute in integers. The prologue is training's, call for call; the rest is a
+back end's.
+"""
 
 import torch
 from torch import nn

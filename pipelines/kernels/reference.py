@@ -12,7 +12,9 @@ from pipelines.quant.spec import Site
 
 
 def accumulate(codes: torch.Tensor, folded: torch.Tensor, site: Site) -> torch.Tensor:
-    """Σ q·V in the operands' integer dtype: (…, in) or (N, in, H, W) with (out, in/groups, …) to (…, out), (N, out, H', W')."""
+    """Σ q·V in the operands' integer dtype: (…, in) or (N, in, H, W) with (out, in/groups, …) to (…, out), (N, out,
+    H', W').
+    """
     if site.kind == "linear":
         return codes @ folded.T
     (sh, sw), (ph, pw), (dh, dw) = site.stride, site.padding, site.dilation

@@ -1,4 +1,7 @@
-"""The method table: one declaration a method. A new method is its file, one line here and one row in the contract test."""
+"""The method table: one declaration a method. A new method is its file, one line here and one row in the README.
+
+The contract tests read this table, so that they take a new method by themselves.
+"""
 
 from pipelines.errors import UsageError, did_you_mean
 from pipelines.methods import efficientdm, hqdm

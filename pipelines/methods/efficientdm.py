@@ -1,7 +1,8 @@
 """EfficientDM, the baseline: per-tensor asymmetric activations with a learned scale and zero-point per timestep.
 
 Source: He et al., "EfficientDM", ICLR 2024, and ThisisBillhe/EfficientDM. No transform. Weights per output channel,
-asymmetric, from the L2.4 search; LoRA of rank 32 merged before the quantiser, Q(W + BA), on the dequantised base weight.
+asymmetric, from the L2.4 search; LoRA of rank 32 merged before the quantiser, Q(W + BA), on the dequantised base
+weight.
 At the published rate a zero-point moves by less than 0.1 in some hundred updates and is rounded, so the one that was
 chosen by error stays in practice.
 Time embedding, first and last convolution at 8 bits; shortcut and downsampling convolutions in floating point.

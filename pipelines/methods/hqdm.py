@@ -4,7 +4,8 @@ Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and co
 
     paper   linears along the channels, convolutions along the width (undone on the activation's side, equation 18),
             order 32, learned weight factors per timestep; symmetric activations.
-    code    convolutions along the channels, order 32, none where 32 does not divide them; linears of rank-2 inputs alone.
+    code    convolutions along the channels, order 32, none where 32 does not divide them; linears of rank-2 inputs
+    alone.
     ours    every site along its channels, at every rank; order, ±1 signs before it and the activation quantiser are the
             measured best of each site; shortcut and downsampling convolutions are quantised too, at 8 bits.
 
@@ -14,7 +15,14 @@ integers alone; the paper's formula would need other integers at every timestep.
 """
 
 from pipelines.methods.base import (
-    EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Recipe, Variant, left_in_float, measured_sqnr,
+    EIGHT_BIT_ROLES,
+    FLOAT_ROLES,
+    Measured,
+    Method,
+    Recipe,
+    Variant,
+    left_in_float,
+    measured_sqnr,
 )  # fmt: skip
 from pipelines.quant.spec import IDENTITY, QUANTISERS, Bits, Site, SitePlan, Transform, largest_block
 
@@ -66,11 +74,10 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
         transform, quantiser = _best(site, activation, measured)
     else:
         transform, quantiser = _published(site, variant), "symmetric"
-    plain, chosen = (
-        measured.sqnr(site.name, candidate, quantiser, activation) for candidate in (IDENTITY, transform)
-    )
+    plain, chosen = (measured.sqnr(site.name, candidate, quantiser, activation) for candidate in (IDENTITY, transform))
     if search and transform.is_identity:
-        why = f"{plain:.1f} dB unrotated at {activation} bits ({quantiser}), {'enough' if plain >= ENOUGH_DB else 'the best measured'}"
+        reason = "enough" if plain >= ENOUGH_DB else "the best measured"
+        why = f"{plain:.1f} dB unrotated at {activation} bits ({quantiser}), {reason}"
     elif search:
         why = f"the best measured: {chosen:.1f} dB at {activation} bits ({quantiser}), {plain:.1f} unrotated"
     else:

@@ -119,7 +119,7 @@ def read_config(path: Path) -> Params:
         width = unet.model_channels * multiplier
         if width % _GROUPS or width % counts[heads]:
             raise FileFault(
-                f"{where}: model_channels · channel_mult = {width} does not divide by {_GROUPS} (the groups of its norms) "
+                f"{where}: model_channels · channel_mult = {width} does not divide by {_GROUPS} (groups of norms) "
                 f"and {counts[heads]} ({heads})",
                 f"check model_channels, channel_mult and {heads}",
             )

@@ -1,4 +1,6 @@
-"""What the stages see of a model: a denoiser with its conditioning, its schedule and its sites, saved without pickles."""
+"""What the stages see of a model: a denoiser with its conditioning, its schedule and its sites, saved without
+pickles.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +16,9 @@ from pipelines.quant.spec import Site
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Plain values that go with the weights. Latents are (channels, size, size); `schedule` are diffusers' arguments."""
+    """Plain values that go with the weights. Latents are (channels, size, size); `schedule` are diffusers'
+    arguments.
+    """
 
     family: str
     channels: int
@@ -130,7 +134,10 @@ def read_info(folder: Path) -> ModelInfo:
     try:
         return ModelInfo(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise FileFault(f"{path}: not a model's description: {error}", "make the model artifact again: hqdm profile model.ckpt --force") from error
+        raise FileFault(
+            f"{path}: not a model's description: {error}",
+            "make the model artifact again: hqdm profile model.ckpt --force",
+        ) from error
 
 
 def load_denoiser(folder: Path) -> Denoiser:

@@ -29,7 +29,8 @@ def dequantise(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> 
 class _CentredCodes(torch.autograd.Function):
     """codes − zero, with the straight-through estimator for x and LSQ's gradient for the scale.
 
-    Inside the range d/dx = 1/scale and d/dscale = −x/scale²; outside both vanish and d/dzero = −1. Multiplied by the scale
+    Inside the range d/dx = 1/scale and d/dscale = −x/scale²; outside both vanish and d/dzero = −1. Multiplied by
+    the scale
     in the layer's epilogue this gives LSQ (Esser et al., 2020, equation 3): ⌊x/s⌉ − x/s inside, the bound outside.
     """
 
@@ -62,9 +63,7 @@ def _sum_to(value: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return value.sum_to_size(shape) if shape else value.sum()
 
 
-def centred_codes(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, low: int, high: int
-) -> torch.Tensor:
+def centred_codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, low: int, high: int) -> torch.Tensor:
     """codes − zero, differentiable in x, scale and zero; x ≈ scale·centred_codes.
 
     The forward values are those of `quantise(…) − zero`, which is what runs when no gradient is wanted.
@@ -96,7 +95,8 @@ def choose(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero-point of each row of x (rows, n) that minimise Σ|x − x̂|^norm over a shrinking range.
 
-    The range is ±max|x| for a symmetric grid (low = −high) and [min(x, 0), max(x, 0)] otherwise, shrunk in `steps` equal
+    The range is ±max|x| for a symmetric grid (low = −high) and [min(x, 0), max(x, 0)] otherwise, shrunk in `steps`
+    equal
     steps (EfficientDM). Returns fp32 (rows,) and integer-valued fp32 (rows,). A row of zeros gets scale 1.
     """
     x = x.float()

@@ -44,7 +44,9 @@ def matrix(transform: Transform) -> torch.Tensor:
 
 
 def rotate_last(x: torch.Tensor, transform: Transform, inverse: bool = False) -> torch.Tensor:
-    """x·blockdiag(M, …) along the last dimension; with `inverse`, x·blockdiag(Mᵀ, …), which is order times the inverse."""
+    """x·blockdiag(M, …) along the last dimension; with `inverse`, x·blockdiag(Mᵀ, …), which is order times the
+    inverse.
+    """
     small = matrix(transform).to(x.device, x.dtype)
     blocks = x.reshape(-1, transform.order)
     return (blocks @ (small.T if inverse else small)).view(x.shape)
@@ -53,7 +55,8 @@ def rotate_last(x: torch.Tensor, transform: Transform, inverse: bool = False) ->
 def rotate_activation(x: torch.Tensor, transform: Transform, spatial: bool, inverse: bool = False) -> torch.Tensor:
     """Rotate a layer's input along the transform's axis: (…, C) of a linear, (N, C, H, W) of a convolution (`spatial`).
 
-    A convolution's result is channels-last in memory, and so should its input be: then the channels are already the last
+    A convolution's result is channels-last in memory, and so should its input be: then the channels are already the
+    last
     dimension and nothing is copied.
     """
     if transform.is_identity:
@@ -67,7 +70,8 @@ def rotate_activation(x: torch.Tensor, transform: Transform, spatial: bool, inve
 
 
 def rotate_weight(weight: torch.Tensor, transform: Transform, inverse: bool = False) -> torch.Tensor:
-    """Rotate a weight (out, in) or (out, in, kh, kw) along its input channels: W·M block by block (W·Mᵀ with `inverse`).
+    """Rotate a weight (out, in) or (out, in, kh, kw) along its input channels: W·M block by block (W·Mᵀ with
+    `inverse`).
 
     With x̃ = x·M this satisfies x̃·(W·M)ᵀ = order · x·Wᵀ.
     """

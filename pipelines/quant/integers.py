@@ -25,7 +25,9 @@ class IntegerWeights:
     bias: torch.Tensor | None
 
     def folded(self) -> torch.Tensor:
-        """V, what the quantised activation is multiplied with: W_int·M for `single`, W_int otherwise. fp32, integer-valued."""
+        """V, what the quantised activation is multiplied with: W_int·M for `single`, W_int otherwise. fp32,
+        integer-valued.
+        """
         weight = self.centred.float()
         return rotate_weight(weight, self.plan.transform) if self.plan.inverse == "single" else weight
 
@@ -59,7 +61,9 @@ class IntegerWeights:
         if plan.weight_quantiser == "asymmetric":
             zero = unpack(tensors["weight_zero"].numpy(), plan.weight_bits, (shape[0],)).astype(np.int16)
         centred = codes - zero.reshape(-1, *[1] * (len(shape) - 1))
-        return cls(plan, torch.from_numpy(centred), torch.from_numpy(zero), tensors["weight_scale"], tensors.get("bias"))
+        return cls(
+            plan, torch.from_numpy(centred), torch.from_numpy(zero), tensors["weight_scale"], tensors.get("bias")
+        )
 
 
 def accumulator_bound(folded: torch.Tensor, activation_range: tuple[int, int], growth: int = 1) -> int:

@@ -1,4 +1,5 @@
-"""Fake quantisation as layers: integers held in floats, with gradients, in exactly the arithmetic of the integer kernels.
+"""Fake quantisation as layers: integers held in floats, with gradients, in exactly the arithmetic of the integer
+kernels.
 
 A layer computes  y = ((q·V)·(s_t/order))·s_w + b  where q and V hold integers. Products of integer-valued fp32 operands
 are exact below 2²⁴, so q·V has the very bits of the integer accumulator, and the epilogue is the kernels' epilogue,
@@ -30,7 +31,9 @@ def epilogue(
 
 
 def zero_point(zero: torch.Tensor, plan: SitePlan) -> torch.Tensor | None:
-    """A table's zero-point as a site uses it: within its codes, which the integer bounds rely on; None where symmetric."""
+    """A table's zero-point as a site uses it: within its codes, which the integer bounds rely on; None where
+    symmetric.
+    """
     return None if plan.activation_quantiser == "symmetric" else zero.clamp(*plan.activation_range)
 
 
@@ -110,12 +113,18 @@ class QuantLayer(nn.Module):
         centred = quantise(weight, scale, zero, *self.plan.weight_range) - zero
         bias = None if self.bias is None else self.bias.float().clone()
         return IntegerWeights(
-            self.plan, centred.to(torch.int16), self.weight_zero.to(torch.int16), self.weight_scale.detach().clone(), bias
+            self.plan,
+            centred.to(torch.int16),
+            self.weight_zero.to(torch.int16),
+            self.weight_scale.detach().clone(),
+            bias,
         )
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Compute V once, for sampling. Where the accumulator can leave fp32's exact range, products go through fp64."""
+        """Compute V once, for sampling. Where the accumulator can leave fp32's exact range, products go through
+        fp64.
+        """
         folded = self.folded()
         growth = self.plan.transform.order if self.plan.inverse == "activation" else 1
         exact = accumulator_bound(folded, self.plan.activation_range, growth) < EXACT_FP32

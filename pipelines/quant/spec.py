@@ -29,7 +29,8 @@ class Bits:
         if weight not in WEIGHT_BITS or activation not in ACTIVATION_BITS:
             raise UsageError(
                 f"bits {text!r} are not supported",
-                f"weights take {', '.join(map(str, WEIGHT_BITS))} and activations {', '.join(map(str, ACTIVATION_BITS))} bits",
+                f"weights take {', '.join(map(str, WEIGHT_BITS))} bits, "
+                f"activations {', '.join(map(str, ACTIVATION_BITS))}",
             )
         return cls(weight, activation)
 

@@ -1,7 +1,8 @@
 """Timestep tables: a quantiser's parameters for every timestep of a named schedule, looked up by timestep.
 
 A table knows its timesteps, so it can answer for others: a model distilled at 20 steps samples at 50 by interpolation,
-linear in the logarithm of a scale and linear in a zero-point (then rounded), constant beyond the ends. Nothing counts calls.
+linear in the logarithm of a scale and linear in a zero-point (then rounded), constant beyond the ends. Nothing
+counts calls.
 """
 
 import torch
@@ -14,7 +15,8 @@ from pipelines.quant.affine import round_through
 class TimestepTables(nn.Module):
     """Activation scales and zero-points of n sites at T timesteps, and optionally factors on their weight scales.
 
-    One parameter a timestep and kind, not one a table: an update at one timestep then leaves the optimiser's state of the
+    One parameter a timestep and kind, not one a table: an update at one timestep then leaves the optimiser's state
+    of the
     others alone, as separate quantisers would.
 
     scale, zero: (T, n) fp32. factor: (T, m) fp32 or None, where m is the sum of the sites' outputs; see `factors_of`.
@@ -42,7 +44,9 @@ class TimestepTables(nn.Module):
 
     @torch.no_grad()
     def raw(self) -> dict[str, torch.Tensor]:
-        """`timesteps` (T,) int64, `scale` with the unit multiplied in, rounded `zero` (T, n), and `factor` where there is one."""
+        """`timesteps` (T,) int64, `scale` with the unit multiplied in, rounded `zero` (T, n), and `factor` where
+        there is one.
+        """
         scale = torch.stack([self._in_units(row) for row in self.scale])
         tensors = {"timesteps": torch.tensor(self.timesteps), "scale": scale}
         tensors["zero"] = torch.stack([row.round() for row in self.zero])

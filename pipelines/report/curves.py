@@ -11,7 +11,8 @@ from pipelines.report.pictures import COLOURS, figure_file
 def loss_curve(losses: Mapping[str, Sequence[float]], timesteps: Sequence[int], path: Path) -> None:
     """Loss per image of every update of named runs, each (updates,), over trajectories of len(timesteps) steps.
 
-    Left: the mean of each trajectory. Right: the last timestep of each trajectory alone, which is what the paper's figure
+    Left: the mean of each trajectory. Right: the last timestep of each trajectory alone, which is what the paper's
+    figure
     4 shows (its step 0).
     """
     steps = len(timesteps)

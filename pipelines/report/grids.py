@@ -37,7 +37,8 @@ def save_grid(images: np.ndarray, path: Path) -> None:
 
 
 def side_by_side(store: Store, path: Path) -> list[Artifact]:
-    """The first images of the newest samples of each source, same seeds in one column, with labels; returns what is shown.
+    """The first images of the newest samples of each source, same seeds in one column, with labels; returns what is
+    shown.
 
     HqdmError where there are no samples.
     """

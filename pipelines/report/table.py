@@ -45,7 +45,9 @@ def collect(store: Store) -> list[dict[str, Any]]:
 
 
 def comparable(store: Store) -> dict[str, Artifact]:
-    """source -> newest sample artifact, all of one work: the newest sample's steps, seed, scheduler, guidance and eta."""
+    """source -> newest sample artifact, all of one work: the newest sample's steps, seed, scheduler, guidance and
+    eta.
+    """
     anchor = store.current("sample")
     if anchor is None:
         return {}
@@ -61,7 +63,9 @@ def comparable(store: Store) -> dict[str, Artifact]:
 
 
 def speed_up(store: Store) -> str | None:
-    """How the newest integer samples compare with the teacher's of the same work: one sentence, or None without both."""
+    """How the newest integer samples compare with the teacher's of the same work: one sentence, or None without
+    both.
+    """
     found = comparable(store)
     if "int" not in found or "teacher" not in found:
         return None

@@ -49,9 +49,7 @@ class ProfileMeasures:
         self.summary = json.loads(profile.file("profile.json").read_text())
         self._tensors = load_file(profile.file("candidates.safetensors"))
         self._transforms = {
-            site: [
-                Transform(**candidate["transform"]) for candidate in entry["candidates"] if not candidate["centred"]
-            ]
+            site: [Transform(**candidate["transform"]) for candidate in entry["candidates"] if not candidate["centred"]]
             for site, entry in self.summary["sites"].items()
         }
 
@@ -127,9 +125,7 @@ def _measured_anew(site: SitePlan, measured: ProfileMeasures) -> SitePlan:
     """An edited site with the SQNR of its own bits and quantiser, whatever the file said."""
     if not site.quantised:
         return site
-    return replace(
-        site, sqnr=measured_sqnr(site.site, measured, site.activation_quantiser, site.activation_bits)
-    )
+    return replace(site, sqnr=measured_sqnr(site.site, measured, site.activation_quantiser, site.activation_bits))
 
 
 def _figures(plan: Plan) -> dict:

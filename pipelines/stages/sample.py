@@ -52,7 +52,9 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     if maker is None:
         raise HqdmError(f"there is no {stage} artifact to sample from", FIRST[config.source])
     if not fits(maker):
-        raise UsageError(f"{maker.id} is not what {config.source} samples from", f"name a {stage} artifact: --from {stage}/1")
+        raise UsageError(
+            f"{maker.id} is not what {config.source} samples from", f"name a {stage} artifact: --from {stage}/1"
+        )
     if config.backend is not None and config.source != "int":
         raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
     return {"source": maker} | ({"model": store.ancestor(maker, "model")} if config.source == "fake" else {})
@@ -129,10 +131,13 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     _write_pngs(images, out.path / "images")
     _write_npz(images, classes.numpy(), out.path / "samples.npz")
     save_grid(images[:100], out.path / "grid.png")
-    about = {key: maker.figures.get(key) for key in ("method", "variant", "bits")} if plan or config.source == "int" else {}
+    about = (
+        {key: maker.figures.get(key) for key in ("method", "variant", "bits")} if plan or config.source == "int" else {}
+    )
     return {
         "source": config.source, "count": config.count, "images_per_second": config.count / seconds, "bytes": size,
-        "interpolated_timesteps": interpolated, "backend": config.backend or ("cpu" if config.source == "int" else None),
+        "interpolated_timesteps": interpolated,
+        "backend": config.backend or ("cpu" if config.source == "int" else None),
         "threads": torch.get_num_threads(), **about,
     }  # fmt: skip
 
