@@ -77,10 +77,10 @@ def check(plan: SitePlan, x: torch.Tensor, seed: int) -> str:
     weights = IntegerWeights.from_tensors(plan, fake.integers().to_tensors())  # through the file's packing
     tables = fake._tables[0]
     layers = {name: IntegerLayer(weights, tables, 0, fake.span, name) for name in ("reference", "cpu")}
-    codes, zero, _ = layers["reference"].codes(x.clone())
-    accumulators = by_definition(codes - zero, plan, weights)
+    centred, _, _ = layers["reference"].codes(x.clone())
+    accumulators = by_definition(centred, plan, weights)
     for name, layer in layers.items():
-        assert torch.equal(layer.prepared.accumulators(codes - zero).long(), accumulators), name
+        assert torch.equal(layer.prepared.accumulators(centred).long(), accumulators), name
         result = layer(x)
         assert torch.equal(result, expected), name
         assert memory_order(result) == memory_order(expected), name

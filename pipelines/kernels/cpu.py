@@ -48,6 +48,7 @@ class Prepared:
         form = choose_form(folded, plan)
         low, high = plan.activation_range
         self.offset = 0 if low == 0 else 2 ** (plan.activation_bits - 1)
+        self.fits_int8 = high - low <= 254 and (low < 0 or high <= 127)
         if plan.inverse == "activation":
             largest = self.growth * max(abs(low), high)
             count = 1
@@ -125,27 +126,31 @@ class Prepared:
             site.dilation, site.groups, 1.0, 0, torch.float32, "none", [], None,
         )  # fmt: skip
 
-    def _operands(self, codes: torch.Tensor, zero: int) -> tuple[list[torch.Tensor], int]:
-        """u8 operands, one for each activation digit, and their common zero-point. `codes` may be overwritten."""
+    def _operands(self, centred: torch.Tensor, zero: int) -> tuple[list[torch.Tensor], int]:
+        """u8 operands, one for each activation digit, and their common zero-point."""
         channel = 1 if self.site.kind == "conv" else -1
         if self.plan.inverse == "activation":
-            rest, digits = codes - zero if zero else codes, []
+            rest, digits = centred, []
             for _ in range(self.activation_digits - 1):
                 low = low_digit(rest)
                 digits.append(low)
                 rest = (rest - low) / 128
             return [(digit + PARTIAL_OFFSET).to(torch.uint8) for digit in [*digits, rest]], PARTIAL_OFFSET
         if self.group:
-            sums = codes.unflatten(channel, (-1, self.group)).sum(2 if self.site.kind == "conv" else -1)
-            both = torch.cat([codes * 2, sums], channel)
+            sums = centred.unflatten(channel, (-1, self.group)).sum(2 if self.site.kind == "conv" else -1)
+            both = torch.cat([centred * 2, sums], channel)
             return [(both + PARTIAL_OFFSET).to(torch.uint8)], PARTIAL_OFFSET
-        if self.offset:  # added to bytes, which are four times fewer; int8 wraps as u8 wants it
-            u8 = codes.to(torch.int8).add_(self.offset - 256 if self.offset > 127 else self.offset).view(torch.uint8)
+        u8_zero = zero + self.offset
+        # The zero-point is added to bytes, which are four times fewer than floats; int8 wraps as u8 wants it. Only
+        # asymmetric 8-bit codes do not fit int8 before it is added.
+        small = centred.to(torch.int8 if self.fits_int8 else torch.int16)
+        if not self.fits_int8:
+            u8 = small.add_(u8_zero).to(torch.uint8)
         else:
-            u8 = codes.to(torch.uint8)
+            u8 = small.add_(u8_zero - 256 if u8_zero > 127 else u8_zero).view(torch.uint8)
         if self.repeated is not None:
             u8 = torch.cat([u8, u8.index_select(channel, self.repeated)], channel)
-        return [u8], zero + self.offset
+        return [u8], u8_zero
 
     def accumulators(self, centred: torch.Tensor) -> torch.Tensor:
         """int32 accumulators of centred codes (fp32, integer-valued), read through the operators themselves."""
@@ -155,12 +160,12 @@ class Prepared:
             low == 0 and self.plan.inverse != "activation"
         ):  # asymmetric codes are unsigned: any zero-point that fits will do
             zero = max(0, int(-centred.min()))
-        total = self._sum(centred + zero, zero)
+        total = self._sum(centred, zero)
         return total if self.site.kind == "conv" else total.view(*centred.shape[:-1], self.outputs)
 
-    def _sum(self, codes: torch.Tensor, zero: int) -> torch.Tensor:
+    def _sum(self, centred: torch.Tensor, zero: int) -> torch.Tensor:
         """The accumulators of all terms, int32."""
-        operands, u8_zero = self._operands(codes, zero)
+        operands, u8_zero = self._operands(centred, zero)
         operands = [self._layout(operand) for operand in operands]
         total = None
         for term, packed in zip(self.form_.terms, self._weights(operands[0].shape), strict=True):
@@ -173,15 +178,15 @@ class Prepared:
             return operand.contiguous(memory_format=torch.channels_last)
         return operand.reshape(-1, operand.shape[-1])
 
-    def __call__(self, codes: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
-        """codes: fp32 integer-valued, not centred, may be overwritten; zero: their zero-point. Returns fp32."""
-        lead = codes.shape[:-1]
+    def __call__(self, centred: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
+        """centred: code − zero-point, fp32 integer-valued; zero: that zero-point, which u8 operands carry."""
+        lead = centred.shape[:-1]
         if self.form_.fused:
-            operands, u8_zero = self._operands(codes, zero)
+            operands, u8_zero = self._operands(centred, zero)
             u8 = self._layout(operands[0])
             y = self._run(u8, u8_zero, self._weights(u8.shape)[0], activation_scale.item(), weight_scale, self.bias)
         else:
-            y = epilogue(self._sum(codes, zero).float(), activation_scale, weight_scale, self.bias)
+            y = epilogue(self._sum(centred, zero).float(), activation_scale, weight_scale, self.bias)
         return y if self.site.kind == "conv" else y.view(*lead, self.outputs)
 
 

@@ -26,28 +26,31 @@ class IntegerLayer(nn.Module):
 
     @torch.no_grad()
     def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Integer-valued fp32 codes of x, their zero-point, and the activation scale of the epilogue."""
+        """Centred codes of x (integer-valued fp32), their zero-point, and the activation scale of the epilogue.
+
+        clamp(⌊x/s⌉ + z, low, high) − z is computed as clamp(⌊x/s⌉, low − z, high − z): the same integers, a pass less.
+        """
         plan = self.plan
         scale, zero = self._tables[0].of(self.index)
         zero = zero_point(zero, plan)
+        offset = 0 if zero is None else int(zero)
+        low, high = plan.activation_range
         spatial = plan.site.kind == "conv"
         if spatial:
             x = x.contiguous(memory_format=torch.channels_last)
         rotated = rotate_activation(x, plan.transform, spatial)
         mine = not plan.transform.is_identity  # a rotation's result belongs to nobody else
-        codes = quantise(rotated, scale, zero, *plan.activation_range, overwrite=mine)
-        offset = 0 if zero is None else int(zero)
+        centred = quantise(rotated, scale, None, low - offset, high - offset, overwrite=mine)
         if plan.inverse == "activation":
-            centred = codes.sub_(offset) if offset else codes
-            codes, offset = rotate_activation(centred, plan.transform, spatial, inverse=True), 0
-        return codes, offset, scale / plan.transform.order
+            centred, offset = rotate_activation(centred, plan.transform, spatial, inverse=True), 0
+        return centred, offset, scale / plan.transform.order
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes, zero, activation_scale = self.codes(x)
+        centred, zero, activation_scale = self.codes(x)
         factor = self._tables[0].factors_of(self.span)
         weight_scale = self.weight_scale if factor is None else self.weight_scale * factor
-        return self.prepared(codes, zero, activation_scale, weight_scale)
+        return self.prepared(centred, zero, activation_scale, weight_scale)
 
 
 def swap_in(

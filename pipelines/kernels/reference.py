@@ -56,9 +56,9 @@ class Prepared:
         """int32 accumulators of centred codes (fp32, integer-valued)."""
         return accumulate(centred.to(torch.int32), self.folded, self.plan.site)
 
-    def __call__(self, codes: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
-        """codes: fp32 integer-valued, not centred; zero: their zero-point."""
-        return epilogue(self.accumulators(codes - zero).float(), activation_scale, weight_scale, self.bias)
+    def __call__(self, centred: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
+        """centred: code − zero-point, fp32 integer-valued; zero is only of interest to unsigned operators."""
+        return epilogue(self.accumulators(centred).float(), activation_scale, weight_scale, self.bias)
 
 
 def prepare(weights: IntegerWeights) -> Prepared:

@@ -11,6 +11,8 @@ import torch
 
 from pipelines.quant.spec import Transform
 
+NARROW = 16  # a product with a smaller matrix takes twice as long; several blocks are one matrix then, with equal sums
+
 
 def hadamard(order: int) -> torch.Tensor:
     """Sylvester's ±1 matrix H_raw (order, order), fp32 (paper, equation 7, without the 1/√2)."""
@@ -47,8 +49,11 @@ def rotate_last(x: torch.Tensor, transform: Transform, inverse: bool = False) ->
     """x·blockdiag(M, …) along the last dimension; with `inverse`, x·blockdiag(Mᵀ, …), which is order times the
     inverse.
     """
-    small = matrix(transform).to(x.device, x.dtype)
-    blocks = x.reshape(-1, transform.order)
+    small = matrix(transform)
+    if transform.order < NARROW and x.shape[-1] % NARROW == 0:
+        small = torch.block_diag(*[small] * (NARROW // transform.order))
+    small = small.to(x.device, x.dtype)
+    blocks = x.reshape(-1, small.shape[0])
     return (blocks @ (small.T if inverse else small)).view(x.shape)
 
 
