@@ -7,8 +7,10 @@
 # Which build of torch: pip takes the one it finds. To choose, name it and the index that has it:
 #     make demo TORCH=torch==2.13.0+cu130 TORCH_INDEX=<the PyTorch project's index of CUDA 13.0 wheels>
 
-PYTHON ?= python3
 VENV := .venv
+PYTHON ?= python3
+# The interpreter outside the environment, also where that one is activated.
+OUTER := $(shell PATH=$$(printf %s "$$PATH" | tr : '\n' | grep -vF '$(CURDIR)/$(VENV)/' | paste -sd :) command -v $(PYTHON))
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 # One stamp for each choice of torch, so that another choice installs again.
@@ -19,8 +21,8 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test table lint clean
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check \
+	$(OUTER) -m venv --clear --without-pip $(VENV)
+	$(OUTER) -m pip --python $(VENV)/bin/python install --quiet --disable-pip-version-check \
 		$(addprefix --extra-index-url ,$(TORCH_INDEX)) --constraint constraints.txt $(TORCH) --editable '.[test]'
 	touch $@
 
