@@ -1,6 +1,8 @@
-"""Shared by all tests: no hub, torchvision mended before any library asks for it."""
+"""Shared by all tests: no hub, one thread, torchvision mended before any library asks for it."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models here are tiny: more threads gain nothing, and beside other work they wait for each other for minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pipelines  # noqa: E402, F401  (mends torchvision before any library imports it)
