@@ -36,7 +36,7 @@ demo: $(READY)
 	hqdm report --picture $${HQDM_WORKSPACE:-workspace}/comparison.png
 
 test: $(READY)
-	python -m pytest
+	python -m pytest --numprocesses=auto --dist=loadscope
 
 table: $(READY)
 	python -m benchmarks.digits --count 1000

@@ -5,14 +5,15 @@ The noise and class of image i depend on the seed and i alone: every draw has a 
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
 
 from pipelines.errors import UsageError, did_you_mean
 
-# diffusers' names, with what makes each equal to its published form on an LDM schedule.
+# diffusers' names, with what makes each equal to its published form on an LDM schedule; what a model's own schedule
+# says goes before these.
 SCHEDULERS = {
     "DDIMScheduler": dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
     "DDPMScheduler": dict(clip_sample=False, steps_offset=1, timestep_spacing="leading"),
@@ -22,38 +23,74 @@ SCHEDULERS = {
     "PNDMScheduler": dict(skip_prk_steps=True, steps_offset=1),
     "UniPCMultistepScheduler": dict(),
 }
+# Flow matching's velocities need schedulers of their own.
+FLOW_SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": dict(),
+    "DPMSolverMultistepScheduler": dict(use_flow_sigmas=True, prediction_type="flow_prediction"),
+}
 
-# What students are distilled on: its steps need nothing but x_t, so that a run can go on inside a trajectory.
-SCHEDULER = "DDIMScheduler"
+
+def is_flow(schedule: Mapping) -> bool:
+    """Whether a model's schedule is one of flow matching: those alone have a shift."""
+    return "shift" in schedule
+
+
+def walker(schedule: Mapping) -> str:
+    """The scheduler that students are distilled on, and the usual one: its steps need nothing but x_t, so that a run
+    can go on inside a trajectory.
+    """
+    return "FlowMatchEulerDiscreteScheduler" if is_flow(schedule) else "DDIMScheduler"
+
+
+def eta_or(asked: float | None, name: str, usual: float) -> float:
+    """The η asked for, or a stage's usual one where the scheduler knows η, else 0."""
+    if asked is not None:
+        return asked
+    return usual if name == "DDIMScheduler" else 0.0
 
 
 class Predicts(Protocol):
     """What sampling needs of a model."""
 
     def predict(
-        self, x: torch.Tensor, timestep: torch.Tensor, classes: torch.Tensor, guidance: float
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
     ) -> torch.Tensor: ...
 
 
-def make_scheduler(name: str, schedule: dict, steps: int):
+def make_scheduler(name: str, schedule: Mapping, steps: int):
     """A diffusers scheduler set to `steps` timesteps on a model's schedule."""
     import diffusers
 
-    if name not in SCHEDULERS:
-        raise UsageError(f"scheduler {name!r} does not exist", did_you_mean(name, SCHEDULERS))
+    known = FLOW_SCHEDULERS if is_flow(schedule) else SCHEDULERS
+    if name not in known:
+        what = "of flow matching " if name in SCHEDULERS and is_flow(schedule) else ""
+        raise UsageError(f"scheduler {name!r} {what}does not exist", did_you_mean(name, known))
     train_steps = schedule["num_train_timesteps"]
     if not 1 <= steps <= train_steps:
         raise UsageError(f"steps {steps} is outside 1 … {train_steps}", "20 is usual")
-    scheduler = getattr(diffusers, name)(**schedule, **SCHEDULERS[name])
-    scheduler.set_timesteps(steps)
-    if scheduler.timesteps.max() >= train_steps:  # steps_offset = 1 puts them there when steps is all of them
+    kind = getattr(diffusers, name)
+    accepted = inspect.signature(kind.__init__).parameters
+    own = {key: value for key, value in schedule.items() if key in accepted}
+    if is_flow(schedule):
+        own |= known[name]  # a velocity is predicted, whatever the schedule calls it
+        if "flow_shift" in accepted:
+            own["flow_shift"] = schedule["shift"]
+    scheduler = kind(**{**known[name], **own})
+    spacing: dict = {"num_inference_steps": steps}
+    if name == "FlowMatchEulerDiscreteScheduler":
+        if schedule.get("linear_sigmas"):  # Flux's pipeline
+            spacing = {"sigmas": [1 - step / steps for step in range(steps)]}
+        if schedule.get("use_dynamic_shifting"):
+            spacing["mu"] = schedule["mu"]
+    scheduler.set_timesteps(**spacing)
+    if scheduler.timesteps.max() >= train_steps and not is_flow(schedule):  # steps_offset = 1 with all the steps
         raise UsageError(f"steps {steps} would visit timestep {train_steps}, which does not exist", "take fewer steps")
     return scheduler
 
 
-def timesteps_of(name: str, schedule: dict, steps: int) -> list[float]:
-    """The timesteps that sampling visits, in sampling order."""
-    return [timestep.item() for timestep in make_scheduler(name, schedule, steps).timesteps]
+def timesteps_of(name: str, schedule: Mapping, steps: int) -> list[float]:
+    """The timesteps that sampling visits, in sampling order; whole numbers but for flow matching and Euler's."""
+    return [float(timestep) for timestep in make_scheduler(name, schedule, steps).timesteps]
 
 
 def generator(seed: int, index: int, purpose: str) -> torch.Generator:
@@ -67,24 +104,26 @@ def noise_of(seed: int, indices: list[int], shape: tuple[int, ...], purpose: str
     return torch.stack([torch.randn(shape, generator=generator(seed, index, purpose)) for index in indices])
 
 
-def classes_of(seed: int, indices: list[int], classes: int, purpose: str = "classes") -> torch.Tensor:
-    """Classes (N,) int64: a fresh permutation of all classes for every `classes` images, neither sorted nor
-    unbalanced.
+def conditions_of(seed: int, indices: list[int], conditions: int, purpose: str = "classes") -> torch.Tensor:
+    """Conditions (N,) int64, classes or prompts: a fresh permutation of all of them for every `conditions` images,
+    neither sorted nor unbalanced. Zeros where there are none.
     """
-    labels = []
+    if conditions == 0:
+        return torch.zeros(len(indices), dtype=torch.int64)
+    rows = []
     for index in indices:
-        order = torch.randperm(classes, generator=generator(seed, index // classes, purpose))
-        labels.append(int(order[index % classes]))
-    return torch.tensor(labels)
+        order = torch.randperm(conditions, generator=generator(seed, index // conditions, purpose))
+        rows.append(int(order[index % conditions]))
+    return torch.tensor(rows)
 
 
 def trajectory(
     model: Predicts,
     name: str,
-    schedule: dict,
+    schedule: Mapping,
     steps: int,
     x: torch.Tensor,
-    classes: torch.Tensor,
+    conditions: torch.Tensor,
     guidance: float,
     eta: float,
     seed: int,
@@ -93,20 +132,21 @@ def trajectory(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Run a sampler and yield (step, timestep, x_t, ε) before each step and, last, (steps, timestep, x_0, ε).
 
-    x: (N, C, H, W) noise; ε is the model's guided prediction at x_t. `first` goes on at a later step of a DDIM
-    trajectory from the x of that step.
+    x: (N, C, H, W) noise; ε is the model's guided prediction at x_t, be it noise, v or a velocity. `first` goes on at
+    a later step of a `walker`'s trajectory from the x of that step.
     """  # fmt: skip
     scheduler = make_scheduler(name, schedule, steps)
     accepted = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in accepted:
         raise UsageError(f"{name} has no eta", "leave --eta out, or use --scheduler DDIMScheduler")
     if first == 0:
-        x = x * scheduler.init_noise_sigma
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     epsilon = torch.zeros_like(x)
     for step, timestep in enumerate(scheduler.timesteps):
         if step < first:
             continue
-        epsilon = model.predict(scheduler.scale_model_input(x, timestep), timestep, classes, guidance)
+        seen = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        epsilon = model.predict(seen, timestep, conditions, guidance)
         yield step, timestep, x, epsilon
         extra = {}
         if eta:
@@ -121,10 +161,10 @@ def trajectory(
 def sample(
     model: Predicts,
     name: str,
-    schedule: dict,
+    schedule: Mapping,
     steps: int,
     shape: tuple[int, ...],
-    classes: torch.Tensor,
+    conditions: torch.Tensor,
     guidance: float,
     eta: float,
     seed: int,
@@ -132,7 +172,7 @@ def sample(
 ) -> torch.Tensor:
     """Latents (N, *shape) of the images `indices`."""  # fmt: skip
     start = noise_of(seed, indices, shape)
-    *_, last = trajectory(model, name, schedule, steps, start, classes, guidance, eta, seed, indices)
+    *_, last = trajectory(model, name, schedule, steps, start, conditions, guidance, eta, seed, indices)
     return last[2]
 
 

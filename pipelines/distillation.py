@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.diffusion import SCHEDULER, classes_of, noise_of, timesteps_of, trajectory
+from pipelines.diffusion import conditions_of, noise_of, timesteps_of, trajectory, walker
 from pipelines.errors import NumericalFault
 from pipelines.events import Report
 from pipelines.models.denoiser import Denoiser
@@ -50,8 +50,8 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
 
     A layer's adapters learn at mean(weight scale)/divisor: scale-aware optimisation, EfficientDM.
     """
-    layers = quant_layers(student.unet)
-    tables: TimestepTables = student.unet.timestep_tables
+    layers = quant_layers(student.network)
+    tables: TimestepTables = student.network.timestep_tables
     groups = [
         {"params": [layer.lora_a, layer.lora_b], "rate": layer.weight_scale.mean().item() / recipe.lora_rate_divisor,
          "weight_decay": WEIGHT_DECAY}
@@ -65,10 +65,10 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     return [{"weight_decay": 0.0, "lr": 0.0} | group for group in groups if group["rate"] > 0]
 
 
-def check_finite(student: Denoiser, loss: float, timestep: int) -> None:
+def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
     """NumericalFault that names the timestep and, where a parameter is the cause, its site."""
-    layers = quant_layers(student.unet)
-    tables: TimestepTables = student.unet.timestep_tables
+    layers = quant_layers(student.network)
+    tables: TimestepTables = student.network.timestep_tables
     way_out = "distill with lower rates (the recipe in a plan edited by hand); the last good state is kept in the draft"
     bad = [
         f"{what} of site {name}"
@@ -84,14 +84,15 @@ def check_finite(student: Denoiser, loss: float, timestep: int) -> None:
     if not bool(torch.cat([row.detach() for row in rows]).gt(0).all()):  # NaN is not above zero either
         names = list(layers)
         bad += [
-            f"the activation scale of site {names[column]} at timestep {known}"
+            f"the activation scale of site {names[column]} at timestep {known:g}"
             for known, row in zip(tables.timesteps, tables.scale, strict=True)
             for column in (~(row.detach() > 0)).nonzero().flatten().tolist()
         ] or ["a weight factor"]
     if bad:
-        raise NumericalFault(f"{bad[0]} is not a positive number or not finite, found at timestep {timestep}", way_out)
+        what = f"{bad[0]} is not a positive number or not finite, found at timestep {timestep:g}"
+        raise NumericalFault(what, way_out)
     if not math.isfinite(loss):
-        raise NumericalFault(f"the loss is {loss} at timestep {timestep}", way_out)
+        raise NumericalFault(f"the loss is {loss} at timestep {timestep:g}", way_out)
 
 
 def distill(
@@ -115,7 +116,8 @@ def distill(
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(groups)
-    timesteps = timesteps_of(SCHEDULER, schedule, course.steps)
+    scheduler = walker(schedule)
+    timesteps = timesteps_of(scheduler, schedule, course.steps)
     done, losses, x = 0, [], None
     threads = torch.get_num_threads()
     state = _read_state(state_file, report)
@@ -148,18 +150,18 @@ def distill(
     while done < course.updates:
         number, first = divmod(done, course.steps)
         indices = list(range(number * course.batch, (number + 1) * course.batch))
-        classes = classes_of(course.seed, indices, info.classes)
+        conditions = conditions_of(course.seed, indices, info.conditions)
         if first == 0:
-            x = noise_of(course.seed, indices, (info.channels, info.size, info.size), "distill")
+            x = noise_of(course.seed, indices, info.shape, "distill")
         # No gradient inside the generator's frames; it is resumed under grad mode for the student's own pass.
         with torch.no_grad():
             steps = trajectory(
                 teacher,
-                SCHEDULER,
+                scheduler,
                 schedule,
                 course.steps,
                 x,
-                classes,
+                conditions,
                 course.guidance,
                 course.eta,
                 course.seed,
@@ -170,12 +172,12 @@ def distill(
                 if step == course.steps:
                     break
                 with torch.enable_grad():
-                    difference = student.predict(x, timestep, classes, course.guidance) - target
+                    difference = student.predict(x, timestep, conditions, course.guidance) - target
                     loss = difference.square().sum()
                 value = loss.item() / course.batch
                 saves = done % save_every == 0 and done > 0
                 if saves or not math.isfinite(value):
-                    check_finite(student, value, int(timesteps[step]))
+                    check_finite(student, value, timesteps[step])
                 if saves:
                     save()  # the state before this update, which has just been seen to be good
                 for group in optimiser.param_groups:
@@ -187,7 +189,7 @@ def distill(
                 losses.append(value)
                 report.advance(done, loss=value)
     report.end()
-    check_finite(student, losses[-1], int(timesteps[-1]))
+    check_finite(student, losses[-1], timesteps[-1])
     return losses
 
 

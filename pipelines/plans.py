@@ -47,7 +47,7 @@ class Plan:
     variant: str
     bits: Bits
     recipe: Recipe
-    timesteps: list[int]
+    timesteps: list[int | float]
     sites: list[SitePlan]
 
     @property
@@ -78,7 +78,7 @@ class _PlanFile:
     method: str
     variant: str
     bits: str
-    timesteps: list[int]
+    timesteps: list[int | float]
     sites: dict[str, Any]
     recipe: Recipe = Recipe()
 
@@ -98,7 +98,8 @@ def write_plan(plan: Plan) -> str:
     return write_yaml(
         {
             "format": FORMAT, "method": plan.method, "variant": plan.variant, "bits": str(plan.bits),
-            "timesteps": list(plan.timesteps), "recipe": to_dict(plan.recipe), "sites": sites,
+            "timesteps": [int(step) if step == int(step) else step for step in plan.timesteps],
+            "recipe": to_dict(plan.recipe), "sites": sites,
         }
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from pipelines import stages
 from pipelines.config import differences, from_dict, key_dict, read_yaml, replace, to_dict
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.events import Report
-from pipelines.memory import reuse_freed_memory
+from pipelines.memory import peak_bytes, reset_peak, reuse_freed_memory
 from pipelines.quant.spec import Bits
 from pipelines.store import Artifact, Store, key_of, links, sha256_of_file
 
@@ -71,9 +71,10 @@ def make(
         "seed": recorded.get("seed"),
     }
     reuse_freed_memory()
+    reset_peak()
     with store.begin(stage, key, request, afresh=force) as draft:
         figures = module.run(config, inputs, draft, report)
-        artifact = draft.commit(figures)
+        artifact = draft.commit(figures | {"peak_memory_bytes": peak_bytes()})
     store.mark_current(artifact)
     return Outcome(stage, artifact, True, reason, recorded)
 
@@ -198,7 +199,7 @@ def next_command(store: Store) -> str:
     if above is None:
         return "hqdm profile model.ckpt"
     if reasons[above.id]:
-        return f"hqdm profile {shlex.quote(above.config['path'])}"
+        return _profile_command(above)
     for stage in ("profile", "plan", "distill", "export", "sample", "score"):
         heir = _newest_heir(store, stage, above)
         if heir is None or reasons[heir.id]:
@@ -232,7 +233,7 @@ def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
     """The command that makes `artifact` again, or makes the first artifact of a stage from `above`."""
     known = artifact.config if artifact else {}
     if stage == "profile":
-        return f"hqdm profile {shlex.quote(above.config['path'])}"
+        return _profile_command(above)
     if stage == "plan":
         words = [f"--{name} {known[name]}" for name in ("method", "variant", "bits") if known.get(name)]
         return " ".join(["hqdm plan", *words])
@@ -244,6 +245,20 @@ def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
     if stage == "sample" and known.get("source"):
         return f"hqdm sample {known['source']}"
     return f"hqdm {stage}"
+
+
+def _profile_command(model: Artifact) -> str:
+    """The command that took the model in, with the files that it was given."""
+    from pipelines.models.compvis_config import find_config
+
+    path, config_path = Path(model.config["path"]), model.config["config_path"]
+    words = ["hqdm", "profile", str(path)]
+    if config_path is not None and not (path.is_file() and find_config(path) == Path(config_path)):
+        words += ["--config", config_path]
+    for name in ("prompts", "embeddings", "size"):
+        if model.config.get(name) is not None:
+            words += [f"--{name}", str(model.config[name])]
+    return shlex.join(words)
 
 
 def samples_of_current_lineage(store: Store) -> list[Artifact]:
@@ -276,25 +291,26 @@ def _ids_above(store: Store, artifact: Artifact) -> dict[str, str]:
 
 
 def model_config(path: Path | str, config_path: Path | str | None = None, **options: Any) -> Any:
-    """The `model` stage's configuration for a checkpoint, with the hashes of its files.
+    """The `model` stage's configuration for a checkpoint or a folder, with the hashes of its files.
 
-    Without a `config_path` the YAML beside the checkpoint is taken: of its name, or the only one there.
+    Without a `config_path` the YAML beside a checkpoint is taken, where there is one: of its name, or the only one.
     """
     from pipelines.models.compvis_config import find_config
 
     path = Path(path).absolute()
     if not path.exists():
-        raise FileFault(f"{path} does not exist", "name a checkpoint, as in: hqdm profile model.ckpt")
-    if path.is_dir():
-        raise FileFault(f"{path} is a folder, not a checkpoint", "name a .ckpt file in it")
-    config_path = find_config(path) if config_path is None else Path(config_path).absolute()
-    values = {
-        "path": str(path),
-        "sha256": sha256_of_file(path),
-        "config_path": str(config_path),
-        "config_sha256": sha256_of_file(config_path),
-    }
-    return from_dict(stages.load("model").Config, values | {k: v for k, v in options.items() if v is not None}, "model")
+        raise FileFault(f"{path} does not exist", "name a checkpoint or a folder, as in: hqdm profile model.ckpt")
+    if config_path is None and path.is_file():
+        config_path = find_config(path)
+    given = {name: value for name, value in options.items() if value is not None}
+    given |= {} if config_path is None else {"config_path": config_path}
+    for name in ("config_path", "prompts", "embeddings"):
+        if (value := given.get(name)) is not None:
+            given[name] = str(Path(value).absolute())
+            if not Path(value).exists():
+                raise FileFault(f"{value} does not exist", "check the path")
+    stage = stages.load("model")
+    return stage.with_hashes(from_dict(stage.Config, {"path": str(path)} | given, "model"))
 
 
 def edited_plan(path: Path | str) -> Any:
@@ -326,6 +342,7 @@ def plan_like(artifact: Artifact) -> Any:
 
 PARENT = {"profile": "model", "plan": "profile", "distill": "plan", "export": "distill", "score": "sample"}
 SOURCES = {"teacher": "model", "fake": "distill", "int": "export"}  # where `sample` gets its denoiser from
+MODEL_KEYS = ("path", "config_path", "ema", "prompts", "embeddings", "size")  # what a recipe may say of its model
 SEVERAL = ("sample", "score")  # stages that a recipe may name several times
 
 
@@ -350,11 +367,13 @@ def _steps(recipe: Mapping[str, Any], base: Path, where: str) -> list[_Step]:
     if not isinstance(model, Mapping) or not isinstance(model.get("path"), str):
         raise UsageError(f"{where}: the key 'model' is missing or no path", "write `model: model.ckpt`")
     for key in model:
-        if key not in ("path", "config_path", "ema"):
-            raise UsageError(f"{where}: unknown key 'model.{key}'", did_you_mean(key, ("path", "config_path", "ema")))
-    config_path = model.get("config_path")
-    options = {"ema": model.get("ema")}
-    steps = [_Step("model", model_config(base / model["path"], config_path and base / config_path, **options))]
+        if key not in MODEL_KEYS:
+            raise UsageError(f"{where}: unknown key 'model.{key}'", did_you_mean(key, MODEL_KEYS))
+    options = {key: value for key, value in model.items() if key != "path" and value is not None}
+    for key in ("config_path", "prompts", "embeddings"):
+        if isinstance(options.get(key), str):
+            options[key] = base / options[key]
+    steps = [_Step("model", model_config(base / model["path"], **options))]
     for stage in stages.STAGES:
         if stage == "model" or stage not in recipe:
             continue
@@ -402,7 +421,7 @@ def run_recipe(
 ) -> Iterator[Outcome]:
     """Make everything a recipe names, each stage from the artifacts made before it; one Outcome after the other.
 
-        model: model.ckpt            # or a mapping: path, config_path, ema
+        model: model.ckpt            # or a mapping: path, config_path, ema, prompts, embeddings, size
         seed: 0                      # optional; for every stage that takes one
         plan: {bits: w4a4}           # a stage's options, or null for its defaults; a stage left out is not run
         sample: [{source: teacher}, {source: int}]

@@ -2,16 +2,17 @@
 
 A fake student's files (of the distill stage): `student.safetensors` with
 
-    tables/timesteps (T,) int64 · tables/scale, tables/zero (T, n) · tables/factor (T, m), where trained
+    tables/timesteps (T,) fp64 · tables/scale, tables/zero (T, n) · tables/factor (T, m), where trained
     <site>/weight_scale, <site>/weight_zero (out,) · <site>/lora_a, <site>/lora_b · <site>/base_scale (out,), where W is
     the dequantised base weight
 
 and the plan as `plan.yaml`. An integer model's files (of the export stage): `model.safetensors` with
 
     <site>.weight packed uint8 · <site>.weight_scale fp32 · <site>.weight_zero packed · <site>.bias · tables.* as above
-    float.<name>, what is not quantised · embedding
+    float.<name>, what is not quantised
 
-with `config.json`, which holds all that a loader needs.
+with `config.json`, which holds all that a loader needs, and `conditions.safetensors` and `first_stage/` as a model's
+folder has them.
 """
 
 import copy
@@ -25,21 +26,23 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines.config import from_dict, to_dict
-from pipelines.diffusion import SCHEDULER
+from pipelines.diffusion import walker
 from pipelines.errors import FileFault
+from pipelines.kernels import cpu, reference
 from pipelines.kernels import layers as integer_layers
-from pipelines.models.denoiser import Denoiser, ModelInfo, ready
+from pipelines.memory import give_back, let_go
+from pipelines.models.denoiser import CONDITIONS, Denoiser, info_from_dict, ready, save_beside
+from pipelines.models.families import FAMILIES
+from pipelines.models.first_stage import FirstStage
 from pipelines.plans import Plan
 from pipelines.quant import layers as fake_layers
-from pipelines.quant.affine import dequantise, quantise
-from pipelines.quant.hadamard import rotate_weight, sign_diagonal
-from pipelines.quant.integers import IntegerWeights
-from pipelines.quant.layers import QuantLayer
+from pipelines.quant.hadamard import sign_diagonal
+from pipelines.quant.integers import PackedWeights
 from pipelines.quant.spec import SitePlan, site_from_dict, site_to_dict
 from pipelines.quant.tables import TimestepTables
 
 FORMAT = "hqdm-int"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What a loader has to compute, in words that go into config.json.
 ARITHMETIC = {
     "prologue": "x~ = x·blockdiag(D·H, …) in fp32 (H: Sylvester's ±1 matrix of `order`; D: `sign_diagonals`); "
@@ -50,20 +53,10 @@ ARITHMETIC = {
     "epilogue": "y = ((sum(q·V) · (s_t/order)) · w[c]) + bias[c], each operation rounded to fp32; "
     "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order "
     "of `sites`)",
-    "timesteps": "rows of the tables by timestep; between two rows scales and factors are interpolated linearly in "
+    "timesteps": "rows of the tables by the schedule's timestep, which is the network's argument times timestep_unit; "
+    "one within 0.01 of a row's is that row's; between two rows scales and factors are interpolated linearly in "
     "their logarithm and zero-points linearly, then rounded; beyond the ends the end row holds",
 }
-
-
-def base_weight(weight: torch.Tensor, plan: SitePlan, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """The integer weight at its initial scale, dequantised: what EfficientDM adds LoRA to. (out, in, …) fp32."""
-    shape = (-1, *[1] * (weight.ndim - 1))
-    rotated = rotate_weight(weight, plan.transform) if plan.inverse == "double" else weight
-    codes = quantise(rotated, scale.view(shape), zero.view(shape), *plan.weight_range)
-    value = dequantise(codes, scale.view(shape), zero.view(shape))
-    if plan.inverse == "double":
-        value = rotate_weight(value, plan.transform, inverse=True) / plan.transform.order
-    return value
 
 
 def share_frozen(denoiser: Denoiser) -> Denoiser:
@@ -91,19 +84,21 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
     tables = TimestepTables(scales["timesteps"].tolist(), scale / unit, zero, factor, unit)
     weight_scale = {name: scales[f"{name}/weight_scale"] for name in names}
     weight_zero = {name: scales[f"{name}/weight_zero"] for name in names}
-    layers = fake_layers.swap_in(student.unet, plans, tables, weight_scale, weight_zero)
+    layers = fake_layers.swap_in(
+        student.network, plans, tables, weight_scale, weight_zero, student.family.timestep_unit
+    )
     for index, (name, layer) in enumerate(layers.items()):
         if plan.recipe.base_weight == "quantised":
-            layer.weight = base_weight(layer.weight, layer.plan, weight_scale[name], weight_zero[name])
+            layer.set_base(weight_scale[name])
         layer.add_lora(plan.recipe.lora_rank, torch.Generator().manual_seed(seed * 100_003 + index))
     return student
 
 
 def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What was learned, as the tensors of `student.safetensors`."""
-    tables: TimestepTables = student.unet.timestep_tables
+    tables: TimestepTables = student.network.timestep_tables
     tensors = {f"tables/{name}": value for name, value in tables.raw().items()}
-    for name, layer in fake_layers.quant_layers(student.unet).items():
+    for name, layer in fake_layers.quant_layers(student.network).items():
         tensors[f"{name}/weight_scale"] = layer.weight_scale.detach().clone()
         tensors[f"{name}/weight_zero"] = layer.weight_zero.clone()
         tensors[f"{name}/lora_a"] = layer.lora_a.detach().clone().contiguous()
@@ -113,20 +108,26 @@ def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tenso
     return tensors
 
 
-def load_fake(teacher: Denoiser, plan: Plan, path: Path) -> Denoiser:
-    """The fake student of `student.safetensors`, frozen, for sampling and export. The teacher's weights are shared."""
+def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) -> Denoiser:
+    """The fake student of `student.safetensors`; it shares its teacher's weights. `freeze` computes every V, for
+    sampling.
+    """
     tensors = _load(path)
     student = share_frozen(teacher)
     plans = plan.quantised
     weight_scale = {site.site.name: tensors[f"{site.site.name}/weight_scale"] for site in plans}
     weight_zero = {site.site.name: tensors[f"{site.site.name}/weight_zero"] for site in plans}
-    layers = fake_layers.swap_in(student.unet, plans, _tables(tensors, "tables/"), weight_scale, weight_zero)
+    tables = _tables(tensors, "tables/")
+    layers = fake_layers.swap_in(
+        student.network, plans, tables, weight_scale, weight_zero, student.family.timestep_unit
+    )
     for name, layer in layers.items():
         if f"{name}/base_scale" in tensors:
-            layer.weight = base_weight(layer.weight, layer.plan, tensors[f"{name}/base_scale"], weight_zero[name])
+            layer.set_base(tensors[f"{name}/base_scale"])
         layer.lora_a = nn.Parameter(tensors[f"{name}/lora_a"])
         layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
-        layer.freeze()
+        if freeze:
+            layer.freeze()
     return student.requires_grad_(False).eval()
 
 
@@ -146,50 +147,52 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def merged_state(student: Denoiser) -> dict[str, torch.Tensor]:
-    """The student's parameters under the teacher's names, quantised weights as the floats their integers stand for."""
-    state = {}
-    layers: dict[str, QuantLayer] = fake_layers.quant_layers(student.unet)
-    for name, value in student.unet.state_dict().items():
-        if name.rpartition(".")[0] not in layers and not name.startswith("timestep_tables."):
-            state[name] = value
-    for name, layer in layers.items():
-        state[f"{name}.weight"] = layer.integers().dequantised()
-        if layer.bias is not None:
-            state[f"{name}.bias"] = layer.bias
-    return state
+def merge_weights(student: Denoiser, teacher: Denoiser) -> None:
+    """Give the teacher the floats that the student's integers stand for, in place of its own weights, one layer after
+    another. The student, which shared them, is of no use afterwards.
+    """
+    for name, layer in fake_layers.quant_layers(student.network).items():
+        weight = layer.integers().dequantised()
+        layer.weight = layer.base_codes = None
+        teacher.network.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
 
 
 def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
-    """Write a frozen fake student as packed integers. Returns {site: {"bytes", "float_bytes", "weight_bits"}}."""
-    layers = fake_layers.quant_layers(student.unet)
-    tables: TimestepTables = student.unet.timestep_tables
+    """Write a fake student as packed integers, checked: NumericalFault where an accumulator could overflow.
+
+    Returns {site: {"bytes", "float_bytes", "weight_bits", "form"}}; the form is the one of the cpu back end.
+    """
+    layers = fake_layers.quant_layers(student.network)
+    tables: TimestepTables = student.network.timestep_tables
     tensors = {f"tables.{name}": value for name, value in tables.raw().items()}
-    tensors["embedding"] = student.embedding.contiguous()
     sizes = {}
     for name, layer in layers.items():
-        packed = layer.integers().to_tensors()
-        tensors |= {f"{name}.{key}": value for key, value in packed.items()}
+        packed = layer.integers().packed()
+        reference.prepare(packed)  # its bound on accumulators holds, or the export fails here
+        tensors |= {f"{name}.{key}": value for key, value in packed.tensors.items()}
         steps = 2 * 4 * len(tables.timesteps)  # the site's columns of the timestep tables
         sizes[name] = {
-            "bytes": sum(value.numel() * value.element_size() for value in packed.values()) + steps,
+            "bytes": sum(value.numel() * value.element_size() for value in packed.tensors.values()) + steps,
             "float_bytes": 4 * (layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())),
             "weight_bits": layer.plan.weight_bits,
+            "form": cpu.form_of(packed),
         }
-    for name, value in student.unet.state_dict().items():
+    for name, value in student.network.state_dict().items():
         if name.rpartition(".")[0] not in layers and not name.startswith("timestep_tables."):
             tensors[f"float.{name}"] = value.contiguous()
     save_file(tensors, folder / "model.safetensors")
     config = {
         "format": FORMAT, "version": FORMAT_VERSION, "method": plan.method, "variant": plan.variant,
         "bits": str(plan.bits), "model": asdict(student.info), "arithmetic": ARITHMETIC,
-        "learned_on": {"scheduler": SCHEDULER, "steps": len(tables.timesteps)},
+        "timestep_unit": student.family.timestep_unit,
+        "learned_on": {"scheduler": walker(student.info.schedule), "steps": len(tables.timesteps)},
         "sign_diagonals": _sign_diagonals(plan.quantised),
         "packing": "codes minus the smallest code, most significant bit first, rows one after another",
-        "unet": {key: value for key, value in student.unet.config.items() if not key.startswith("_")},
+        "network": {key: value for key, value in student.network.config.items() if not key.startswith("_")},
         "sites": [_site_entry(site) for site in plan.quantised],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_beside(student, folder)
     return sizes
 
 
@@ -206,8 +209,6 @@ def _site_entry(site: SitePlan) -> dict:
 
 def load_integer(folder: Path, backend: str) -> Denoiser:
     """An exported integer model, ready to sample on a back end ("reference" or "cpu"), from its own files alone."""
-    from diffusers import UNet2DConditionModel
-
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -226,24 +227,29 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
         ]
         if config["sign_diagonals"] != _sign_diagonals(plans):
             raise FileFault(f"{path}: its sign diagonals are not those of this hqdm", "use the hqdm that exported it")
-        info = ModelInfo(**config["model"])
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(config["unet"])
+        info = info_from_dict(config["model"])
+        family = FAMILIES[info.family]
+        network = family.build(config["network"], info.options)
         weights = {}
         for plan in plans:
             prefix = f"{plan.site.name}."
             mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            weights[plan.site.name] = IntegerWeights.from_tensors(plan, mine)
-        integer_layers.swap_in(unet, plans, _tables(tensors, "tables."), weights, backend)
+            weights[plan.site.name] = PackedWeights(plan, mine)
+        tables = _tables(tensors, "tables.")
+        integer_layers.swap_in(network, plans, tables, weights, backend, family.timestep_unit)
     except (KeyError, TypeError, AttributeError) as error:
         raise FileFault(
             f"{folder}: config.json or model.safetensors is incomplete: {type(error).__name__}: {error}",
             "export again: hqdm export --format int --force",
         ) from error
     floats = {key.removeprefix("float."): value for key, value in tensors.items() if key.startswith("float.")}
-    left = [name for name, value in [*unet.named_parameters(), *unet.named_buffers()] if value.is_meta]
-    if sorted(left) != sorted(floats):
-        different = sorted(set(left) ^ set(floats))
-        raise FileFault(f"{folder}: tensors and configuration disagree on {', '.join(different[:5])}", "export again")
-    unet.load_state_dict(floats, strict=False, assign=True)
-    return ready(Denoiser(unet, tensors["embedding"], info))
+    wanted = {name for name in network.state_dict() if not name.startswith("timestep_tables.")}
+    if wanted != floats.keys():
+        different = ", ".join(sorted(wanted ^ floats.keys())[:5])
+        raise FileFault(f"{folder}: tensors and configuration disagree on {different}", "export again")
+    network.load_state_dict(floats, strict=False, assign=True)
+    denoiser = ready(Denoiser(network, _load(Path(folder) / CONDITIONS), info, FirstStage.load(Path(folder))))
+    for value in floats.values():  # convolutions were copied
+        let_go(value.data_ptr(), value.nbytes)
+    give_back(sum(value.numel() for value in tensors.values()))
+    return denoiser

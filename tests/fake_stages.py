@@ -2,10 +2,11 @@
 
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipelines import stages
 from pipelines.errors import HqdmError
+from pipelines.store import sha256_of_file
 
 PARENTS = {"profile": "model", "plan": "profile", "distill": "plan", "export": "distill"}
 
@@ -106,10 +107,17 @@ def _fake(name):
         return {"loss": 1 / 3, "resumed": out.resumed}
 
     module.inputs, module.run = inputs, run
+    if name == "model":
+        module.with_hashes = _with_hashes
     if name == "score":
         module.with_hashes = lambda config: config
         module.sources = lambda store, samples, reference, pair: ({}, {"samples": store.get(samples).id})
     return module
+
+
+def _with_hashes(config):
+    yaml = config.config_path and sha256_of_file(config.config_path)
+    return replace(config, sha256=sha256_of_file(config.path), config_sha256=yaml)
 
 
 def install(monkeypatch):

@@ -18,7 +18,9 @@ def tiny_store(root: Path, seed: int = 0) -> Store:
     """A workspace with the tiny model and its profile."""
     store = Store(root)
     denoiser = tiny_denoiser(seed)
-    with store.begin("model", f"tiny-{seed}", {"config": {"ema": True}}) as draft:
+    config = {"path": "tiny.ckpt", "config_path": None, "ema": True}
+    request = {"stage_version": load("model").VERSION, "config": config}
+    with store.begin("model", f"tiny-{seed}", request) as draft:
         save_denoiser(denoiser, draft.path)
         sites = [site_to_dict(site) for site in find_sites(denoiser)]
         (draft.path / "sites.json").write_text(json.dumps(sites))

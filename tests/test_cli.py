@@ -231,7 +231,7 @@ def test_a_recipe_runs_the_road(hqdm, tmp_path):
             2,
             "error: No such option: --bitz (Possible options: --bits)\nhint: hqdm plan --help\n",
         ),
-        (("profile",), 2, "error: Missing argument 'CHECKPOINT'.\nhint: hqdm profile --help\n"),
+        (("profile",), 2, "error: Missing argument 'MODEL'.\nhint: hqdm profile --help\n"),
         (("sample", "tacher"), 2, "error: there is no source 'tacher'\nhint: did you mean 'teacher'?\n"),
         (
             ("show", "plan/9"),

@@ -32,7 +32,7 @@ def test_the_embedded_checkpoint_is_small_and_has_both_sets_of_weights():
 
 def test_raw_and_averaged_weights_differ_and_each_can_be_chosen(denoiser):
     raw = load_checkpoint(CHECKPOINT, ema=False)[0]
-    assert not torch.equal(raw.unet.conv_in.weight, denoiser.unet.conv_in.weight)
+    assert not torch.equal(raw.network.conv_in.weight, denoiser.network.conv_in.weight)
 
 
 def test_epsilon_equals_that_of_diffusers_own_conversion():
@@ -42,11 +42,11 @@ def test_epsilon_equals_that_of_diffusers_own_conversion():
     ours = load_checkpoint(CHECKPOINT, ema=False)[0]
     state, _ = read_checkpoint(CHECKPOINT)
     state = {key: value.float() for key, value in state.items() if key.startswith("model.diffusion_model.")}
-    theirs = UNet2DConditionModel.from_config(ours.unet.config)
+    theirs = UNet2DConditionModel.from_config(ours.network.config)
     theirs.load_state_dict(convert_ldm_unet_checkpoint(state, dict(theirs.config)))
     x, timestep, context = torch.randn(2, 1, 16, 16), torch.tensor(401), torch.randn(2, 1, 64)
     with torch.no_grad():
-        mine = ours.unet(x, timestep, encoder_hidden_states=context).sample
+        mine = ours.network(x, timestep, encoder_hidden_states=context).sample
         reference = theirs.eval()(x, timestep, encoder_hidden_states=context).sample
     assert torch.allclose(mine, reference, atol=1e-5)
 
@@ -206,7 +206,7 @@ def test_a_file_that_changed_after_it_was_hashed_is_named(tmp_path, name):
     config = runner.model_config(tmp_path / "model.ckpt")
     with open(tmp_path / name, "ab") as file:
         file.write(b"\n")
-    with pytest.raises(FileFault, match=f"{name} was changed"):
+    with pytest.raises(FileFault, match="model.ckpt, or a file that goes with it, was changed"):
         runner.make(Store(tmp_path / "ws"), "model", config)
 
 
@@ -255,7 +255,7 @@ def test_the_samples_are_the_digits_that_were_asked_for(denoiser):
     judge = load_classifier()
     assert accuracy(judge, images, labels) >= 0.97
     indices = list(range(100))
-    classes = diffusion.classes_of(0, indices, 10)
+    classes = diffusion.conditions_of(0, indices, 10)
     schedule = denoiser.info.schedule
     samples = diffusion.sample(denoiser, "DDIMScheduler", schedule, 20, (1, 16, 16), classes, 1.5, 0.0, 0, indices)
     assert accuracy(judge, denoiser.decode(samples), classes) >= 0.97
@@ -267,7 +267,7 @@ def test_the_embedded_models_four_bit_layers_take_at_most_0_14_of_their_fp32_byt
     from pipelines.quant.spec import SitePlan
 
     packed = floats = 0
-    for name, module in denoiser.unet.named_modules():
+    for name, module in denoiser.network.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.weight.shape[1] > 1:
             site = SitePlan(Site(name, "linear", "attention", tuple(module.weight.shape)), True, weight_bits=4,
                             weight_quantiser="asymmetric")  # fmt: skip
@@ -275,7 +275,7 @@ def test_the_embedded_models_four_bit_layers_take_at_most_0_14_of_their_fp32_byt
             shape = (-1, *[1] * (module.weight.ndim - 1))
             codes = quantise(module.weight, scale.view(shape), zero.view(shape), *site.weight_range)
             centred = codes - zero.view(shape)
-            tensors = IntegerWeights(site, centred.short(), zero.short(), scale, module.bias).to_tensors()
+            tensors = IntegerWeights(site, centred.short(), zero.short(), scale, module.bias).packed().tensors
             packed += sum(value.numel() * value.element_size() for value in tensors.values()) + 2 * 4 * 20  # tables
             floats += 4 * (module.weight.numel() + (0 if module.bias is None else module.bias.numel()))
     assert packed / floats <= 0.14

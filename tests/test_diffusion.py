@@ -17,18 +17,18 @@ def model():
 
 def run(model, name="DDIMScheduler", indices=(0, 1, 2), eta=0.0, steps=4, seed=7):
     indices = list(indices)
-    classes = diffusion.classes_of(seed, indices, model.info.classes)
+    classes = diffusion.conditions_of(seed, indices, model.info.conditions)
     return diffusion.sample(model, name, model.info.schedule, steps, SHAPE, classes, 1.5, eta, seed, indices)
 
 
 def test_noise_and_class_of_an_image_depend_on_seed_and_number_alone():
     assert torch.equal(diffusion.noise_of(3, [5, 9], SHAPE)[1], diffusion.noise_of(3, [9], SHAPE)[0])
-    assert diffusion.classes_of(3, [5, 9], 10)[1] == diffusion.classes_of(3, [9], 10)[0]
+    assert diffusion.conditions_of(3, [5, 9], 10)[1] == diffusion.conditions_of(3, [9], 10)[0]
     assert not torch.equal(diffusion.noise_of(3, [5], SHAPE), diffusion.noise_of(4, [5], SHAPE))
 
 
 def test_classes_are_balanced_and_not_sorted():
-    classes = diffusion.classes_of(0, list(range(100)), 10)
+    classes = diffusion.conditions_of(0, list(range(100)), 10)
     assert torch.equal(classes.bincount(), torch.full((10,), 10))
     assert not torch.equal(classes, classes.sort().values)
 
@@ -40,7 +40,7 @@ def test_ddim_is_the_samplers_equation(model):
     betas = torch.linspace(schedule["beta_start"] ** 0.5, schedule["beta_end"] ** 0.5, 1000).double() ** 2
     alphas = torch.cumprod(1 - betas, 0)
     timesteps = [1 + 250 * i for i in reversed(range(steps))]
-    classes = diffusion.classes_of(seed, indices, 4)
+    classes = diffusion.conditions_of(seed, indices, 4)
     x = diffusion.noise_of(seed, indices, SHAPE)
     with torch.inference_mode():
         for step, timestep in enumerate(timesteps):
@@ -83,3 +83,13 @@ def test_a_wrong_scheduler_and_a_wrong_eta_are_refused(model):
     assert caught.value.hint == "did you mean 'DDIMScheduler'?"
     with pytest.raises(UsageError, match="has no eta"):
         run(model, "EulerDiscreteScheduler", eta=1.0)
+
+
+def test_flux_schnells_timesteps_are_its_pipelines_and_stable_diffusion_3s_its_schedulers():
+    """Flux's pipeline spaces σ evenly down to 1/steps; the scheduler's own spacing ends at its smallest σ."""
+    from pipelines.models.families import FAMILIES
+
+    stated = dict(num_train_timesteps=1000, shift=1.0)
+    name = "FlowMatchEulerDiscreteScheduler"
+    assert diffusion.timesteps_of(name, FAMILIES["flux"].schedule(stated), 4) == [1000, 750, 500, 250]
+    assert diffusion.timesteps_of(name, FAMILIES["sd3"].schedule(stated), 4)[-1] == 1

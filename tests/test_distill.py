@@ -90,9 +90,9 @@ def test_the_loss_falls(store, monkeypatch):
     """On one trajectory that is walked again and again, so that nothing but learning can move the loss."""
     from pipelines import distillation
 
-    noise_of, classes_of = distillation.noise_of, distillation.classes_of
+    noise_of, conditions_of = distillation.noise_of, distillation.conditions_of
     monkeypatch.setattr(distillation, "noise_of", lambda seed, indices, *rest: noise_of(seed, [0, 1], *rest))
-    monkeypatch.setattr(distillation, "classes_of", lambda seed, indices, classes: classes_of(seed, [0, 1], classes))
+    monkeypatch.setattr(distillation, "conditions_of", lambda seed, indices, count: conditions_of(seed, [0, 1], count))
     distilled = tiny_student(store, "hqdm", "ours", "w2a8", trajectories=12, eta=0.0)
     assert distilled.figures["last_loss"] < distilled.figures["first_loss"]
 
@@ -147,10 +147,10 @@ def test_a_scale_that_is_not_positive_is_named_by_its_site(store):
     student = load_fake(load_denoiser(store.ancestor(distilled, "model").path), plan_of(store, distilled),
                         distilled.file("student.safetensors"))  # fmt: skip
     with torch.no_grad():
-        student.unet.timestep_tables.scale[0][3] = float("nan")
+        student.network.timestep_tables.scale[0][3] = float("nan")
     name = plan_of(store, distilled).quantised[3].site.name
     with pytest.raises(NumericalFault, match=name):
-        check_finite(student, 1.0, student.unet.timestep_tables.timesteps[0])
+        check_finite(student, 1.0, student.network.timestep_tables.timesteps[0])
 
 
 def test_trained_at_other_steps_than_profiled_it_interpolates_the_scales(store):

@@ -3,6 +3,7 @@ bits.
 """
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.kernels import backend, cpu, forms
-from pipelines.kernels.layers import IntegerLayer
-from pipelines.quant.affine import choose
+from pipelines.kernels.layers import IntegerLayer, forget_weights
+from pipelines.quant.affine import centred_codes, choose, dequantise, quantise
 from pipelines.quant.hadamard import hadamard, rotate_activation, rotate_weight
-from pipelines.quant.integers import IntegerWeights
-from pipelines.quant.layers import QuantLayer
+from pipelines.quant.integers import IntegerWeights, PackedWeights
+from pipelines.quant.layers import QuantLayer, epilogue, product, zero_point
 from pipelines.quant.spec import ACTIVATION_BITS, IDENTITY, QUANTISERS, WEIGHT_BITS, Site, SitePlan, Transform
 from pipelines.quant.tables import TimestepTables
 
@@ -44,21 +45,24 @@ def site(kind: str, channels=64, outputs=6, kernel=3, stride=1, size=8) -> Site:
     )
 
 
-def layer_of(plan: SitePlan, x: torch.Tensor, seed: int) -> QuantLayer:
-    """A fake-quantised layer of random weights with scales fitted to x, at its only timestep."""
+def layer_of(plan: SitePlan, x: torch.Tensor, seed: int, timesteps: int = 1) -> QuantLayer:
+    """A fake-quantised layer of random weights with scales fitted to x at timestep 1, and a tenth wider at each next
+    one.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(plan.site.weight, generator=generator) * 0.1
     rotated = rotate_weight(weight, plan.transform) if plan.inverse == "double" else weight
     weight_scale, weight_zero = choose(rotated.flatten(1), *plan.weight_range, steps=4)
     seen = rotate_activation(x, plan.transform, plan.site.kind == "conv").reshape(1, -1)
     scale, zero = choose(seen, *plan.activation_range, steps=4)
-    tables = TimestepTables([1], scale[:, None], zero[:, None])
+    wider = 1.1 ** torch.arange(timesteps)[:, None]
+    tables = TimestepTables(list(range(1, timesteps + 1)), scale * wider, zero.expand(timesteps, 1))
     tables.set_timestep(1)
     bias = torch.randn(plan.site.outputs, generator=generator)
     return QuantLayer(plan, weight, bias, weight_scale, weight_zero, tables, 0, slice(0, plan.site.outputs))
 
 
-def by_definition(centred: torch.Tensor, plan: SitePlan, weights: IntegerWeights) -> torch.Tensor:
+def by_definition(centred: torch.Tensor, plan: SitePlan, weights: PackedWeights) -> torch.Tensor:
     """int64 accumulators from the equation Σ q·V, through fp64 convolution (exact below 2⁵³)."""
     v, q = weights.folded().double(), centred.double()
     s = plan.site
@@ -74,7 +78,7 @@ def check(plan: SitePlan, x: torch.Tensor, seed: int) -> str:
         trained = fake(x)
         fake.freeze()
         expected = fake(x)
-    weights = IntegerWeights.from_tensors(plan, fake.integers().to_tensors())  # through the file's packing
+    weights = fake.integers().packed()
     tables = fake._tables[0]
     layers = {name: IntegerLayer(weights, tables, 0, fake.span, name) for name in ("reference", "cpu")}
     centred, _, _ = layers["reference"].codes(x.clone())
@@ -132,7 +136,7 @@ def test_accumulators_and_outputs_agree_for_any_shape(data):
     check(plan, input_for(s, seed, data.draw(st.integers(1, 3))), seed)
 
 
-def wide_weights(plan: SitePlan, wide: str) -> IntegerWeights:
+def wide_weights(plan: SitePlan, wide: str) -> PackedWeights:
     """Integer weights whose V is wide: in one input channel, or along another Hadamard row for every output."""
     centred = torch.randint(-2, 3, plan.site.weight, generator=torch.Generator().manual_seed(1)).short()
     if wide == "channel":
@@ -142,9 +146,8 @@ def wide_weights(plan: SitePlan, wide: str) -> IntegerWeights:
         rows = high * hadamard(32)[: plan.site.outputs].short()
         centred[:, :32] = rows.view(*rows.shape, *[1] * (centred.ndim - 2))
     outputs = plan.site.outputs
-    return IntegerWeights(
-        plan, centred, torch.zeros(outputs, dtype=torch.int16), torch.rand(outputs) + 0.1, torch.randn(outputs)
-    )
+    zero = torch.full((outputs,), 2 if plan.weight_quantiser == "asymmetric" else 0, dtype=torch.int16)
+    return IntegerWeights(plan, centred, zero, torch.rand(outputs) + 0.1, torch.randn(outputs)).packed()
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -188,7 +191,7 @@ def test_a_processor_without_vnni_is_refused_where_it_would_saturate_and_only_th
 def test_an_accumulator_beyond_32_bits_is_refused_by_name():
     plan = SitePlan(site("linear", channels=2**18), True, IDENTITY, "none", 8, 8)
     centred = torch.full(plan.site.weight, 127, dtype=torch.int16)
-    weights = IntegerWeights(plan, centred, torch.zeros(6, dtype=torch.int16), torch.ones(6), None)
+    weights = IntegerWeights(plan, centred, torch.zeros(6, dtype=torch.int16), torch.ones(6), None).packed()
     for name in ("reference", "cpu"):
         with pytest.raises(NumericalFault, match="site layer: an accumulator can reach"):
             backend(name).prepare(weights)
@@ -205,3 +208,177 @@ def test_digits_add_up(values):
     folded = torch.tensor([values])
     total = sum(digit.int() * 128**i for i, digit in enumerate(forms.weight_digits(folded)))
     assert torch.equal(total, folded.int())
+
+
+PLANS = [
+    SitePlan(site(kind), True, transform, inverse, 4, 4, weight, activation)
+    for kind in ("linear", "conv")
+    for transform, inverse in PLACEMENTS
+    for weight, activation in (("asymmetric", "symmetric"), ("symmetric", "asymmetric"))
+    if site(kind).admits(transform)
+]
+each_plan = pytest.mark.parametrize(
+    "plan", PLANS, ids=lambda plan: f"{plan.site.kind}-{plan.inverse}-{plan.transform.name}-{plan.activation_quantiser}"
+)
+
+
+def trained_layer(plan: SitePlan, x: torch.Tensor, timesteps: int = 1) -> QuantLayer:
+    """A layer with adapters that are not zero and scales so narrow that inputs leave the range of codes."""
+    layer = layer_of(plan, x, 5, timesteps)
+    for row in layer._tables[0].scale:
+        row.data *= 0.6
+    layer._tables[0].set_timestep(1)
+    generator = torch.Generator().manual_seed(0)
+    layer.add_lora(4, generator)
+    layer.lora_b.data = torch.randn(layer.lora_b.shape, generator=generator) * 0.02
+    return layer
+
+
+def learned(layer: QuantLayer) -> list[torch.nn.Parameter]:
+    tables = layer._tables[0]
+    zeros = tables.zero if layer.plan.activation_quantiser == "asymmetric" else []
+    return [layer.lora_a, layer.lora_b, layer.weight_scale, *tables.scale, *zeros]
+
+
+def written_out(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
+    """The layer's equation in operations that torch derives by itself."""
+    plan, spatial = layer.plan, layer.plan.site.kind == "conv"
+    scale, zero = layer._tables[0].of(0)
+    rotated = rotate_activation(x, plan.transform, spatial)
+    codes = centred_codes(rotated, scale, zero_point(zero, plan), *plan.activation_range)
+    if plan.inverse == "activation":
+        codes = rotate_activation(codes, plan.transform, spatial, inverse=True)
+    weight = layer.weight + (layer.lora_b @ layer.lora_a.flatten(1)).view_as(layer.weight)
+    if plan.inverse == "double":
+        weight = rotate_weight(weight, plan.transform)
+    weight_scale, weight_zero = (
+        value.view(-1, *[1] * (weight.ndim - 1)) for value in (layer.weight_scale, layer.weight_zero)
+    )
+    folded = centred_codes(weight, weight_scale, weight_zero, *plan.weight_range)
+    if plan.inverse == "single":
+        folded = rotate_weight(folded, plan.transform)
+    accumulator = product(codes, folded, plan.site)
+    return epilogue(accumulator, scale / plan.transform.order, layer.weight_scale, layer.bias)
+
+
+@each_plan
+def test_gradients_that_are_recomputed_are_those_of_the_equation_written_out(plan):
+    x = input_for(plan.site, 3)
+    layer = trained_layer(plan, x)
+    found = []
+    for compute in (layer, lambda x: written_out(layer, x)):
+        layer._tables[0].set_timestep(1)
+        given = x.clone().requires_grad_(True)
+        y = compute(given)
+        into = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        found.append([y.detach(), *torch.autograd.grad(y, [given, *learned(layer)], into)])
+    assert torch.equal(found[0][0], found[1][0])
+    for mine, wanted in zip(found[0][1:], found[1][1:], strict=True):
+        assert wanted.abs().max() > 0
+        assert (mine - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_training_keeps_nothing_of_a_weights_size_for_the_backward_pass():
+    plan = PLANS[2]
+    x = input_for(plan.site, 3).requires_grad_(True)
+    layer = trained_layer(plan, x.detach())
+    layer._tables[0].set_timestep(1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = layer(x)
+    known = {value.untyped_storage().data_ptr() for value in (x, *learned(layer))}
+    new = [value for value in kept if value.untyped_storage().data_ptr() not in known]
+    assert y.requires_grad and len(kept) > len(new)
+    assert all(value.numel() <= plan.site.outputs for value in new)
+
+
+def test_a_parameter_that_was_written_to_before_the_backward_pass_is_noticed():
+    plan = PLANS[0]
+    x = input_for(plan.site, 3)
+    layer = trained_layer(plan, x)
+    y = layer(x)
+    with torch.no_grad():
+        layer.lora_b.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@each_plan
+def test_a_mixed_batch_gives_the_bits_of_one_call_for_each_image_in_training_and_in_integers(plan):
+    x = input_for(plan.site, 3, batch=3)
+    fake = trained_layer(plan, x, timesteps=2)
+    tables, given = fake._tables[0], torch.tensor([2, 1, 2])
+    layers = {name: IntegerLayer(fake.integers().packed(), tables, 0, fake.span, name) for name in ("reference", "cpu")}
+    results = {}
+    for name, layer in {"fake": fake, **layers}.items():
+        tables.set_timestep(given)
+        together = layer(x)
+        for image in range(3):
+            tables.set_timestep(given[image])
+            assert torch.equal(together[image : image + 1], layer(x[image : image + 1])), (name, image)
+        results[name] = together.detach()
+        assert memory_order(together) == memory_order(layer(x))
+    assert torch.equal(results["fake"], results["cpu"]) and torch.equal(results["fake"], results["reference"])
+    tables.set_timestep(1)
+    assert not torch.equal(results["fake"], fake(x))  # the timestep makes a difference
+
+
+@each_plan
+def test_gradients_of_a_mixed_batch_are_the_sums_of_those_of_its_images(plan):
+    x = input_for(plan.site, 3, batch=3)
+    layer = trained_layer(plan, x, timesteps=2)
+    tables, given = layer._tables[0], torch.tensor([2, 1, 2])
+    tables.set_timestep(given)
+    together = torch.autograd.grad(layer(x).square().sum(), learned(layer))
+    total = 0.0
+    for image in range(3):
+        tables.set_timestep(given[image])
+        total = total + layer(x[image : image + 1]).square().sum()
+    for mine, wanted in zip(together, torch.autograd.grad(total, learned(layer)), strict=True):
+        assert (mine - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+@each_plan
+def test_a_base_weight_held_as_integers_is_the_weight_quantised_and_dequantised(plan):
+    layer = layer_of(plan, input_for(plan.site, 3), 5)
+    scale = layer.weight_scale.detach() * 1.3
+    columns = [value.view(-1, *[1] * (layer.weight.ndim - 1)) for value in (scale, layer.weight_zero)]
+    rotated = rotate_weight(layer.weight, plan.transform) if plan.inverse == "double" else layer.weight
+    wanted = dequantise(quantise(rotated, *columns, *plan.weight_range), *columns)
+    if plan.inverse == "double":
+        wanted = rotate_weight(wanted, plan.transform, inverse=True) / plan.transform.order
+    shared = layer.weight
+    layer.set_base(scale)
+    assert layer.base_codes.dtype == torch.uint8 and layer.weight is shared
+    assert torch.equal(layer.merged_weight(), wanted) and not torch.equal(wanted, layer.weight)
+
+
+@each_plan
+def test_an_integer_layer_holds_its_packed_bytes_and_no_wider_weight(plan):
+    x = input_for(plan.site, 3)
+    fake = layer_of(plan, x, 5)
+    layer = IntegerLayer(fake.integers().packed(), fake._tables[0], 0, fake.span, "cpu")
+    layer(x)
+    held = [*layer.buffers(), *layer.parameters(), *layer.prepared.weights.tensors.values()]
+    held += [value for value in vars(layer.prepared).values() if isinstance(value, torch.Tensor)]
+    wide = [value for value in held if value.numel() > plan.site.outputs and value.dtype != torch.uint8]
+    assert [value.numel() for value in wide if value is not layer.prepared.repeated] == []
+    assert layer.prepared.weights.tensors["weight"].numel() == fake.weight.numel() // 2
+
+
+def test_weights_are_kept_for_the_last_input_shapes_and_unpacked_again_for_another():
+    plan = PLANS[0]
+    fake = layer_of(plan, input_for(plan.site, 3), 5)
+    layer = IntegerLayer(fake.integers().packed(), fake._tables[0], 0, fake.span, "cpu")
+    inputs = [input_for(plan.site, 3, batch) for batch in (1, 2, 3)]
+    first = layer(inputs[0])
+    [(_, _, packed)] = next(iter(layer.prepared._packed.values()))
+    forgotten = weakref.ref(packed)
+    del packed
+    layer(inputs[1])
+    assert forgotten() is not None
+    layer(inputs[2])
+    assert forgotten() is None and len(layer.prepared._packed) == 2
+    assert torch.equal(layer(inputs[0]), first)
+    forget_weights(torch.nn.Sequential(layer))
+    assert not layer.prepared._packed and torch.equal(layer(inputs[0]), first)

@@ -20,7 +20,8 @@ SITES = [
     Site("skip", "conv", "skip", (64, 96, 1, 1), rank=4, positions=(16, 16)),
     Site("down", "conv", "downsample", (64, 64, 3, 3), (2, 2), (1, 1), rank=4, positions=(16, 16)),
     Site("query", "linear", "attention", (64, 64), rank=3),
-    Site("grouped", "conv", "residual", (64, 2, 3, 3), padding=(1, 1), groups=32, rank=4, positions=(16, 16)),
+    Site("grouped", "conv", "residual", (64, 2, 3, 3), padding=(1, 1), groups=32, rank=4, positions=(16, 16),
+         obstacle="32 groups"),
     Site("conv_out", "conv", "last", (1, 64, 3, 3), padding=(1, 1), rank=4, positions=(16, 16)),
 ]
 
@@ -98,6 +99,27 @@ def test_ours_takes_the_best_measured_transform_of_each_site():
     assert plans["conv"].transform == Transform("channels", 32, 1)  # 64 does not divide 96
     assert plans["skip"].quantised and not plans["grouped"].quantised
     assert plans["conv_in"].transform.is_identity
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_a_site_with_an_obstacle_stays_as_it_is_and_the_plan_says_why(name, variant):
+    plan = decide(name, variant)["grouped"]
+    assert not plan.quantised and plan.why == "32 groups"
+
+
+@pytest.mark.parametrize(
+    "width, order",
+    [(672, 32), (1152, 64), (1344, 64), (1440, 32), (2688, 64), (1280, 64), (72, 8), (36, None), (75, None)],
+)
+def test_every_width_is_offered_each_block_order_that_divides_it_and_never_another(width, order):
+    """672, 1344, 1440 and 2688 fail under QuaRot's table; blocks of powers of two divide them. Nothing is padded."""
+    from pipelines.quant.candidates import candidates
+
+    site = Site("wide", "linear", "attention", (64, width), rank=3)
+    offered = [candidate.transform.order for candidate in candidates(site) if candidate.transform.axis == "channels"]
+    assert max(offered, default=None) == order
+    assert all(width % each == 0 for each in offered)
+    assert candidates(site)[0].transform.is_identity
 
 
 def test_an_unknown_method_or_variant_is_refused_with_the_nearest_name():

@@ -149,7 +149,7 @@ def test_the_observer_looks_rows_up_by_the_denoisers_own_timestep_and_leaves_no_
     denoiser = tiny_denoiser(0)
     sites = find_sites(denoiser)
     x, classes = normal(2, 1, 8, 8), torch.tensor([0, 3])
-    with Observer(denoiser.unet, sites, [901, 401], shown, 0) as observer, torch.no_grad():
+    with Observer(denoiser.network, sites, [901, 401], shown, 0) as observer, torch.no_grad():
         denoiser.predict(x, torch.tensor(401), classes, 1.5)
         denoiser.predict(2 * x, torch.tensor(901), classes, 1.5)
         with pytest.raises(HqdmError, match="timestep 500"):

@@ -151,6 +151,70 @@ def test_between_timesteps_scales_are_interpolated_in_their_logarithm_and_zero_p
     assert table.covers([1, 401]) and not table.covers([1, 2])
 
 
-def test_a_batch_that_mixes_timesteps_is_refused():
-    with pytest.raises(HqdmError, match="mixes timesteps"):
-        tables().set_timestep(torch.tensor([1, 401]))
+def test_a_timestep_that_went_through_thousandths_in_fp32_has_its_row_and_none_other_has():
+    known = [967.3245849609375, 0.12345, 500.0]
+    table = TimestepTables(known, torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3, 1))
+    for timestep, expected in zip(known, (1.0, 2.0, 3.0), strict=True):
+        table.set_timestep(torch.tensor([timestep], dtype=torch.float64).float() / 1000 * 1000)
+        assert table.of(0)[0].item() == expected
+    assert table.covers([967.33, 500.0]) and not table.covers([967.4])
+    assert table.raw()["timesteps"].tolist() == sorted(known)
+
+
+class Told(torch.nn.Module):
+    def forward(self, x, conditions=None, timestep=None):
+        return x
+
+
+@pytest.mark.parametrize("call", [lambda m: m(1, 2, 0.401), lambda m: m(1, timestep=torch.tensor([0.401, 0.401]))])
+def test_tables_follow_the_networks_own_timestep_argument_times_its_unit(call):
+    table, network = tables(), Told()
+    table.follow(network, unit=1000.0)
+    call(network)
+    assert table.of(0)[0].item() == 16.0
+
+
+def test_a_network_called_without_a_timestep_is_refused():
+    network = Told()
+    tables().follow(network)
+    with pytest.raises(HqdmError, match="a Told was called without a timestep"):
+        network(1, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_each_image_of_a_mixed_batch_is_computed_at_its_own_timestep_and_comes_back_in_its_place(rows):
+    table, given = tables(), torch.tensor([401, 1, 901, 1])
+    x = torch.randn(4 * rows, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    table.set_timestep(given)
+    sizes = []
+
+    def compute(part):
+        sizes.append(len(part))
+        return part * table.of(0)[0]
+
+    mixed = table.each(x, compute, "layer")
+    assert sizes == [rows, 2 * rows, rows] and mixed.is_contiguous(memory_format=torch.channels_last)
+    for image, timestep in enumerate(given):
+        table.set_timestep(timestep)
+        mine = slice(image * rows, (image + 1) * rows)
+        assert torch.equal(mixed[mine], table.each(x[mine], compute, "layer"))
+
+
+def test_gradients_of_a_mixed_batch_reach_each_timesteps_own_row_and_no_other():
+    table, x = tables(), torch.ones(3, 1)
+    table.set_timestep(torch.tensor([901, 1, 901]))
+    table.each(x, lambda part: part * table.of(1)[0], "layer").sum().backward()
+    assert [None if row.grad is None else row.grad.tolist() for row in table.scale] == [[0.0, 1.0], None, [0.0, 2.0]]
+
+
+def test_an_input_that_cannot_be_shared_out_to_the_images_is_refused_by_site_and_shape():
+    table = tables()
+    table.set_timestep(torch.tensor([901, 1]))
+    with pytest.raises(HqdmError, match=r"site blocks.0: an input of shape \(3, 8\)"):
+        table.each(torch.zeros(3, 8), lambda part: part, "blocks.0")
+
+
+def test_equal_timesteps_are_one_group_and_the_batch_is_not_touched():
+    table, x = tables(), torch.zeros(2, 8)
+    table.set_timestep(torch.tensor([901, 901]))
+    assert table.each(x, lambda part: part, "layer") is x

@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 from roads import STEPS, make, tiny_store, tiny_student
 
+from pipelines import runner
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
+from pipelines.stages import load
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +57,19 @@ def test_interrupted_sampling_goes_on_and_ends_with_the_same_files(store):
     options = dict(source="int", count=6, steps=STEPS, batch=2, seed=3)
     with pytest.raises(KeyboardInterrupt):
         make(store, "sample", report=Listener(stop_after=4), **options)
-    kept = list(store.root.glob("sample/.draft-*/work/batch-*.npz"))
+    kept = list(store.root.glob("sample/.draft-*/work/latents-*.npz"))
     assert len(kept) == 2
     resumed = make(store, "sample", **options)
     pixels, classes = images(resumed)
     whole = images(make(store, "sample", **(options | {"count": 8})))  # the same batches and one more
     assert np.array_equal(pixels, whole[0][:6]) and np.array_equal(classes, whole[1][:6])
+
+
+def test_low_memory_draws_the_same_images(store):
+    options = dict(source="int", count=4, steps=STEPS, batch=2, seed=5)
+    usual = make(store, "sample", **options)
+    sparing = runner.make(store, "sample", load("sample").Config(**options, low_memory=True), force=True)
+    assert sparing.ran and sparing.artifact.digest == usual.digest
 
 
 def test_another_seed_gives_other_images(store):

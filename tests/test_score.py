@@ -256,7 +256,39 @@ def test_fewer_than_two_images_and_wrong_sizes_are_errors_that_name_the_file(sto
         run_score(store, Config(samples_path=str(tmp_path / "one.npz")))
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((10, 32, 32, 3), np.uint8))
     with pytest.raises(HqdmError, match="large.npz: 32×32 pixels"):
-        run_score(store, Config(samples_path=str(tmp_path / "large.npz")))
+        run_score(store, Config(samples_path=str(tmp_path / "large.npz"), extractor="digits"))
+
+
+def coloured(count, seed):
+    return np.random.default_rng(seed).integers(0, 256, (count, 24, 24, 3), dtype=np.uint8)
+
+
+def test_without_an_extractor_the_figures_to_the_teacher_are_left_and_need_it(store):
+    model = add_model(store)
+    teacher = add_samples(store, model, "teacher", coloured(20, 0))
+    student = add_samples(store, model, "int", coloured(20, 1))
+    scored, _, _ = run_score(store, Config(extractor="none"), {"samples": student.id})
+    figures = scored.figures
+    assert figures["pair"] == teacher.id and figures["psnr_of_mean_mse"] > 0
+    assert not {"fid", "is", "extractor", "reference"} & figures.keys()
+    with pytest.raises(HqdmError, match="has no pair") as caught:
+        run_score(store, Config(extractor="none"), {"samples": teacher.id})
+    assert "hqdm sample teacher" in caught.value.hint
+
+
+def test_images_that_are_no_digits_are_measured_on_inception_and_it_says_how_to_do_without(store, monkeypatch):
+    from pipelines.metrics import extractors
+
+    def offline(url, file):
+        raise HqdmError("the Inception weights are not on this machine")
+
+    monkeypatch.setattr(extractors, "_fetch", offline)
+    monkeypatch.setattr(extractors.torch.hub, "get_dir", lambda: "/nowhere")
+    model = add_model(store)
+    add_samples(store, model, "teacher", coloured(20, 0))
+    student = add_samples(store, model, "int", coloured(20, 1))
+    with pytest.raises(HqdmError, match="Inception weights"):
+        run_score(store, Config(), {"samples": student.id})
 
 
 def test_a_corrupt_image_is_named(store, tmp_path, digits):

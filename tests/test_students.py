@@ -16,7 +16,7 @@ from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import read_plan
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.spec import site_from_dict
-from pipelines.students import load_fake, load_integer
+from pipelines.students import load_fake, load_integer, new_student
 
 VARIANTS = [(name, variant) for name, method in METHODS.items() for variant in method.variants]
 
@@ -66,6 +66,18 @@ def test_epsilon_on_the_reference_back_end_equals_that_on_the_cpu(store):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("method, variant", [("hqdm", "ours"), ("hqdm", "paper"), ("efficientdm", None)])
+def test_a_batch_of_mixed_timesteps_is_predicted_as_its_images_alone(store, method, variant):
+    """Between learned timesteps too. The layers in floating point round a batch as they round an image."""
+    fake, integer = students(store, tiny_student(store, method, variant, "w4a4"))
+    x, classes, timesteps = torch.randn(4, 1, 8, 8), torch.tensor([1, 3, 0, 1]), torch.tensor([334, 1, 500, 334])
+    with torch.no_grad():
+        mixed = [model.predict(x, timesteps, classes, 1.5) for model in (fake, integer)]
+        alone = [fake.predict(x[i : i + 1], timesteps[i], classes[i : i + 1], 1.5) for i in range(len(x))]
+    assert torch.equal(mixed[0], mixed[1])
+    assert torch.allclose(mixed[0], torch.cat(alone), atol=1e-4)
+
+
 def test_training_computes_what_the_frozen_student_computes(store):
     """The unfrozen layers, with gradients on, and the frozen ones give one ε."""
     distilled = tiny_student(store, "hqdm", "code", "w4a4")
@@ -73,7 +85,7 @@ def test_training_computes_what_the_frozen_student_computes(store):
     x, classes = torch.randn(2, 1, 8, 8), torch.tensor([1, 3])
     with torch.no_grad():
         frozen = fake.predict(x, torch.tensor(1), classes, 1.5)
-    for layer in quant_layers(fake.unet).values():
+    for layer in quant_layers(fake.network).values():
         layer._frozen = None
         layer.lora_a.requires_grad_(True)
         layer.weight_scale.requires_grad_(True)
@@ -95,9 +107,9 @@ def test_the_float_export_is_a_diffusers_folder_with_the_quantised_weights(store
 
     distilled = tiny_student(store, "efficientdm", None, "w4a4")
     exported = make(store, "export", {"distill": distilled.id}, format="float")
-    unet = UNet2DConditionModel.from_pretrained(exported.path / "unet", local_files_only=True)
+    unet = UNet2DConditionModel.from_pretrained(exported.path / "denoiser", local_files_only=True)
     fake, _ = students(store, distilled)
-    for name, layer in quant_layers(fake.unet).items():
+    for name, layer in quant_layers(fake.network).items():
         weights = layer.integers()
         assert torch.equal(unet.get_submodule(name).weight, weights.dequantised())
         assert len(weights.dequantised()[0].unique()) <= 2**layer.plan.weight_bits
@@ -111,21 +123,45 @@ def test_adapters_merged_by_peft_give_the_students_weight(store):
     teacher = load_denoiser(store.ancestor(distilled, "model").path)
     fake = load_fake(teacher, plan_of(store, distilled), distilled.file("student.safetensors"))
     merged = PeftModel.from_pretrained(
-        load_denoiser(store.ancestor(distilled, "model").path).unet, distilled.path / "adapters"
+        load_denoiser(store.ancestor(distilled, "model").path).network, distilled.path / "adapters"
     )
     merged = merged.merge_and_unload()
-    for name, layer in quant_layers(fake.unet).items():
+    for name, layer in quant_layers(fake.network).items():
         assert layer.lora_b.abs().max() > 0
         assert torch.allclose(merged.get_submodule(name).weight, layer.merged_weight(), atol=1e-7)
 
 
-def test_the_student_shares_its_teachers_frozen_weights(store):
-    distilled = tiny_student(store, "hqdm", "ours", "w4a4")
+@pytest.mark.parametrize("method", ["hqdm", "efficientdm"])
+def test_a_student_has_no_copy_of_its_teachers_weights(store, method):
+    """Where the adapters add to the dequantised weight it has the integers beside them, a byte each."""
+    distilled = tiny_student(store, method, None, "w4a4")
     teacher = load_denoiser(store.ancestor(distilled, "model").path)
-    fake = load_fake(teacher, plan_of(store, distilled), distilled.file("student.safetensors"))
-    assert fake.unet.conv_norm_out.weight is teacher.unet.conv_norm_out.weight
-    name, layer = next(iter(quant_layers(fake.unet).items()))
-    assert layer.weight.data_ptr() == teacher.unet.get_submodule(name).weight.data_ptr()
+    plan = plan_of(store, distilled)
+    fake = load_fake(teacher, plan, distilled.file("student.safetensors"), freeze=False)
+    new = new_student(teacher, plan, load_file(store.ancestor(distilled, "plan").file("scales.safetensors")), 0)
+    owned = {value.untyped_storage().data_ptr() for value in [*teacher.parameters(), *teacher.buffers()]}
+    for student in (fake, new):
+        assert student.network.conv_norm_out.weight is teacher.network.conv_norm_out.weight
+        for name, layer in quant_layers(student.network).items():
+            assert layer.weight.data_ptr() == teacher.network.get_submodule(name).weight.data_ptr()
+            mine = [value for value in layer.buffers() if value.untyped_storage().data_ptr() not in owned]
+            for value in mine:
+                assert value.numel() <= layer.weight.shape[0] or value.dtype == torch.uint8, name
+            assert (layer.base_codes is not None) == (method == "efficientdm")
+
+
+def test_an_integer_model_is_loaded_without_unpacked_weights(store):
+    distilled = tiny_student(store, "hqdm", "ours", "w4a4")
+    fake, integer = students(store, distilled)
+    layers = quant_layers(fake.network)
+    quantised = sum(layer.weight.numel() for layer in layers.values())
+    left = sum(value.numel() for value in integer.network.parameters() if value.dtype == torch.float32)
+    tables = sum(value.numel() for value in integer.network.timestep_tables.parameters())
+    assert left - tables == sum(value.numel() for value in fake.network.parameters()) - tables - sum(
+        value.numel() for layer in layers.values() for value in layer.parameters()
+    )
+    packed = [integer.network.get_submodule(name).prepared.weights.tensors["weight"] for name in layers]
+    assert sum(value.nbytes for value in packed) < quantised
 
 
 def test_an_exported_model_that_was_cut_is_refused_by_name(store, tmp_path):

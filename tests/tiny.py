@@ -19,4 +19,5 @@ def tiny_denoiser(seed: int) -> Denoiser:
         )  # fmt: skip
         embedding = torch.randn(5, 32)
     schedule = dict(num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
-    return ready(Denoiser(unet, embedding, ModelInfo("compvis-ldm", 1, 8, 4, schedule)))
+    info = ModelInfo("unet-condition", (1, 8, 8), 4, "classifier-free", 1.5, schedule)
+    return ready(Denoiser(unet, {"encoder_hidden_states": embedding[:, None]}, info))

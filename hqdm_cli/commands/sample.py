@@ -38,6 +38,10 @@ def sample(
     backend: Annotated[
         str | None, typer.Option(help="Who computes the integers: cpu or reference.", metavar="NAME")
     ] = None,
+    low_memory: Annotated[
+        bool | None,
+        typer.Option("--low-memory", help="Return memory as soon as it is free: slower, the same images."),
+    ] = None,
     origin: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +77,8 @@ def sample(
     for source in dict.fromkeys(sources or [None]):
         config = config_of(
             "sample", source=source, count=count, steps=steps, eta=eta, guidance=guidance, scheduler=scheduler,
-            batch=batch, backend=None if source in beside_int else backend, seed=seed,
+            batch=batch, backend=None if source in beside_int else backend, low_memory=low_memory,
+            seed=seed,
         )  # fmt: skip
         named = {"source": store.ancestor(chosen, runner.SOURCES[config.source]).id} if chosen else {}
         stages.load("sample").inputs(config, store, named)  # refuses now what would be refused after the first source

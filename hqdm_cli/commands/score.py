@@ -26,7 +26,8 @@ def score(
         typer.Option(help="What to measure against: a name, folder, archive, .npz or artifact.", metavar="REFERENCE"),
     ] = None,
     extractor: Annotated[
-        str | None, typer.Option(help="Features to measure on: inception, digits, …", metavar="NAME")
+        str | None,
+        typer.Option(help="Features to measure on: inception, digits, or none for pairs alone.", metavar="NAME"),
     ] = None,
     pair: Annotated[
         str | None,
@@ -51,7 +52,10 @@ def score(
     from pipelines.store import Store
 
     store, stage = Store(workspace), stages.load("score")
-    jobs = what or [artifact.id for artifact in runner.samples_of_current_lineage(store)]
+    found = runner.samples_of_current_lineage(store)
+    if extractor == "none":  # figures to the teacher's images alone, which those themselves have none of
+        found = [artifact for artifact in found if artifact.config["source"] != "teacher"]
+    jobs = what or [artifact.id for artifact in found]
     if not jobs:
         raise HqdmError(f"{workspace} has no samples to score", "hqdm sample, or name images: hqdm score samples/")
     asked = []

@@ -10,7 +10,8 @@ import torch
 
 from pipelines.errors import HqdmError, NumericalFault
 from pipelines.kernels.forms import PARTIAL_OFFSET, Form, Term, choose_form, low_digit
-from pipelines.quant.integers import IntegerWeights, accumulator_bound
+from pipelines.memory import give_back
+from pipelines.quant.integers import PackedWeights, accumulator_bound
 from pipelines.quant.layers import EXACT_FP32, epilogue
 
 
@@ -22,7 +23,7 @@ def _vnni() -> bool:
 
 def check_saturation(name: str, largest_code: int, weight: torch.Tensor, vnni: bool) -> None:
     """Raise where a processor without VNNI would saturate: it adds two u8·s8 products in 16 bits (vpmaddubsw)."""
-    largest = int(weight.to(torch.int32).abs().max())
+    largest = max(map(abs, (int(value) for value in weight.aminmax())))
     if not vnni and 2 * largest_code * largest > 2**15 - 1:
         raise NumericalFault(
             f"site {name}: codes up to {largest_code} times weights up to {largest} saturate "
@@ -31,12 +32,15 @@ def check_saturation(name: str, largest_code: int, weight: torch.Tensor, vnni: b
         )
 
 
-class Prepared:
-    """One layer with its weights in oneDNN's own layout."""
+SHAPES = 2  # input shapes for which a layer keeps its weights; a batch's rest is one, and so is a second guidance call
 
-    def __init__(self, weights: IntegerWeights, vnni: bool):
+
+class Prepared:
+    """One layer: the packed weights that it was given, and for the last input shapes those in oneDNN's own layout."""
+
+    def __init__(self, weights: PackedWeights, vnni: bool):
         plan = weights.plan
-        self.plan, self.site, self.bias = plan, plan.site, weights.bias
+        self.plan, self.site, self.bias, self.weights = plan, plan.site, weights.bias, weights
         folded = weights.folded()
         self.growth = plan.transform.order if plan.inverse == "activation" else 1
         bound = accumulator_bound(folded, plan.activation_range, self.growth)
@@ -45,7 +49,6 @@ class Prepared:
                 f"site {plan.site.name}: an accumulator can reach {bound}, more than 32 bits hold",
                 "give the site fewer bits, or leave it in floating point (quantised: false in the plan)",
             )
-        form = choose_form(folded, plan)
         low, high = plan.activation_range
         self.offset = 0 if low == 0 else 2 ** (plan.activation_bits - 1)
         self.fits_int8 = high - low <= 254 and (low < 0 or high <= 127)
@@ -55,21 +58,18 @@ class Prepared:
             while largest > 127 * 128 ** (count - 1) - 1:
                 count += 1
             self.activation_digits = count
-            terms = tuple(
-                Term(term.weight, digit, term.factor * 128**digit) for term in form.terms for digit in range(count)
-            )
-            form = Form("digits", terms)
         else:
             self.activation_digits = 1
-        self.form_ = form
-        self.form = form.name
+        form = self._form(folded)
+        self.form, self.fused = form.name, form.fused
+        self.repeated, self.group = form.repeated, form.group
         wide = form.name == "parity" or plan.inverse == "activation"
         self.partial = wide
         largest_code = 255 if wide else high + self.offset
         if not form.fused:
             per_term = 127 if wide else max(abs(low), high)
             for term in form.terms:
-                bound = per_term * int(term.weight.to(torch.int64).abs().flatten(1).sum(1).max())
+                bound = accumulator_bound(term.weight, (-per_term, per_term))
                 if bound >= EXACT_FP32:
                     raise NumericalFault(
                         f"site {plan.site.name}: a digit's accumulator can reach {bound}, more than fp32 holds exactly",
@@ -77,30 +77,57 @@ class Prepared:
                     )
         for term in form.terms:
             check_saturation(plan.site.name, largest_code, term.weight, vnni)
-        self.repeated = form.repeated
-        self.group = form.group
-        self.outputs = folded.shape[0]
+        self.outputs = plan.site.outputs
+        give_back(folded.numel())
         self._no_zero = torch.zeros(self.outputs, dtype=torch.int8)
         self._ones = torch.ones(self.outputs)
-        self._packed: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._packed: dict[tuple[int, ...], list[tuple[int, int, torch.Tensor]]] = {}
 
-    def _weights(self, shape: torch.Size) -> list[torch.Tensor]:
-        """The terms' weights packed for an input shape; without the shape oneDNN runs at half speed."""
+    def _form(self, folded: torch.Tensor) -> Form:
+        """The exact form, with as many terms as there are pairs of digits where the activation has several."""
+        form = choose_form(folded, self.plan)
+        if self.plan.inverse != "activation":
+            return form
+        return Form(
+            "digits",
+            tuple(
+                Term(term.weight, digit, term.factor * 128**digit)
+                for term in form.terms
+                for digit in range(self.activation_digits)
+            ),
+        )
+
+    def _terms(self, shape: torch.Size) -> list[tuple[int, int, torch.Tensor]]:
+        """The terms' digits, factors and weights packed for an input shape; without the shape oneDNN runs at half
+        speed.
+
+        The integers are unpacked for this alone and freed. The shapes used longest ago are forgotten.
+        """
         key = tuple(shape)
-        if key not in self._packed:
-            site, packed = self.site, []
-            for term in self.form_.terms:
-                if site.kind == "linear":
-                    packed.append(torch.ops.onednn.qlinear_prepack(term.weight.contiguous(), list(key)))
-                else:
-                    packed.append(
-                        torch.ops.onednn.qconv_prepack(
-                            term.weight.contiguous(), self._ones, 1.0, 0, site.stride, site.padding, site.dilation,
-                            site.groups, list(key),
-                        )
-                    )  # fmt: skip
-            self._packed[key] = packed
-        return self._packed[key]
+        if key in self._packed:
+            self._packed[key] = self._packed.pop(key)
+            return self._packed[key]
+        while len(self._packed) >= SHAPES:
+            del self._packed[next(iter(self._packed))]
+        site, packed = self.site, []
+        one = self.form == "one" and self.activation_digits == 1  # V itself, known to fit
+        terms = (Term(self.weights.folded(torch.int8)),) if one else self._form(self.weights.folded()).terms
+        for term in terms:
+            weight = term.weight.contiguous()
+            if site.kind == "linear":
+                made = torch.ops.onednn.qlinear_prepack(weight, list(key))
+            else:
+                made = torch.ops.onednn.qconv_prepack(
+                    weight, self._ones, 1.0, 0, site.stride, site.padding, site.dilation, site.groups, list(key)
+                )
+            packed.append((term.digit, term.factor, made))
+        self._packed[key] = packed
+        give_back(weight.numel())
+        return packed
+
+    def forget(self) -> None:
+        """Free the weights in oneDNN's layout; the next call unpacks them again."""
+        self._packed.clear()
 
     def _run(self, u8, zero: int, packed, activation_scale: float, weight_scale, bias) -> torch.Tensor:
         """One fused product: fp32 (acc·s_x)·s_w + b."""
@@ -168,8 +195,8 @@ class Prepared:
         operands, u8_zero = self._operands(centred, zero)
         operands = [self._layout(operand) for operand in operands]
         total = None
-        for term, packed in zip(self.form_.terms, self._weights(operands[0].shape), strict=True):
-            part = self._run(operands[term.digit], u8_zero, packed, 1.0, self._ones, None).to(torch.int32) * term.factor
+        for digit, factor, packed in self._terms(operands[0].shape):
+            part = self._run(operands[digit], u8_zero, packed, 1.0, self._ones, None).to(torch.int32) * factor
             total = part if total is None else total + part
         return total
 
@@ -181,23 +208,23 @@ class Prepared:
     def __call__(self, centred: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
         """centred: code − zero-point, fp32 integer-valued; zero: that zero-point, which u8 operands carry."""
         lead = centred.shape[:-1]
-        if self.form_.fused:
+        if self.fused:
             operands, u8_zero = self._operands(centred, zero)
             u8 = self._layout(operands[0])
-            y = self._run(u8, u8_zero, self._weights(u8.shape)[0], activation_scale.item(), weight_scale, self.bias)
+            y = self._run(u8, u8_zero, self._terms(u8.shape)[0][2], activation_scale.item(), weight_scale, self.bias)
         else:
             y = epilogue(self._sum(centred, zero).float(), activation_scale, weight_scale, self.bias)
         return y if self.site.kind == "conv" else y.view(*lead, self.outputs)
 
 
-def form_of(weights: IntegerWeights) -> str:
+def form_of(weights: PackedWeights) -> str:
     """The exact form in which this back end computes the layer, every bound but the processor's checked; see
     `forms`.
     """
     return Prepared(weights, vnni=True).form
 
 
-def prepare(weights: IntegerWeights) -> Prepared:
+def prepare(weights: PackedWeights) -> Prepared:
     """Choose the exact form and check every bound, this processor's too; packing waits for the input's shape."""
     if not hasattr(torch.ops.onednn, "qconv_pointwise") or not torch.backends.mkldnn.is_available():
         raise HqdmError("this build of torch has no oneDNN int8 operators", "sample with --backend reference")

@@ -66,9 +66,8 @@ def weight_digits(folded: torch.Tensor) -> list[torch.Tensor]:
 
 
 def choose_form(folded: torch.Tensor, plan: SitePlan) -> Form:
-    """The cheapest exact form of a layer. folded: V (out, in, …), integer-valued, any dtype."""
-    folded = folded.to(torch.int32)
-    largest = int(folded.abs().max())
+    """The cheapest exact form of a layer. folded: V (out, in, …), int16 or int32."""
+    largest = max(map(abs, (int(value) for value in folded.aminmax())))
     if plan.inverse == "activation":
         return _digits_form(folded)
     if largest <= INT8:

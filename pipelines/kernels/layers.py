@@ -2,31 +2,36 @@
 back end's.
 """
 
+import math
+
 import torch
 from torch import nn
 
 from pipelines.kernels import backend
+from pipelines.memory import give_back
 from pipelines.quant.affine import quantise
-from pipelines.quant.hadamard import rotate_activation
-from pipelines.quant.integers import IntegerWeights
-from pipelines.quant.layers import output_spans, zero_point
+from pipelines.quant.hadamard import rotate_activation, rotate_last
+from pipelines.quant.integers import PackedWeights
+from pipelines.quant.layers import output_spans, row_spans, zero_point
 from pipelines.quant.spec import SitePlan
 from pipelines.quant.tables import TimestepTables
+
+IN_CACHE = 2**18  # values that a pass of the prologue takes: 1 MB in fp32, and no temporary of the input's size
 
 
 class IntegerLayer(nn.Module):
     """A linear or convolution in integer arithmetic, for inference: x fp32 to y fp32, integers in between."""
 
-    def __init__(self, weights: IntegerWeights, tables: TimestepTables, index: int, span: slice, backend_name: str):
+    def __init__(self, weights: PackedWeights, tables: TimestepTables, index: int, span: slice, backend_name: str):
         super().__init__()
         self.plan, self.index, self.span = weights.plan, index, span
         self.prepared = backend(backend_name).prepare(weights)
-        self.register_buffer("weight_scale", weights.scale)
+        self.register_buffer("weight_scale", weights.scale, persistent=False)
         self._tables = [tables]
 
     @torch.no_grad()
     def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, int, torch.Tensor]:
-        """Centred codes of x (integer-valued fp32), their zero-point, and the activation scale of the epilogue.
+        """Centred codes of x (integers, int8 where they fit), their zero-point, and the epilogue's activation scale.
 
         clamp(⌊x/s⌉ + z, low, high) − z is computed as clamp(⌊x/s⌉, low − z, high − z): the same integers, a pass less.
         """
@@ -38,34 +43,54 @@ class IntegerLayer(nn.Module):
         spatial = plan.site.kind == "conv"
         if spatial:
             x = x.contiguous(memory_format=torch.channels_last)
-        rotated = rotate_activation(x, plan.transform, spatial)
-        mine = not plan.transform.is_identity  # a rotation's result belongs to nobody else
-        centred = quantise(rotated, scale, None, low - offset, high - offset, overwrite=mine)
-        if plan.inverse == "activation":
-            centred, offset = rotate_activation(centred, plan.transform, spatial, inverse=True), 0
+        bounds = low - offset, high - offset
+        if plan.transform.axis == "width":
+            rotated = rotate_activation(x, plan.transform, spatial)
+            centred = quantise(rotated, scale, None, *bounds, overwrite=True)
+            return rotate_activation(centred, plan.transform, spatial, inverse=True), 0, scale / plan.transform.order
+        centred = torch.empty_like(x, dtype=torch.int8 if high - low <= 127 or low < 0 else torch.int16)
+        rows, codes = (value.movedim(1, -1) if spatial else value for value in (x, centred))
+        rows, codes = rows.reshape(-1, x.shape[1 if spatial else -1]), codes.flatten(0, -2)
+        for span in row_spans(*rows.shape, IN_CACHE):
+            part = rows[span] if plan.transform.is_identity else rotate_last(rows[span], plan.transform)
+            codes[span] = quantise(part, scale, None, *bounds, overwrite=not plan.transform.is_identity)
         return centred, offset, scale / plan.transform.order
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._tables[0].each(x, self._at_one_timestep, self.plan.site.name)
+
+    def _at_one_timestep(self, x: torch.Tensor) -> torch.Tensor:
         centred, zero, activation_scale = self.codes(x)
         factor = self._tables[0].factors_of(self.span)
         weight_scale = self.weight_scale if factor is None else self.weight_scale * factor
         return self.prepared(centred, zero, activation_scale, weight_scale)
 
 
+def forget_weights(network: nn.Module) -> None:
+    """Free the unpacked weights of a network's integer layers, for whatever comes next; a call unpacks them again."""
+    layers = [module for module in network.modules() if isinstance(module, IntegerLayer)]
+    for layer in layers:
+        layer.prepared.forget()
+    give_back(sum(math.prod(layer.plan.site.weight) for layer in layers))
+
+
 def swap_in(
-    denoiser: nn.Module,
+    network: nn.Module,
     plans: list[SitePlan],
     tables: TimestepTables,
-    weights: dict[str, IntegerWeights],
+    weights: dict[str, PackedWeights],
     backend_name: str,
+    unit: float = 1.0,
 ) -> dict[str, IntegerLayer]:
-    """Replace the planned layers of `denoiser`, in place, by integer ones; the tables follow its timestep."""
+    """Replace the planned layers of `network`, in place, by integer ones; the tables follow its timestep, times
+    `unit`.
+    """
     layers = {}
     for index, (plan, span) in enumerate(zip(plans, output_spans(plans), strict=True)):
         name = plan.site.name
         layers[name] = IntegerLayer(weights[name], tables, index, span, backend_name)
-        denoiser.set_submodule(name, layers[name])
-    denoiser.timestep_tables = tables
-    tables.follow(denoiser)
+        network.set_submodule(name, layers[name])
+    network.timestep_tables = tables
+    tables.follow(network, unit)
     return layers

@@ -6,7 +6,7 @@ Slow, exact, and without any condition on the processor.
 import torch
 
 from pipelines.errors import NumericalFault
-from pipelines.quant.integers import IntegerWeights, accumulator_bound
+from pipelines.quant.integers import PackedWeights, accumulator_bound
 from pipelines.quant.layers import epilogue
 from pipelines.quant.spec import Site
 
@@ -35,32 +35,34 @@ def accumulate(codes: torch.Tensor, folded: torch.Tensor, site: Site) -> torch.T
 
 
 class Prepared:
-    """One layer, ready to run: (centred codes, s_x, s_w) to fp32 outputs."""
+    """One layer, ready to run: (centred codes, s_x, s_w) to fp32 outputs. V is unpacked again for every call."""
 
     form = "int32"
 
-    def __init__(self, weights: IntegerWeights):
+    def __init__(self, weights: PackedWeights):
         plan = weights.plan
         growth = plan.transform.order if plan.inverse == "activation" else 1
-        folded = weights.folded()
-        bound = accumulator_bound(folded, plan.activation_range, growth)
+        bound = accumulator_bound(weights.folded(), plan.activation_range, growth)
         if bound >= 2**31:
             raise NumericalFault(
                 f"site {plan.site.name}: an accumulator can reach {bound}, more than 32 bits hold",
                 "give the site fewer bits, or leave it in floating point (quantised: false in the plan)",
             )
-        self.plan, self.bias = plan, weights.bias
-        self.folded = folded.to(torch.int32)
+        self.plan, self.bias, self.weights = plan, weights.bias, weights
+
+    def forget(self) -> None:
+        """Nothing is held."""
 
     def accumulators(self, centred: torch.Tensor) -> torch.Tensor:
         """int32 accumulators of centred codes (fp32, integer-valued)."""
-        return accumulate(centred.to(torch.int32), self.folded, self.plan.site)
+        folded = self.weights.folded().to(torch.int32)
+        return accumulate(centred.to(torch.int32), folded, self.plan.site)
 
     def __call__(self, centred: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
         """centred: code − zero-point, fp32 integer-valued; zero is only of interest to unsigned operators."""
         return epilogue(self.accumulators(centred).float(), activation_scale, weight_scale, self.bias)
 
 
-def prepare(weights: IntegerWeights) -> Prepared:
-    """Check the accumulator's bound and hold V as int32."""
+def prepare(weights: PackedWeights) -> Prepared:
+    """Check the accumulator's bound."""
     return Prepared(weights)

@@ -7,7 +7,9 @@ from typing import Protocol
 from pipelines.plans import Recipe
 from pipelines.quant.spec import Bits, Site, SitePlan, Transform
 
-EIGHT_BIT_ROLES = ("first", "last", "time")  # kept at 8/8 bits by EfficientDM and HQ-DM (their public code)
+# Kept at 8/8 bits: the first three by EfficientDM and HQ-DM (their public code); what embeds labels, texts and sizes is
+# to a text-conditional model what the time embedding is to theirs.
+EIGHT_BIT_ROLES = ("first", "last", "time", "condition")
 FLOAT_ROLES = ("skip", "downsample")  # left in floating point by both
 
 

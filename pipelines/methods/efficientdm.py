@@ -22,8 +22,8 @@ from pipelines.quant.spec import Bits, Site, SitePlan
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """No transform anywhere; see the module's text."""
-    if site.groups != 1:
-        return left_in_float(site, "grouped convolutions are not quantised")
+    if site.obstacle:
+        return left_in_float(site, site.obstacle)
     if site.role in FLOAT_ROLES:
         return left_in_float(site, f"{site.role} convolutions stay in floating point (EfficientDM's code)")
     weight, activation = (8, 8) if site.role in EIGHT_BIT_ROLES else (bits.weight, bits.activation)

@@ -64,8 +64,8 @@ def _best(site: Site, activation: int, measured: Measured) -> tuple[Transform, s
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """The plan of one site; see the module's text for the variants."""
     search = variant.options.get("search", False)
-    if site.groups != 1:
-        return left_in_float(site, "grouped convolutions are not quantised")
+    if site.obstacle:
+        return left_in_float(site, site.obstacle)
     if site.role in FLOAT_ROLES and not search:
         return left_in_float(site, f"{site.role} convolutions stay in floating point (HQ-DM's code)")
     eight = site.role in EIGHT_BIT_ROLES + FLOAT_ROLES

@@ -163,7 +163,7 @@ def _inception_weights(path: str | None) -> Path:
 def _fetch(url: str, file: Path) -> None:
     """Download into a file, after making sure within seconds that the server answers: looking up a name can hang."""
     hint = (f"fetch {url} on a connected machine and pass the file as --weights, "
-            f"or put it at {file}")  # fmt: skip
+            f"or put it at {file}; without it: --extractor none compares with the teacher alone")  # fmt: skip
     problem = [f"no answer within {ANSWER_SECONDS} s"]
 
     def ask() -> None:

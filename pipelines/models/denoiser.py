@@ -1,138 +1,178 @@
-"""What the stages see of a model: a denoiser with its conditioning, its schedule and its sites, saved without
-pickles.
-"""
+"""What the stages see of a model: a network, what it can be told, its schedule and its sites, saved without pickles."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines.errors import FileFault
+from pipelines.errors import FileFault, HqdmError, UsageError
+from pipelines.models.families import FAMILIES
+from pipelines.models.families.base import CLASSIFIER_FREE, NONE, Family
+from pipelines.models.first_stage import FirstStage
 from pipelines.quant.spec import Site
+
+WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
+CONDITIONS = "conditions.safetensors"
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Plain values that go with the weights. Latents are (channels, size, size); `schedule` are diffusers'
-    arguments.
-    """
+    """Plain values that go with the weights."""
 
-    family: str
-    channels: int
-    size: int
-    classes: int  # the null class is one more
-    schedule: dict
+    family: str  # a row of models/families
+    shape: tuple[int, int, int]  # of what is denoised: channels, height, width
+    conditions: int  # classes or prompts that can be asked for; 0 for an unconditional model
+    guidance: str  # classifier-free, embedded or none
+    strength: float  # of guidance, unless asked otherwise
+    schedule: dict  # arguments of diffusers' schedulers
+    source: str = ""  # what it was read from, in words
+    labels: tuple[str, ...] = ()  # the prompts
+    options: dict = field(default_factory=dict)  # what the network's own configuration cannot say
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "labels", tuple(self.labels))
+
+    def guidance_or(self, asked: float | None) -> float:
+        """The strength asked for, or the model's; UsageError where it has nothing to guide by."""
+        if asked is None:
+            return self.strength
+        if self.guidance == NONE and asked != 1.0:
+            what = "is told no condition" if self.conditions == 0 else "has no null condition"
+            raise UsageError(f"guidance {asked:g}: the model {what} and cannot be guided", "leave --guidance out")
+        return asked
 
 
 class Denoiser(nn.Module):
-    """A class-conditional denoiser ε(x, t, c) with classifier-free guidance.
+    """A network of some family with its conditions: ε (or v, or a velocity) of x at t under condition c, guided.
 
-    unet: diffusers' UNet2DConditionModel. embedding: (classes + 1, d); the last row is the null class.
+    network: as diffusers has it. conditions: what it can be told, by name, (n, …) or, for classifier-free guidance,
+    (n + 1, …) with the null condition last.
     """
 
-    def __init__(self, unet: nn.Module, embedding: torch.Tensor, info: ModelInfo):
+    def __init__(
+        self, network: nn.Module, conditions: Mapping[str, torch.Tensor], info: ModelInfo,
+        first_stage: FirstStage | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.unet, self.info = unet, info
-        self.register_buffer("embedding", embedding)
+        self.network, self.info, self.first_stage = network, info, first_stage
+        self.conditions = nn.Module()
+        for name, value in conditions.items():
+            self.conditions.register_buffer(name, value)
 
-    def predict(self, x: torch.Tensor, timestep: torch.Tensor, classes: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Guided ε of x (N, C, H, W) at one timestep for classes (N,) int64: ε_∅ + guidance·(ε_c − ε_∅).
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.info.family]
 
-        The conditional and unconditional halves are one batch of 2N (guidance 1 needs the conditional half alone).
+    def given(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the network is told under conditions (N,) int64."""
+        return {name: value[rows] for name, value in self.conditions.named_buffers()}
+
+    def predict(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
+    ) -> torch.Tensor:
+        """The guided prediction at x (N, C, H, W) for conditions (N,) int64: p_∅ + guidance·(p_c − p_∅).
+
+        `timestep` is the schedule's, a number or (N,). The conditional and unconditional halves are one batch of 2N
+        (guidance 1 needs the conditional half alone).
         """
         x = x.contiguous(memory_format=torch.channels_last)
-        if guidance == 1.0:
-            return self.unet(x, timestep, encoder_hidden_states=self.embedding[classes][:, None]).sample
-        null = torch.full_like(classes, self.info.classes)
-        context = self.embedding[torch.cat([null, classes])][:, None]  # (2N, 1, d)
+        if self.info.guidance != CLASSIFIER_FREE or guidance == 1.0:
+            return self.family.call(self.network, x, timestep, self.given(conditions), guidance)
+        null = torch.full_like(conditions, self.info.conditions)
+        given = self.given(torch.cat([null, conditions]))
         both = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
-        without, given = self.unet(both, timestep, encoder_hidden_states=context).sample.chunk(2)
+        times = torch.cat([timestep, timestep]) if timestep.ndim else timestep
+        without, given = self.family.call(self.network, both, times, given, guidance).chunk(2)
         return without + guidance * (given - without)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to images in [-1, 1], (N, C, H, W). The first stage is the identity."""
+        """Latents to images in [-1, 1], (N, C, H, W), fp32."""
+        if self.first_stage is not None:
+            latents = self.first_stage.decode(latents)
+        elif latents.shape[1] not in (1, 3):
+            raise HqdmError(
+                f"latents of {latents.shape[1]} channels are no images, and the model came without a first stage",
+                "profile the whole pipeline's folder, which has its vae",
+            )
         return latents.clamp(-1, 1)
-
-
-def role_of(name: str) -> str:
-    """The role of a site of diffusers' UNet2DConditionModel, from its module name.
-
-    first reads the noisy image, last writes ε; time: the two linears of the time embedding; time-projection: a residual
-    block's linear on it; skip: a 1×1 convolution where a residual block changes its width; downsample, upsample: the
-    convolutions between resolutions; projection: into and out of a transformer; attention: q, k, v and output;
-    feed-forward: a transformer's two linears; residual: a 3×3 convolution of a residual block.
-    """
-    if name == "conv_in":
-        return "first"
-    if name == "conv_out":
-        return "last"
-    for part, role in (
-        ("time_embedding", "time"),
-        ("time_emb_proj", "time-projection"),
-        ("conv_shortcut", "skip"),
-        ("downsamplers", "downsample"),
-        ("upsamplers", "upsample"),
-        (".attn", "attention"),
-        (".ff.", "feed-forward"),
-        ("proj_in", "projection"),
-        ("proj_out", "projection"),
-    ):
-        if part in name:
-            return role
-    return "residual"
 
 
 @torch.no_grad()
 def find_sites(denoiser: Denoiser) -> list[Site]:
     """Every linear and convolution of the denoiser, in the order in which one forward pass reaches them."""
-    sites: list[Site] = []
+    sites: dict[str, Site] = {}
 
     def seen(name: str):
         def hook(module, args):
             x = args[0]
-            if isinstance(module, nn.Linear):
-                shape = dict(kind="linear")
-            else:
+            shape = dict(kind="linear")
+            if isinstance(module, nn.Conv2d):
                 shape = dict(
-                    kind="conv", stride=tuple(module.stride), padding=tuple(module.padding),
-                    dilation=tuple(module.dilation), groups=module.groups, positions=tuple(x.shape[-2:]),
+                    kind="conv", stride=module.stride, dilation=module.dilation, groups=module.groups,
+                    padding=(0, 0) if isinstance(module.padding, str) else module.padding,
+                    positions=tuple(x.shape[-2:]),
                 )  # fmt: skip
-            sites.append(
-                Site(name=name, role=role_of(name), weight=tuple(module.weight.shape), bias=module.bias is not None,
-                     rank=x.ndim, **shape)
+            sites.setdefault(
+                name,
+                Site(name=name, role=denoiser.family.role(name), weight=tuple(module.weight.shape), rank=x.ndim,
+                     bias=module.bias is not None, obstacle=_obstacle(module), **shape),
             )  # fmt: skip
 
         return hook
 
     handles = [
         module.register_forward_pre_hook(seen(name))
-        for name, module in denoiser.unet.named_modules()
+        for name, module in denoiser.network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
-    info = denoiser.info
-    x = torch.zeros(1, info.channels, info.size, info.size)
-    denoiser.predict(x, torch.tensor(1), torch.zeros(1, dtype=torch.int64), 1.0)
+    denoiser.predict(torch.zeros(1, *denoiser.info.shape), torch.tensor(1), torch.zeros(1, dtype=torch.int64), 1.0)
     for handle in handles:
         handle.remove()
-    return sites
+    return list(sites.values())
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why a layer cannot be quantised; empty where it can."""
+    if isinstance(module, nn.Linear):
+        return ""
+    if module.groups != 1:
+        return f"{module.groups} groups: grouped convolutions are not quantised"
+    if module.padding_mode != "zeros":
+        return f"padding_mode {module.padding_mode}: only zeros are the same in integers"
+    return f"padding {module.padding!r} is not a number" if isinstance(module.padding, str) else ""
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
-    """Write `unet/` (a diffusers folder), `condition.safetensors` and `model.json`."""
+    """Write `denoiser/` (as diffusers has it), `conditions.safetensors`, `model.json` and, where there is one,
+    `first_stage/`.
+    """
     folder = Path(folder)
-    denoiser.unet.save_pretrained(folder / "unet")
-    save_file({"embedding": denoiser.embedding.contiguous()}, folder / "condition.safetensors")
+    (folder / "denoiser").mkdir(parents=True, exist_ok=True)
+    denoiser.network.save_config(folder / "denoiser")
+    state = {name: value.contiguous() for name, value in denoiser.network.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_beside(denoiser, folder)
     (folder / "model.json").write_text(json.dumps(asdict(denoiser.info), indent=1) + "\n")
+
+
+def save_beside(denoiser: Denoiser, folder: Path) -> None:
+    """Write what goes with a network whatever form it has: `conditions.safetensors` and `first_stage/`."""
+    save_file({name: value.contiguous() for name, value in denoiser.conditions.named_buffers()}, folder / CONDITIONS)
+    if denoiser.first_stage is not None:
+        denoiser.first_stage.save(folder)
 
 
 def read_info(folder: Path) -> ModelInfo:
     """The plain values of a saved model, without torch modules."""
     path = Path(folder) / "model.json"
     try:
-        return ModelInfo(**json.loads(path.read_text()))
+        return info_from_dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise FileFault(
             f"{path}: not a model's description: {error}",
@@ -140,14 +180,43 @@ def read_info(folder: Path) -> ModelInfo:
         ) from error
 
 
-def load_denoiser(folder: Path) -> Denoiser:
-    """The inverse of `save_denoiser`: fp32, evaluation mode, frozen, channels-last."""
-    from diffusers import UNet2DConditionModel
+def info_from_dict(values: Mapping) -> ModelInfo:
+    """The inverse of `asdict`; TypeError for keys that are missing or not known."""
+    known = {entry.name for entry in fields(ModelInfo)}
+    if unknown := sorted(set(values) - known):
+        raise TypeError(f"unknown keys {', '.join(unknown)}")
+    return ModelInfo(**values)
 
+
+def load_denoiser(folder: Path) -> Denoiser:
+    """The inverse of `save_denoiser`: fp32, evaluation mode, frozen; convolutions channels-last, the rest mapped."""
     folder = Path(folder)
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
-    embedding = load_file(folder / "condition.safetensors")["embedding"]
-    return ready(Denoiser(unet, embedding, read_info(folder)))
+    info = read_info(folder)
+    config = json.loads((folder / "denoiser" / "config.json").read_text())
+    network = FAMILIES[info.family].build(config, info.options)
+    fill(network, folder / WEIGHTS)
+    return ready(Denoiser(network, load_file(folder / CONDITIONS), info, FirstStage.load(folder)))
+
+
+def fill(network: nn.Module, path: Path) -> None:
+    """Give a network on the meta device its tensors from a file.
+
+    A convolution's weight is copied, channels-last; everything else stays a view of the mapped file. The two come
+    through maps of their own, so that the pages that were copied are let go.
+    """
+    spatial = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    try:
+        for wanted in (True, False):
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys() if (name in spatial) == wanted}
+            if wanted:
+                for name in tensors:
+                    tensors[name] = tensors[name].clone(memory_format=torch.channels_last)
+            network.load_state_dict(tensors, strict=False, assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise FileFault(f"{path}: {error}", "make the model artifact again: hqdm profile … --force") from error
+    if empty := [name for name, value in network.named_parameters() if value.is_meta]:
+        raise FileFault(f"{path}: no tensor for {', '.join(empty[:5])}", "make the model artifact again: --force")
 
 
 def _channels_last(_module, _args, output: torch.Tensor) -> torch.Tensor:
@@ -158,7 +227,8 @@ def ready(denoiser: Denoiser) -> Denoiser:
     """Evaluation mode, frozen, channels-last: the state in which every stage uses a denoiser.
 
     An input of one channel is both formats at once, and torch then takes the slower one for the whole first level, so
-    the first convolution's output is told.
+    a UNet's first convolution's output is told.
     """
-    denoiser.unet.conv_in.register_forward_hook(_channels_last)
+    if hasattr(denoiser.network, "conv_in"):
+        denoiser.network.conv_in.register_forward_hook(_channels_last)
     return denoiser.eval().requires_grad_(False).to(memory_format=torch.channels_last)

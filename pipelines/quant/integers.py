@@ -1,13 +1,17 @@
 """The integers of one quantised layer: what training ends with, what export packs and what kernels compute with."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from pipelines.memory import let_go
 from pipelines.quant.hadamard import rotate_weight
 from pipelines.quant.packing import pack, unpack
 from pipelines.quant.spec import SitePlan
+
+AT_ONCE = 2**20  # weights that a pass over rows takes
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,6 @@ class IntegerWeights:
     scale: torch.Tensor
     bias: torch.Tensor | None
 
-    def folded(self) -> torch.Tensor:
-        """V, what the quantised activation is multiplied with: W_int·M for `single`, W_int otherwise. fp32,
-        integer-valued.
-        """
-        weight = self.centred.float()
-        return rotate_weight(weight, self.plan.transform) if self.plan.inverse == "single" else weight
-
     def dequantised(self) -> torch.Tensor:
         """The weight (out, in, …) fp32 that these integers stand for, in the layer's own, unrotated coordinates."""
         weight = self.centred.float() * self.scale.view(-1, *[1] * (self.centred.ndim - 1))
@@ -38,8 +35,8 @@ class IntegerWeights:
             weight = rotate_weight(weight, self.plan.transform, inverse=True) / self.plan.transform.order
         return weight
 
-    def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors for a file: `weight` packed uint8, `weight_scale`, `weight_zero` (uint8, asymmetric only), `bias`."""
+    def packed(self) -> "PackedWeights":
+        """As a file holds them."""
         low, _ = self.plan.weight_range
         codes = (self.centred + self.zero.view(-1, *[1] * (self.centred.ndim - 1)) - low).numpy().astype(np.uint8)
         tensors = {
@@ -50,20 +47,69 @@ class IntegerWeights:
             tensors["weight_zero"] = torch.from_numpy(pack(self.zero.numpy().astype(np.uint8), self.plan.weight_bits))
         if self.bias is not None:
             tensors["bias"] = self.bias.clone()
-        return tensors
+        return PackedWeights(self.plan, tensors)
 
-    @classmethod
-    def from_tensors(cls, plan: SitePlan, tensors: dict[str, torch.Tensor]) -> "IntegerWeights":
-        """The inverse of `to_tensors`."""
-        shape, (low, _) = plan.site.weight, plan.weight_range
-        codes = unpack(tensors["weight"].numpy(), plan.weight_bits, shape).astype(np.int16) + low
-        zero = np.zeros(shape[0], np.int16)
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """A layer's integers as a file holds them, maybe still in it: a mapped file's pages come and go as they are read.
+
+    tensors: `weight` packed uint8, `weight_scale` (out,) fp32, `weight_zero` packed uint8 (asymmetric only), `bias`.
+    """
+
+    plan: SitePlan
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.tensors["weight_scale"]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.tensors.get("bias")
+
+    def _codes(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unsigned codes (out, in, …) uint8, and the zero-points (out,) int16. FileFault where the bytes cannot be the
+        plan's.
+        """
+        plan, shape = self.plan, self.plan.site.weight
+        packed = self.tensors["weight"]
+        codes = torch.from_numpy(unpack(packed.numpy(), plan.weight_bits, shape))
+        let_go(packed.data_ptr(), packed.nbytes)
+        zero = torch.zeros(shape[0], dtype=torch.int16)
         if plan.weight_quantiser == "asymmetric":
-            zero = unpack(tensors["weight_zero"].numpy(), plan.weight_bits, (shape[0],)).astype(np.int16)
-        centred = codes - zero.reshape(-1, *[1] * (len(shape) - 1))
-        return cls(
-            plan, torch.from_numpy(centred), torch.from_numpy(zero), tensors["weight_scale"], tensors.get("bias")
-        )
+            zero += torch.from_numpy(unpack(self.tensors["weight_zero"].numpy(), plan.weight_bits, (shape[0],)))
+        return codes, zero
+
+    def unpack(self) -> IntegerWeights:
+        """The inverse of `IntegerWeights.packed`."""
+        codes, zero = self._codes()
+        centred = codes.to(torch.int16).add_(self._shift(zero))
+        return IntegerWeights(self.plan, centred, zero, self.scale, self.bias)
+
+    def _shift(self, zero: torch.Tensor) -> torch.Tensor:
+        """What makes unsigned codes centred ones, (out, 1, …)."""
+        return (self.plan.weight_range[0] - zero).view(-1, *[1] * (len(self.plan.site.weight) - 1))
+
+    def folded(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """V (out, in, …), what the quantised activation is multiplied with: W_int·M for `single`, W_int otherwise.
+
+        dtype: one that is known to hold it; without it int16, or int32 where V might be wider.
+        """
+        plan, (low, high) = self.plan, self.plan.weight_range
+        single = plan.inverse == "single"
+        if dtype is None:
+            largest = (high - low if low == 0 else high) * (plan.transform.order if single else 1)
+            dtype = torch.int16 if largest < 2**15 else torch.int32
+        codes, zero = self._codes()
+        shift = self._shift(zero)
+        folded = torch.empty(codes.shape, dtype=dtype)
+        step = max(1, AT_ONCE // codes[0].numel())
+        for start in range(0, len(folded), step):
+            rows = slice(start, start + step)
+            centred = codes[rows] + shift[rows]
+            folded[rows] = rotate_weight(centred.float(), plan.transform) if single else centred
+        return folded
 
 
 def accumulator_bound(folded: torch.Tensor, activation_range: tuple[int, int], growth: int = 1) -> int:
@@ -73,4 +119,6 @@ def accumulator_bound(folded: torch.Tensor, activation_range: tuple[int, int], g
     """
     low, high = activation_range
     largest = max(abs(low), abs(high), high - low if low == 0 else 0)
-    return int(largest * growth * folded.double().abs().flatten(1).sum(1).max().item())
+    step = max(1, AT_ONCE // max(1, folded[0].numel()))
+    sums = [part.double().abs().flatten(1).sum(1).max().item() for part in folded.split(step)]
+    return int(largest * growth * max(sums))

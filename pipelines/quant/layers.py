@@ -4,21 +4,29 @@ kernels.
 A layer computes  y = ((q·V)·(s_t/order))·s_w + b  where q and V hold integers. Products of integer-valued fp32 operands
 are exact below 2²⁴, so q·V has the very bits of the integer accumulator, and the epilogue is the kernels' epilogue,
 operation for operation. What is trained is what is deployed.
+
+A backward pass of a large model would keep several tensors of every weight's size. Here it keeps the layer's input and
+its parameters; V and everything between is computed again when the gradient arrives, some rows at a time, so that it
+stays in the processor's caches.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from pipelines.memory import give_back
 from pipelines.quant.affine import centred_codes, quantise
-from pipelines.quant.hadamard import rotate_activation, rotate_weight
+from pipelines.quant.hadamard import rotate_activation, rotate_last
 from pipelines.quant.integers import IntegerWeights, accumulator_bound
 from pipelines.quant.spec import Site, SitePlan
 from pipelines.quant.tables import TimestepTables
 
 EXACT_FP32 = 2**24  # integers below it are exact in fp32, and so are sums that stay below it
+AT_ONCE = 2**21  # weights that one pass over rows takes: 8 MB in fp32
 
 
 def epilogue(
@@ -49,6 +57,22 @@ def product(codes: torch.Tensor, folded: torch.Tensor, site: Site) -> torch.Tens
     return result.contiguous(memory_format=torch.channels_last)
 
 
+def as_rows(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (out, in, …) as (out, …·in), the input channels last: a view where it is a linear's or channels-last."""
+    return weight if weight.ndim == 2 else weight.movedim(1, -1).reshape(len(weight), -1)
+
+
+def from_rows(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of `as_rows`, a view; a convolution's weight is channels-last."""
+    return rows if len(shape) == 2 else rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def row_spans(rows: int, columns: int, at_once: int = AT_ONCE) -> Iterator[slice]:
+    """Slices of rows with about `at_once` entries."""
+    step = max(1, at_once // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
 class QuantLayer(nn.Module):
     """A linear or convolution with fake-quantised weight and activation, and low-rank adapters merged before Q(W + BA).
 
@@ -73,9 +97,40 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
         self.weight_scale = nn.Parameter(weight_scale.clone())
         self.register_buffer("weight_zero", weight_zero.clone())
+        self.register_buffer("base_codes", None, persistent=False)
+        self.register_buffer("base_scale", None, persistent=False)
         self.lora_a = self.lora_b = None
         self._tables = [tables]  # in a list, so that the shared tables are not a child of every layer
         self._frozen: tuple[torch.Tensor, torch.dtype] | None = None
+
+    @torch.no_grad()
+    def set_base(self, scale: torch.Tensor) -> None:
+        """Let the adapters add to the weight as it is quantised at `scale` (out,), dequantised, instead of to the
+        weight itself: EfficientDM. It is held as integers, (out, …·in) uint8.
+        """
+        self.base_codes = self.base_scale = None
+        rows = as_rows(self.weight)
+        codes = torch.empty(rows.shape, dtype=torch.uint8)
+        low, high = self.plan.weight_range
+        for span in row_spans(*rows.shape):
+            part = self._turned(rows[span])
+            part = quantise(part, scale[span, None], self.weight_zero[span, None], low, high)
+            codes[span] = part.sub_(low).to(torch.uint8)
+        self.base_codes, self.base_scale = codes, scale.clone()
+
+    def _base(self, span: slice) -> torch.Tensor:
+        """Rows of what the adapters add to, in the layer's own coordinates."""
+        if self.base_codes is None:
+            return as_rows(self.weight[span])
+        codes = self.base_codes[span].float() + self.plan.weight_range[0]
+        value = codes.sub_(self.weight_zero[span, None]).mul_(self.base_scale[span, None])
+        if self.plan.inverse == "double":
+            value = rotate_last(value, self.plan.transform, inverse=True).div_(self.plan.transform.order)
+        return value
+
+    def _turned(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows in the coordinates in which the weight is quantised: rotated for `double`, their own otherwise."""
+        return rotate_last(rows, self.plan.transform) if self.plan.inverse == "double" else rows
 
     def add_lora(self, rank: int, generator: torch.Generator) -> None:
         """Adapters of the given rank: A Kaiming-uniform(a = √5), B zero, no alpha (Hu et al., 2022; EfficientDM)."""
@@ -85,40 +140,75 @@ class QuantLayer(nn.Module):
         self.lora_a = nn.Parameter(a)
         self.lora_b = nn.Parameter(torch.zeros(self.weight.shape[0], rank))
 
+    @torch.no_grad()
+    def _merged(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some rows of W + BA after others, new tensors that may be written to."""
+        a = None if self.lora_a is None else as_rows(self.lora_a)
+        for span in row_spans(len(self.weight), self.weight[0].numel()):
+            base = self._base(span)
+            yield span, base.clone() if a is None else (self.lora_b[span] @ a).add_(base)
+
     def merged_weight(self) -> torch.Tensor:
         """W + BA, (out, in, …)."""
-        if self.lora_a is None:
-            return self.weight
-        return self.weight + (self.lora_b @ self.lora_a.flatten(1)).view_as(self.weight)
-
-    def _per_output(self, value: torch.Tensor) -> torch.Tensor:
-        return value.view(-1, *[1] * (self.weight.ndim - 1))
-
-    def _to_quantiser(self, weight: torch.Tensor) -> torch.Tensor:
-        """The coordinates in which the weight is quantised: rotated for `double`, its own otherwise."""
-        return rotate_weight(weight, self.plan.transform) if self.plan.inverse == "double" else weight
-
-    def folded(self) -> torch.Tensor:
-        """V (out, in, …), integer-valued, differentiable: quantise W + BA, then fold the inverse transform in."""
-        weight = self._to_quantiser(self.merged_weight())
-        scale, zero = self._per_output(self.weight_scale), self._per_output(self.weight_zero)
-        codes = centred_codes(weight, scale, zero, *self.plan.weight_range)
-        return rotate_weight(codes, self.plan.transform) if self.plan.inverse == "single" else codes
+        return from_rows(torch.cat([rows for _, rows in self._merged()]), self.weight.shape)
 
     @torch.no_grad()
+    def _relative(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Some rows of the weight over its scale, in its quantiser's coordinates, and the bounds (rows, 1) between
+        which it is rounded: clamp(⌊x/s⌉ + z, low, high) − z is clamp(⌊x/s⌉, low − z, high − z), a pass less.
+        """
+        low, high = self.plan.weight_range
+        for span, rows in self._merged():
+            zero = self.weight_zero[span, None]
+            yield span, self._turned(rows).div_(self.weight_scale[span, None]), low - zero, high - zero
+
+    @torch.no_grad()
+    def _integers(self, dtype: torch.dtype, fold: bool) -> torch.Tensor:
+        """Codes − zero-points (out, in, …), or V."""
+        rows = torch.empty(len(self.weight), self.weight[0].numel(), dtype=dtype)
+        for span, relative, low, high in self._relative():
+            codes = relative.round_().clamp_(low, high)
+            rows[span] = rotate_last(codes, self.plan.transform) if fold and self.plan.inverse == "single" else codes
+        return from_rows(rows, self.weight.shape)
+
+    def folded(self) -> torch.Tensor:
+        """V (out, in, …) fp32, integer-valued: quantise W + BA, then fold the inverse transform in."""
+        return self._integers(torch.float32, fold=True)
+
     def integers(self) -> IntegerWeights:
-        """The integers that this layer computes with, by the same `quantise`."""
-        weight = self._to_quantiser(self.merged_weight())
-        scale, zero = self._per_output(self.weight_scale), self._per_output(self.weight_zero)
-        centred = quantise(weight, scale, zero, *self.plan.weight_range) - zero
-        bias = None if self.bias is None else self.bias.float().clone()
+        """The integers that this layer computes with."""
         return IntegerWeights(
             self.plan,
-            centred.to(torch.int16),
+            self._integers(torch.int16, fold=False),
             self.weight_zero.to(torch.int16),
             self.weight_scale.detach().clone(),
-            bias,
+            None if self.bias is None else self.bias.float().clone(),
         )
+
+    @torch.no_grad()
+    def gradients(
+        self, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What dV, a gradient of V (out, in, …), comes to: the sums Σ V·dV (out,), and the gradients of weight_scale,
+        lora_a and lora_b. dV is overwritten.
+
+        Straight through the quantiser inside its range, nothing outside; for the scale see `affine._CentredCodes`.
+        """
+        inverse, transform = self.plan.inverse, self.plan.transform
+        grad = as_rows(grad)
+        sums, scale_grad = torch.empty(len(grad)), torch.empty(len(grad))
+        for span, relative, low, high in self._relative():
+            part = rotate_last(grad[span], transform, inverse=True) if inverse == "single" else grad[span]
+            rounded = relative.round()
+            codes = rounded.clamp(low, high)
+            sums[span] = (part * codes).sum(1)  # Σ (C·M)·dV = Σ C·(dV·Mᵀ)
+            part = part.masked_fill(rounded != codes, 0.0).div_(self.weight_scale[span, None])
+            scale_grad[span] = (part * relative).sum(1).neg_()
+            grad[span] = rotate_last(part, transform, inverse=True) if inverse == "double" else part
+        if self.lora_a is None:
+            return sums, scale_grad, None, None
+        a_grad = from_rows(self.lora_b.T @ grad, self.lora_a.shape)
+        return sums, scale_grad, a_grad, grad @ as_rows(self.lora_a).T
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -129,28 +219,84 @@ class QuantLayer(nn.Module):
         growth = self.plan.transform.order if self.plan.inverse == "activation" else 1
         exact = accumulator_bound(folded, self.plan.activation_range, growth) < EXACT_FP32
         dtype = torch.float32 if exact else torch.float64
-        memory = torch.channels_last if folded.ndim == 4 else torch.contiguous_format
-        self._frozen = (folded.to(dtype).contiguous(memory_format=memory), dtype)
+        self._frozen = (folded.to(dtype), dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan, tables = self.plan, self._tables[0]
-        scale, zero = tables.of(self.index)
-        zero = zero_point(zero, plan)
-        spatial = plan.site.kind == "conv"
-        if spatial:
+        return self._tables[0].each(x, self._at_one_timestep, self.plan.site.name)
+
+    def _at_one_timestep(self, x: torch.Tensor) -> torch.Tensor:
+        scale, zero = self._tables[0].of(self.index)
+        zero = zero_point(zero, self.plan)
+        if self.plan.site.kind == "conv":
             x = x.contiguous(memory_format=torch.channels_last)
-        rotated = rotate_activation(x, plan.transform, spatial)
-        codes = centred_codes(rotated, scale, zero, *plan.activation_range)
+        factor = self._tables[0].factors_of(self.span)
+        output_scale = self.weight_scale if factor is None else self.weight_scale * factor
+        learned = (x, scale, zero, output_scale, self.weight_scale, self.lora_a, self.lora_b)
+        if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in learned):
+            return _Trained.apply(self, *learned)
+        return self.output(self.codes(x, scale, zero), scale, output_scale)
+
+    def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """What V is multiplied with: x rotated and quantised, centred, and rotated back where that is the plan."""
+        plan, spatial = self.plan, self.plan.site.kind == "conv"
+        codes = centred_codes(rotate_activation(x, plan.transform, spatial), scale, zero, *plan.activation_range)
         if plan.inverse == "activation":
             codes = rotate_activation(codes, plan.transform, spatial, inverse=True)
+        return codes
+
+    def output(self, codes: torch.Tensor, scale: torch.Tensor, output_scale: torch.Tensor) -> torch.Tensor:
+        """The product with V and the epilogue."""
         if self._frozen is None:
-            accumulator = product(codes, self.folded(), plan.site)
+            accumulator = product(codes, self.folded(), self.plan.site)
         else:
             folded, dtype = self._frozen
-            accumulator = product(codes.to(dtype), folded, plan.site).to(torch.float32)
-        factor = tables.factors_of(self.span)
-        weight_scale = self.weight_scale if factor is None else self.weight_scale * factor
-        return epilogue(accumulator, scale / plan.transform.order, weight_scale, self.bias)
+            accumulator = product(codes.to(dtype), folded, self.plan.site).to(torch.float32)
+        return epilogue(accumulator, scale / self.plan.transform.order, output_scale, self.bias)
+
+
+class _Trained(torch.autograd.Function):
+    """A layer's forward pass that keeps its input and its parameters for the backward pass, and nothing else.
+
+    With dV = ∂L/∂V the sums Σ V·dV of the rows are what the scales of the epilogue need, ∂L/∂s_w = Σ V·dV/s_w and
+    ∂L/∂s_x = Σ V·dV/s_x over all rows, so that the accumulator need not be kept.
+    """
+
+    @staticmethod
+    def forward(ctx, layer, x, scale, zero, output_scale, weight_scale, lora_a, lora_b):
+        ctx.layer = layer
+        ctx.save_for_backward(x, scale, zero, output_scale, weight_scale, lora_a, lora_b)
+        return layer.output(layer.codes(x, scale, zero), scale, output_scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        layer, (x, scale, zero, output_scale, *_) = ctx.layer, ctx.saved_tensors  # checks that none was written to
+        plan = layer.plan
+        site, spatial, order = plan.site, plan.site.kind == "conv", plan.transform.order
+        by_output = output_scale.view(-1, 1, 1) if spatial else output_scale
+        grad = grad * (by_output * (scale / order))
+        with torch.enable_grad():
+            inputs = [value.detach().requires_grad_(True) for value in (x, scale, zero) if value is not None]
+            codes = layer.codes(inputs[0], inputs[1], None if zero is None else inputs[2])
+        folded = layer.folded()
+        if spatial:
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            codes_grad, folded_grad, _ = torch.ops.aten.convolution_backward(
+                grad, codes.detach(), folded, None, site.stride, site.padding, site.dilation, False, (0, 0),
+                site.groups, (True, True, False),
+            )  # fmt: skip
+        else:
+            codes_grad = grad @ folded
+            folded_grad = grad.flatten(0, -2).T @ codes.detach().flatten(0, -2)
+        given = torch.autograd.grad(codes, inputs, codes_grad)
+        del codes, codes_grad, grad, folded
+        sums, scale_grad, a_grad, b_grad = layer.gradients(folded_grad)
+        zero_grad = None if zero is None else given[2]
+        del folded_grad
+        give_back(layer.weight.numel() // 3)  # a walk takes long while much is in use: after the largest alone
+        return (
+            None, given[0], given[1] + (sums.sum() / scale), zero_grad, sums / output_scale, scale_grad, a_grad, b_grad
+        )  # fmt: skip
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -168,24 +314,26 @@ def output_spans(plans: list[SitePlan]) -> list[slice]:
 
 
 def swap_in(
-    denoiser: nn.Module,
+    network: nn.Module,
     plans: list[SitePlan],
     tables: TimestepTables,
     weight_scale: dict[str, torch.Tensor],
     weight_zero: dict[str, torch.Tensor],
+    unit: float = 1.0,
 ) -> dict[str, QuantLayer]:
-    """Replace the planned layers of `denoiser`, in place, by quantised ones that share their weights.
+    """Replace the planned layers of `network`, in place, by quantised ones that share their weights.
 
-    The plans are the quantised sites, in the tables' order. The tables follow the denoiser's timestep from here on.
+    The plans are the quantised sites, in the tables' order. The tables follow the network's timestep, times `unit`,
+    from here on.
     """
     layers = {}
     for index, (plan, span) in enumerate(zip(plans, output_spans(plans), strict=True)):
         name = plan.site.name
-        original = denoiser.get_submodule(name)
+        original = network.get_submodule(name)
         layers[name] = QuantLayer(
             plan, original.weight, original.bias, weight_scale[name], weight_zero[name], tables, index, span
         )
-        denoiser.set_submodule(name, layers[name])
-    denoiser.timestep_tables = tables
-    tables.follow(denoiser)
+        network.set_submodule(name, layers[name])
+    network.timestep_tables = tables
+    tables.follow(network, unit)
     return layers

@@ -8,6 +8,7 @@ from torch import nn
 from pipelines.errors import HqdmError, NumericalFault
 from pipelines.quant.hadamard import rotate_activation
 from pipelines.quant.spec import Site, Transform
+from pipelines.quant.tables import SAME_TIMESTEP, timestep_argument
 
 SAMPLE_VALUES = 4096  # of each site and timestep; at least one image row or token
 OUTLIER = 6.0  # standard deviations (Dettmers et al., 2022, call a value of 6 an outlier where the deviation is near 1)
@@ -128,31 +129,32 @@ def _largest(tokens: torch.Tensor) -> torch.Tensor:
 class Observer:
     """Watches the site layers of a denoiser while it is used as a context manager.
 
-    The row of a call is looked up by the timestep that the denoiser itself was called with. A timestep that a sampler
-    visits twice has one row.
+    The row of a call is looked up by the timestep that the network itself was called with, times `unit`. A timestep
+    that a sampler visits twice has one row.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
+        network: nn.Module,
         sites: Sequence[Site],
-        timesteps: Sequence[int],
+        timesteps: Sequence[float],
         transforms: Callable[[Site], Sequence[Transform]],
         seed: int,
+        unit: float = 1.0,
     ):
-        self.unet = unet
+        self.network, self.unit = network, unit
         self.rows = {timestep: row for row, timestep in enumerate(timesteps)}
         self.sites: Mapping[str, SiteObserver] = {
             site.name: SiteObserver(site, len(timesteps), transforms(site), seed * 1_000_003 + index)
             for index, site in enumerate(sites)
         }
-        self._now: tuple[int, int] | None = None  # timestep and its row
+        self._now: tuple[float, int] | None = None  # timestep and its row
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "Observer":
-        self._handles.append(self.unet.register_forward_pre_hook(self._at_timestep, with_kwargs=True))
+        self._handles.append(self.network.register_forward_pre_hook(self._at_timestep, with_kwargs=True))
         for name, observer in self.sites.items():
-            layer = self.unet.get_submodule(name)
+            layer = self.network.get_submodule(name)
             self._handles.append(layer.register_forward_pre_hook(self._into(observer)))
         return self
 
@@ -162,13 +164,14 @@ class Observer:
         self._handles.clear()
 
     def _at_timestep(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        timestep = int(torch.as_tensor(given).flatten()[0])
-        if timestep not in self.rows:
+        given = torch.as_tensor(timestep_argument(self.network, args, kwargs)).flatten()
+        timestep = float(given[0]) * self.unit
+        known = min(self.rows, key=lambda row: abs(row - timestep))
+        if abs(known - timestep) > SAME_TIMESTEP:
             raise HqdmError(
-                f"timestep {timestep} is not one of the observed schedule's", "observe the steps that are run"
+                f"timestep {timestep:g} is not one of the observed schedule's", "observe the steps that are run"
             )
-        self._now = timestep, self.rows[timestep]
+        self._now = known, self.rows[known]
 
     def _into(self, observer: SiteObserver):
         def hook(_module: nn.Module, args: tuple) -> None:
@@ -176,7 +179,7 @@ class Observer:
             x = args[0].detach()
             if not x.isfinite().all():
                 raise NumericalFault(
-                    f"the input of {observer.site.name} holds NaN or Inf at timestep {timestep}",
+                    f"the input of {observer.site.name} holds NaN or Inf at timestep {timestep:g}",
                     "check the checkpoint and its configuration: the full-precision model itself goes wrong there",
                 )
             observer.add(row, x)

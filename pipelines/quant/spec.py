@@ -83,7 +83,7 @@ class Site:
 
     name: str
     kind: str  # linear or conv
-    role: str  # first, last, time, skip, downsample, upsample, attention, feed-forward, projection, residual
+    role: str  # first, last, time, condition, skip, attention, feed-forward, modulation, …: models/families name them
     weight: tuple[int, ...]
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -92,6 +92,7 @@ class Site:
     bias: bool = True
     rank: int = 2  # of its input
     positions: tuple[int, int] = (0, 0)
+    obstacle: str = ""  # why it cannot be quantised; empty where it can
 
     @property
     def channels(self) -> int:
@@ -135,8 +136,8 @@ class SitePlan:
         where = f"site {self.site.name}: "
         if not self.quantised:
             return
-        if self.site.groups != 1:
-            raise UsageError(f"{where}grouped convolutions are not quantised", "set quantised: false")
+        if self.site.obstacle:
+            raise UsageError(f"{where}{self.site.obstacle}", "set quantised: false")
         if self.inverse not in INVERSES:
             raise UsageError(f"{where}inverse {self.inverse!r} does not exist", f"known: {', '.join(INVERSES)}")
         allowed = {"none": ("none",), "channels": ("single", "double"), "width": ("activation",)}[self.transform.axis]

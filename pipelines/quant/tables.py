@@ -2,8 +2,13 @@
 
 A table knows its timesteps, so it can answer for others: a model distilled at 20 steps samples at 50 by interpolation,
 linear in the logarithm of a scale and linear in a zero-point (then rounded), constant beyond the ends. Nothing
-counts calls.
+counts calls. A batch may mix timesteps: every image is then quantised with the row of its own.
 """
+
+import inspect
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -11,21 +16,41 @@ from torch import nn
 from pipelines.errors import HqdmError
 from pipelines.quant.affine import round_through
 
+SAME_TIMESTEP = 1e-2  # nearer timesteps are one: a pipeline may pass t/1000 in fp32 and multiply it again
+
+
+@lru_cache(maxsize=64)
+def _signature(kind: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
+def timestep_argument(network: nn.Module, args: tuple, kwargs: Mapping) -> torch.Tensor | float:
+    """The `timestep` of a call network(*args, **kwargs), wherever the network's own signature has it."""
+    found = kwargs.get("timestep")
+    if found is None:
+        found = _signature(type(network)).bind_partial(network, *args, **kwargs).arguments.get("timestep")
+    if found is None:
+        raise HqdmError(
+            f"a {type(network).__name__} was called without a timestep, by which its quantisers are looked up",
+            "pass its argument `timestep`",
+        )
+    return found
+
 
 class TimestepTables(nn.Module):
     """Activation scales and zero-points of n sites at T timesteps, and optionally factors on their weight scales.
 
-    One parameter a timestep and kind, not one a table: an update at one timestep then leaves the optimiser's state
-    of the
-    others alone, as separate quantisers would.
+    One parameter a timestep and kind, not one a table: an update at one timestep then leaves the optimiser's state of
+    the others alone, as separate quantisers would.
 
+    timesteps: those of the schedule, in any order; kept sorted. Not whole numbers where the schedule's are not.
     scale, zero: (T, n) fp32. factor: (T, m) fp32 or None, where m is the sum of the sites' outputs; see `factors_of`.
     unit: (n,) fp32, what every scale is multiplied with when it is looked up; ones where it is None.
     """
 
     def __init__(
         self,
-        timesteps: list[int],
+        timesteps: list[float],
         scale: torch.Tensor,
         zero: torch.Tensor,
         factor: torch.Tensor | None = None,
@@ -34,21 +59,22 @@ class TimestepTables(nn.Module):
         super().__init__()
         self.register_buffer("unit", unit, persistent=False)
         order = sorted(range(len(timesteps)), key=lambda index: timesteps[index])
-        self.timesteps = [int(timesteps[index]) for index in order]
+        self.timesteps = [float(timesteps[index]) for index in order]
         self.scale = nn.ParameterList([nn.Parameter(scale[index].clone()) for index in order])
         self.zero = nn.ParameterList([nn.Parameter(zero[index].clone()) for index in order])
         self.factor = None
         if factor is not None:
             self.factor = nn.ParameterList([nn.Parameter(factor[index].clone()) for index in order])
         self._now: tuple[torch.Tensor, ...] | None = None
+        self._mixed: tuple[int, list[tuple[tuple[torch.Tensor, ...], list[int]]]] | None = None
 
     @torch.no_grad()
     def raw(self) -> dict[str, torch.Tensor]:
-        """`timesteps` (T,) int64, `scale` with the unit multiplied in, rounded `zero` (T, n), and `factor` where
+        """`timesteps` (T,) fp64, `scale` with the unit multiplied in, rounded `zero` (T, n), and `factor` where
         there is one.
         """
         scale = torch.stack([self._in_units(row) for row in self.scale])
-        tensors = {"timesteps": torch.tensor(self.timesteps), "scale": scale}
+        tensors = {"timesteps": torch.tensor(self.timesteps, dtype=torch.float64), "scale": scale}
         tensors["zero"] = torch.stack([row.round() for row in self.zero])
         if self.factor is not None:
             tensors["factor"] = torch.stack([row.detach() for row in self.factor])
@@ -57,35 +83,73 @@ class TimestepTables(nn.Module):
     def _in_units(self, scale: torch.Tensor) -> torch.Tensor:
         return scale if self.unit is None else scale * self.unit
 
-    def set_timestep(self, timestep: torch.Tensor | int | float) -> None:
-        """Look up what the layers will read until the next call. `timestep` is a number or (N,) equal numbers."""
+    def set_timestep(self, timestep: torch.Tensor | float) -> None:
+        """Look up what the layers will read until the next call, at a number or at (N,), one for each image."""
+        self._now = self._mixed = None
         if isinstance(timestep, torch.Tensor):
-            if timestep.numel() > 1 and not bool((timestep == timestep.flatten()[0]).all()):
-                raise HqdmError(
-                    "a batch mixes timesteps, and each timestep has quantisers of its own",
-                    "call the denoiser once for every timestep",
-                )
-            timestep = timestep.flatten()[0].item()
+            given = timestep.flatten().tolist()
+            if len(set(given)) > 1:
+                images: dict[float, list[int]] = {}
+                for image, value in enumerate(given):
+                    images.setdefault(value, []).append(image)
+                self._mixed = len(given), [(self._at(value), mine) for value, mine in images.items()]
+                return
+            timestep = given[0]
+        self._now = self._at(float(timestep))
+
+    def _at(self, timestep: float) -> tuple[torch.Tensor, ...]:
+        """Scales, zero-points and factors (or None) of all sites at one timestep."""
         scale = self._in_units(self._row(self.scale, timestep, log=True))
         zero = round_through(self._row(self.zero, timestep, log=False))
-        factor = None if self.factor is None else self._row(self.factor, timestep, log=True)
-        self._now = (scale, zero, factor)
+        return scale, zero, None if self.factor is None else self._row(self.factor, timestep, log=True)
+
+    def _nearest(self, timestep: float) -> int | None:
+        """The row that is this timestep's own, or None."""
+        above = bisect_left(self.timesteps, timestep)
+        near = [row for row in (above - 1, above) if 0 <= row < len(self.timesteps)]
+        row = min(near, key=lambda row: abs(self.timesteps[row] - timestep))
+        return row if abs(self.timesteps[row] - timestep) <= SAME_TIMESTEP else None
 
     def _row(self, rows: nn.ParameterList, timestep: float, log: bool) -> torch.Tensor:
-        above = next((index for index, known in enumerate(self.timesteps) if known >= timestep), None)
-        if above is None:
-            return rows[-1]
-        if above == 0 or self.timesteps[above] == timestep:
-            return rows[above]
+        if (own := self._nearest(timestep)) is not None:
+            return rows[own]
+        above = bisect_left(self.timesteps, timestep)
+        if above in (0, len(self.timesteps)):
+            return rows[min(above, len(self.timesteps) - 1)]
         low, high = self.timesteps[above - 1], self.timesteps[above]
         share = (timestep - low) / (high - low)
         if log:
             return torch.exp(torch.lerp(rows[above - 1].log(), rows[above].log(), share))
         return torch.lerp(rows[above - 1], rows[above], share)
 
-    def covers(self, timesteps: list[int]) -> bool:
+    def covers(self, timesteps: list[float]) -> bool:
         """Whether every timestep has a row of its own, so that nothing is interpolated."""
-        return set(int(timestep) for timestep in timesteps) <= set(self.timesteps)
+        return all(self._nearest(timestep) is not None for timestep in timesteps)
+
+    def each(self, x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor], site: str) -> torch.Tensor:
+        """compute(x), or where the batch mixes timesteps, compute of each timestep's images, put back in order.
+
+        x: (k·N, …) for N timesteps: k rows, one after another, belong to each image. HqdmError for another length.
+        """
+        if self._mixed is None:
+            return compute(x)
+        count, groups = self._mixed
+        if len(x) % count:
+            raise HqdmError(
+                f"site {site}: an input of shape {tuple(x.shape)} cannot be shared out to {count} images "
+                "of different timesteps",
+                "call the denoiser once for every timestep",
+            )
+        rows = torch.arange(len(x)).view(count, -1)
+        parts, places = [], []
+        try:
+            for self._now, images in groups:
+                places.append(rows[images].flatten())
+                parts.append(compute(x[places[-1]]))
+        finally:
+            self._now = None
+        result = torch.cat(parts)[torch.cat(places).argsort()]
+        return result.contiguous(memory_format=torch.channels_last) if result.ndim == 4 else result
 
     def of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero-point of site `index` at the current timestep, scalars."""
@@ -99,10 +163,10 @@ class TimestepTables(nn.Module):
         factor = self._now[2]
         return None if factor is None else factor[span]
 
-    def follow(self, denoiser: nn.Module) -> None:
-        """Set the timestep from the denoiser's own `timestep` argument at every call of it."""
+    def follow(self, network: nn.Module, unit: float = 1.0) -> None:
+        """Set the timestep from the network's own `timestep` argument, times `unit`, at every call of it."""
 
         def before(_module, args, kwargs):
-            self.set_timestep(kwargs["timestep"] if "timestep" in kwargs else args[1])
+            self.set_timestep(timestep_argument(network, args, kwargs) * unit)
 
-        denoiser.register_forward_pre_hook(before, with_kwargs=True)
+        network.register_forward_pre_hook(before, with_kwargs=True)

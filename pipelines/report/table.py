@@ -100,7 +100,7 @@ def _row(samples: Artifact, score: Artifact) -> dict[str, Any]:
         "images/s": round(about["images_per_second"], 1),
         "bytes": about["bytes"],
     }
-    extractor = figures["extractor"]
+    extractor = figures.get("extractor") or "none"
     other = extractor != "inception"  # distances on other features than Inception's go by other names
     for heading, (key, digits) in FIGURES.items():
         if heading in ("IS", "KID", "IS({})", "KD({})") and ("{" in heading) != other:
@@ -108,4 +108,4 @@ def _row(samples: Artifact, score: Artifact) -> dict[str, Any]:
         value = figures.get(key.format(extractor))
         row[heading.format(extractor)] = round(value, digits) if isinstance(value, float) else value
     interpolated = about.get("interpolated_timesteps") or None
-    return row | {"interpolated": interpolated, "reference": figures["reference"], "samples": samples.id}
+    return row | {"interpolated": interpolated, "reference": figures.get("reference"), "samples": samples.id}

@@ -16,7 +16,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "distill"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Config:
     trajectories: int = 40
     steps: int | None = None  # of a trajectory; the plan's by default
     batch: int = 8  # images of a trajectory; guidance doubles what the denoisers see
-    guidance: float = 1.5
-    eta: float = 1.0
+    guidance: float | None = None  # the model's
+    eta: float | None = None  # 1 where the scheduler has it
     seed: int = 0
     save_every: int = field(default=100, metadata={"key": False})  # updates between two saved states
 
@@ -49,7 +49,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     import torch
     from safetensors.torch import load_file, save_file
 
-    from pipelines.diffusion import SCHEDULER, timesteps_of
+    from pipelines.diffusion import eta_or, timesteps_of, walker
     from pipelines.distillation import Course, distill
     from pipelines.models.denoiser import load_denoiser
     from pipelines.quant.layers import quant_layers
@@ -61,24 +61,26 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     scales = load_file(inputs["plan"].file("scales.safetensors"))
     teacher = load_denoiser(inputs["model"].path)
     steps = config.steps or len(plan.timesteps)
-    timesteps = timesteps_of(SCHEDULER, teacher.info.schedule, steps)
-    scales = at_timesteps(scales, [int(timestep) for timestep in timesteps])
+    scheduler = walker(teacher.info.schedule)
+    timesteps = timesteps_of(scheduler, teacher.info.schedule, steps)
+    guidance, eta = teacher.info.guidance_or(config.guidance), eta_or(config.eta, scheduler, 1.0)
+    scales = at_timesteps(scales, timesteps)
     if sorted(timesteps) != sorted(plan.timesteps):
         report.note(f"the plan's scales are for {len(plan.timesteps)} timesteps; those of {steps} are interpolated")
     student = new_student(teacher, plan, scales, config.seed)
-    course = Course(config.trajectories, steps, config.batch, config.guidance, config.eta, config.seed)
+    course = Course(config.trajectories, steps, config.batch, guidance, eta, config.seed)
     losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
 
     save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
     (out.path / "plan.yaml").write_text(write_plan(plan))
-    layers = quant_layers(student.unet)
+    layers = quant_layers(student.network)
     write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
     with open(out.path / "losses.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["update", "trajectory", "timestep", "loss_per_image"])
         for update, loss in enumerate(losses):
-            rows.writerow([update + 1, update // steps + 1, int(timesteps[update % steps]), repr(loss)])
-    loss_curve({"student": losses}, [int(timestep) for timestep in timesteps], out.path / "loss.png")
+            rows.writerow([update + 1, update // steps + 1, f"{timesteps[update % steps]:g}", repr(loss)])
+    loss_curve({"student": losses}, timesteps, out.path / "loss.png")
     trained = sum(value.numel() for value in student.parameters() if value.requires_grad)
     return {
         "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "updates": len(losses),
@@ -87,7 +89,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     }  # fmt: skip
 
 
-def at_timesteps(scales: dict, timesteps: list[int]) -> dict:
+def at_timesteps(scales: dict, timesteps: list[float]) -> dict:
     """A plan's scales at other timesteps, by the tables' own interpolation."""
     import torch
 
@@ -104,7 +106,7 @@ def at_timesteps(scales: dict, timesteps: list[int]) -> dict:
     for timestep in wanted:
         tables.set_timestep(timestep)
         rows.append([tables.of(index) for index in range(len(names))])
-    result = dict(scales) | {"timesteps": torch.tensor(wanted)}
+    result = dict(scales) | {"timesteps": torch.tensor(wanted, dtype=torch.float64)}
     for index, name in enumerate(names):
         result[f"{name}/activation_scale"] = torch.stack([row[index][0] for row in rows]).detach()
         result[f"{name}/activation_zero"] = torch.stack([row[index][1] for row in rows]).detach()

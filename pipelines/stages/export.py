@@ -1,10 +1,12 @@
 """Export the student: packed integers, or its fake-quantised weights as an ordinary diffusers folder.
 
-`int` merges the adapters, quantises with the very function of training and writes `model.safetensors` and `config.json`
-(see pipelines/students.py). `float` writes `unet/`, which diffusers loads; its activations are not quantised.
+`int` merges the adapters, quantises with the very function of training and writes `model.safetensors`, `config.json`,
+`conditions.safetensors` and `first_stage/` (see pipelines/students.py). `float` writes a model's folder, whose
+`denoiser/` diffusers loads; its activations are not quantised.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +18,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "export"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,28 +36,20 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
 
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
     """Write the model; figures: bytes, and for integers the shares of fp32 that the layers take by weight bits."""
-    from pipelines.kernels import cpu, reference
-    from pipelines.models.denoiser import load_denoiser, save_denoiser
-    from pipelines.quant.layers import quant_layers
-    from pipelines.students import load_fake, merged_state, save_integer
+    from pipelines.models.denoiser import WEIGHTS, load_denoiser, save_denoiser
+    from pipelines.students import load_fake, merge_weights, save_integer
 
     sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
     plan = read_plan(inputs["distill"].file("plan.yaml"), sites)
     teacher = load_denoiser(inputs["model"].path)
-    student = load_fake(teacher, plan, inputs["distill"].file("student.safetensors"))
+    student = load_fake(teacher, plan, inputs["distill"].file("student.safetensors"), freeze=False)
     about = {"method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "format": config.format}
     if config.format == "float":
-        merged = merged_state(student)
-        teacher.unet.load_state_dict(merged)
+        merge_weights(student, teacher)
         save_denoiser(teacher, out.path)
-        return about | {"bytes": sum(value.numel() * value.element_size() for value in merged.values())}
-    forms: dict[str, int] = {}
-    for layer in quant_layers(student.unet).values():
-        weights = layer.integers()
-        reference.prepare(weights)  # the bound on accumulators holds, or the export fails here
-        form = cpu.form_of(weights)
-        forms[form] = forms.get(form, 0) + 1
+        return about | {"bytes": (out.path / WEIGHTS).stat().st_size}
     sizes = save_integer(student, plan, out.path)
+    forms = dict(sorted(Counter(size["form"] for size in sizes.values()).items()))
     shares = {}
     for bits in sorted({size["weight_bits"] for size in sizes.values()}):
         mine = [size for size in sizes.values() if size["weight_bits"] == bits]
@@ -65,5 +59,5 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             "largest": round(max(size["bytes"] / size["float_bytes"] for size in mine), 4),
         }
     return about | {
-        "bytes": (out.path / "model.safetensors").stat().st_size, "shares": shares, "forms": dict(sorted(forms.items()))
+        "bytes": (out.path / "model.safetensors").stat().st_size, "shares": shares, "forms": forms
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 Writes `plan.yaml`, which a person can read, edit and hand back, and `scales.safetensors`:
 
-    timesteps (T,) int64, ascending · <site>/activation_scale, <site>/activation_zero (T,) fp32, of the raw-rotated
+    timesteps (T,) fp64, ascending · <site>/activation_scale, <site>/activation_zero (T,) fp32, of the raw-rotated
     activation · <site>/weight_scale, <site>/weight_zero (out,) fp32
 """
 
@@ -20,7 +20,7 @@ from pipelines.quant.spec import Bits, SitePlan, Transform, site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "plan"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     (out.path / "plan.yaml").write_text(write_plan(plan))
 
     order = sorted(range(len(timesteps)), key=lambda index: timesteps[index])
-    tensors = {"timesteps": torch.tensor(sorted(timesteps))}
-    unet = load_denoiser(inputs["model"].path).unet
+    tensors = {"timesteps": torch.tensor(sorted(timesteps), dtype=torch.float64)}
+    network = load_denoiser(inputs["model"].path).network
     report.begin("weight scales", len(plan.quantised), unit="sites")
     for done, site in enumerate(plan.quantised, 1):
         name = site.site.name
@@ -110,7 +110,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
                     f"site {name}: {site.transform.name} was not profiled, so it has no scales", f"profiled: {names}"
                 )
             tensors[f"{name}/{key}"] = values[order].contiguous()
-        weight = unet.get_submodule(name).weight
+        weight = network.get_submodule(name).weight
         if site.inverse == "double":
             weight = rotate_weight(weight, site.transform)
         scale, zero = choose(weight.flatten(1), *site.weight_range)

@@ -12,7 +12,7 @@ Importing this module does not import torch: only `run` needs it.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipelines.quant.observe import Observer
 
 NAME = "profile"
-VERSION = 1
+VERSION = 2
 
 BITS = (8, 6, 4, 3)
 # Candidates by what they have in common: a site's own order along the width, or its largest channel order, may differ.
@@ -43,9 +43,9 @@ FAMILIES = (
 class Config:
     steps: int = 20  # of the sampler
     batch: int = 8  # trajectories; guidance doubles what the sites see
-    guidance: float = 1.5
-    eta: float = 1.0
-    scheduler: str = "DDIMScheduler"
+    guidance: float | None = None  # the model's
+    eta: float | None = None  # 1 where the scheduler has it
+    scheduler: str | None = None  # DDIM's, or flow matching's Euler
     seed: int = 0
 
     def __post_init__(self):
@@ -68,11 +68,16 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     """Write the files above. Figures: sites, timesteps, SQNR by candidate at 4 and 3 bits, and its gain over none."""
     from safetensors.torch import save_file
 
+    from pipelines.diffusion import eta_or, walker
     from pipelines.models.denoiser import load_denoiser
 
     model = inputs["model"]
     denoiser = load_denoiser(model.path)
     sites = [site_from_dict(values) for values in json.loads(model.file("sites.json").read_text())]
+    name = config.scheduler or walker(denoiser.info.schedule)
+    config = replace(
+        config, scheduler=name, guidance=denoiser.info.guidance_or(config.guidance), eta=eta_or(config.eta, name, 1.0)
+    )
     observer = observe(config, denoiser, sites, report)
     statistics = {site.name: observer.sites[site.name].statistics() for site in sites}
     measured = _measure(observer, report)
@@ -105,23 +110,25 @@ def observe(config: Config, denoiser: "Denoiser", sites: list[Site], report: Rep
     """Run the teacher's trajectories under observation. Its rows are timesteps in the order of their first visit."""
     import torch
 
-    from pipelines.diffusion import classes_of, noise_of, timesteps_of, trajectory
+    from pipelines.diffusion import conditions_of, noise_of, timesteps_of, trajectory
     from pipelines.quant.candidates import shown
     from pipelines.quant.observe import Observer
 
     info = denoiser.info
-    visited = [int(timestep) for timestep in timesteps_of(config.scheduler, info.schedule, config.steps)]
+    visited = timesteps_of(config.scheduler, info.schedule, config.steps)
     indices = list(range(config.batch))
-    # Noise and classes of their own: scales must not be fitted to the images that are scored later.
-    noise = noise_of(config.seed, indices, (info.channels, info.size, info.size), "profile")
-    classes = classes_of(config.seed, indices, info.classes, "profile classes")
+    # Noise and conditions of their own: scales must not be fitted to the images that are scored later.
+    noise = noise_of(config.seed, indices, info.shape, "profile")
+    conditions = conditions_of(config.seed, indices, info.conditions, "profile classes")
     report.begin("teacher trajectories", len(visited))
     with (
         torch.inference_mode(),
-        Observer(denoiser.unet, sites, list(dict.fromkeys(visited)), shown, config.seed) as observer,
+        Observer(
+            denoiser.network, sites, list(dict.fromkeys(visited)), shown, config.seed, denoiser.family.timestep_unit
+        ) as observer,
     ):
         for step, *_ in trajectory(
-            denoiser, config.scheduler, info.schedule, config.steps, noise, classes, config.guidance, config.eta,
+            denoiser, config.scheduler, info.schedule, config.steps, noise, conditions, config.guidance, config.eta,
             config.seed, indices,
         ):  # fmt: skip
             report.advance(min(step + 1, len(visited)))
@@ -273,16 +280,24 @@ def _peak(maxima: np.ndarray) -> float:
 def chosen_sites(sites: list[Site], maxima: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Site]:
     """What to show: of each part of the network, the site whose largest channel stands out most.
 
-    Convolutions stand for input, middle and output blocks; a model without such parts shows its worst site, as
-    `network`. Sites that admit no transform are passed over.
+    Convolutions stand for a UNet's input, middle and output blocks, every site for a transformer's thirds; a model
+    without such parts shows its worst site, as `network`. Sites that admit no transform are passed over.
     """
-    parts = {
-        "input block": lambda site: site.kind == "conv" and site.name.startswith("down_blocks"),
-        "middle": lambda site: site.kind == "conv" and site.name.startswith("mid_block"),
-        "output block": lambda site: site.kind == "conv" and site.name.startswith("up_blocks"),
-        "feed-forward": lambda site: site.role == "feed-forward",
-        "network": lambda site: True,
-    }
+    blocks = [site.name for site in sites if "blocks." in site.name]
+    thirds = {name: 3 * index // len(blocks) for index, name in enumerate(blocks)}
+    if any(name.startswith("down_blocks") for name in blocks):
+        parts = {
+            "input block": lambda site: site.kind == "conv" and site.name.startswith("down_blocks"),
+            "middle": lambda site: site.kind == "conv" and site.name.startswith("mid_block"),
+            "output block": lambda site: site.kind == "conv" and site.name.startswith("up_blocks"),
+        }
+    else:
+        parts = {
+            "early blocks": lambda site: thirds.get(site.name) == 0,
+            "middle blocks": lambda site: thirds.get(site.name) == 1,
+            "late blocks": lambda site: thirds.get(site.name) == 2,
+        }
+    parts |= {"feed-forward": lambda site: site.role == "feed-forward", "network": lambda site: True}
     found: dict[str, Site] = {}
     for part, belongs in parts.items():
         fitting = [site for site in sites if belongs(site) and len(maxima[site.name]) > 1]
@@ -297,6 +312,7 @@ def short(name: str) -> str:
         ("down_blocks.", "down "), ("up_blocks.", "up "), ("mid_block.", "mid."), (".resnets.", " · res "),
         (".attentions.", " · attn "), ("mid.resnets.", "mid · res "), ("mid.attentions.", "mid · attn "),
         (".transformer_blocks.0.", " · "), (".downsamplers.", " · down "), (".upsamplers.", " · up "),
+        ("single_transformer_blocks.", "single "), ("transformer_blocks.", "block "),
     ):  # fmt: skip
         name = name.replace(old, new)
     return name

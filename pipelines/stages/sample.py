@@ -1,14 +1,14 @@
 """Sample images from the teacher, the fake-quantised student or the integer model.
 
-Writes `images/000000.png` …, `samples.npz` (arr_0 uint8 NHWC, arr_1 classes: guided-diffusion's layout) and `grid.png`.
-The noise and class of image i depend on the seed and i alone. Batches are fixed by `batch`, which is part of the key,
-because the composition of a batch moves floating-point rounding.
+Writes `images/000000.png` …, `samples.npz` (arr_0 uint8 NHWC, arr_1 the number of each one's class or prompt:
+guided-diffusion's layout) and `grid.png`. The noise and condition of image i depend on the seed and i alone. Batches
+are fixed by `batch`, which is part of the key, because the composition of a batch moves floating-point rounding.
 """
 
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.errors import HqdmError, UsageError
@@ -18,7 +18,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "sample"
-VERSION = 1
+VERSION = 2
 MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
 FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
 
@@ -29,11 +29,12 @@ class Config:
     count: int = 1000
     steps: int = 20
     eta: float = 0.0
-    guidance: float = 1.5
-    scheduler: str = "DDIMScheduler"  # diffusers' names
+    guidance: float | None = None  # the model's
+    scheduler: str | None = None  # a name of diffusers; DDIM's, or flow matching's Euler
     seed: int = 0
     batch: int = 50
     backend: Literal["cpu", "reference"] | None = None  # of the integer model; cpu by default
+    low_memory: bool = field(default=False, metadata={"key": False})  # takes longer; the images are the same
 
     def __post_init__(self):
         for name in ("count", "steps", "batch"):
@@ -66,6 +67,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     import torch
 
     from pipelines import diffusion
+    from pipelines.kernels.layers import forget_weights
+    from pipelines.memory import return_freed_memory
     from pipelines.models.denoiser import load_denoiser
     from pipelines.report.grids import save_grid
     from pipelines.students import load_fake, load_integer
@@ -74,19 +77,20 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     plan = None
     if config.source == "teacher":
         model = load_denoiser(maker.path)
-        size = maker.file("unet/diffusion_pytorch_model.safetensors").stat().st_size
+        size = maker.file("denoiser/diffusion_pytorch_model.safetensors").stat().st_size
     elif config.source == "fake":
         sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
         plan = read_plan(maker.file("plan.yaml"), sites)
         model = load_fake(load_denoiser(inputs["model"].path), plan, maker.file("student.safetensors"))
-        weights = inputs["model"].file("unet/diffusion_pytorch_model.safetensors")
+        weights = inputs["model"].file("denoiser/diffusion_pytorch_model.safetensors")
         size = weights.stat().st_size + maker.file("student.safetensors").stat().st_size
     else:
         model = load_integer(maker.path, config.backend or "cpu")
         size = maker.file("model.safetensors").stat().st_size
     info = model.info
-    timesteps = diffusion.timesteps_of(config.scheduler, info.schedule, config.steps)
-    tables = getattr(model.unet, "timestep_tables", None)
+    guidance, scheduler = info.guidance_or(config.guidance), config.scheduler or diffusion.walker(info.schedule)
+    timesteps = diffusion.timesteps_of(scheduler, info.schedule, config.steps)
+    tables = getattr(model.network, "timestep_tables", None)
     interpolated = 0 if tables is None else sum(not tables.covers([step]) for step in timesteps)
     if interpolated:
         report.warn(
@@ -94,52 +98,74 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             f"{interpolated} of these {len(timesteps)} are interpolated between them"
         )
 
-    shape = (info.channels, info.size, info.size)
     starts = list(range(0, config.count, config.batch))
-    classes = diffusion.classes_of(config.seed, list(range(config.count)), info.classes)
+    conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)
+    if config.low_memory:
+        return_freed_memory()
     report.begin(f"sample {config.source}", config.count, unit="images")
     seconds, warm = 0.0, set()
     for start in starts:
         indices = list(range(start, min(start + config.batch, config.count)))
-        kept = out.work / f"batch-{start:06d}.npz"
+        kept = out.work / f"latents-{start:06d}.npz"
         if kept.exists():
             seconds += float(np.load(kept)["seconds"])
         else:
-            mine = classes[indices]
+            mine = conditions[indices]
             if len(indices) not in warm:  # packing for a new batch size is not sampling
                 with torch.inference_mode():
-                    model.predict(torch.zeros(len(indices), *shape), torch.tensor(timesteps[0]), mine, config.guidance)
+                    model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timesteps[0]), mine, guidance)
                 warm.add(len(indices))
             begun = time.perf_counter()
             latents = diffusion.sample(
-                model, config.scheduler, info.schedule, config.steps, shape, mine, config.guidance, config.eta,
+                model, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
                 config.seed, indices,
             )  # fmt: skip
             taken = time.perf_counter() - begun
             seconds += taken
             if not torch.isfinite(latents).all():
                 raise HqdmError(f"images {indices[0]} … {indices[-1]} hold NaN or Inf", "distill again at lower rates")
-            images = diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy()
-            part = kept.with_suffix(".part")
-            with open(part, "wb") as file:
-                np.savez(file, images=images, latents=latents.numpy(), seconds=taken)
-            part.replace(kept)
+            _keep(kept, latents=latents.numpy(), seconds=taken)
         report.advance(indices[-1] + 1, images_per_second=(indices[-1] + 1) / max(seconds, 1e-9))
     report.end()
 
-    images = np.concatenate([np.load(out.work / f"batch-{start:06d}.npz")["images"] for start in starts])
+    # Decoding comes after all sampling, when a large model's weights have left memory.
+    forget_weights(model.network)
+    if model.first_stage is not None:
+        report.begin("decode", config.count, unit="images")
+    for start in starts:
+        kept = out.work / f"images-{start:06d}.npz"
+        if not kept.exists():
+            latents = torch.from_numpy(np.load(out.work / f"latents-{start:06d}.npz")["latents"])
+            _keep(kept, images=diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy())
+        if model.first_stage is not None:
+            report.advance(min(start + config.batch, config.count))
+    if model.first_stage is not None:
+        report.end()
+
+    images = np.concatenate([np.load(out.work / f"images-{start:06d}.npz")["images"] for start in starts])
     _write_pngs(images, out.path / "images")
-    _write_npz(images, classes.numpy(), out.path / "samples.npz")
+    _write_npz(images, conditions.numpy(), out.path / "samples.npz")
     save_grid(images[:100], out.path / "grid.png")
     about = (
         {key: maker.figures.get(key) for key in ("method", "variant", "bits")} if plan or config.source == "int" else {}
     )
     return {
-        "source": config.source, "count": config.count, "images_per_second": config.count / seconds, "bytes": size,
+        "source": config.source, "count": config.count, "scheduler": scheduler, "guidance": guidance,
+        "images_per_second": config.count / seconds, "bytes": size,
         "interpolated_timesteps": interpolated,
         "backend": config.backend or ("cpu" if config.source == "int" else None),
         "threads": torch.get_num_threads(), **about,
     }  # fmt: skip
+
+
+def _keep(path, **arrays) -> None:
+    """Write what a run that goes on later finds; the file is whole or not there."""
+    import numpy as np
+
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.savez(file, **arrays)
+    part.replace(path)
 
 
 def _write_pngs(images, folder) -> None:

@@ -3,11 +3,13 @@
 | role or path | what | unless given |
 | --- | --- | --- |
 | samples | a sample artifact, or `samples_path` | the newest sample artifact |
-| reference | a registered data set, `reference_path` (images or statistics), or a sample artifact | the digits |
+| reference | a registered data set, `reference_path` (images or statistics), or a sample artifact | see below |
 | pair | images to compare with one by one: a sample artifact, or `pair_path` | the teacher's samples, see below |
 
 The pair of a student's sample artifact is the newest one of the same model's teacher with the same count, steps, seed,
-scheduler, eta and guidance, where there is one.
+scheduler, eta and guidance, where there is one. Images of the digits' size are measured against the digits on their
+classifier; all others against their pair, which says how far the student went from its teacher, on Inception. The
+extractor `none` leaves the figures that need no features: those of the pair.
 
 Writes `scores.json` (every figure with its n, its reference and extractor and their hashes; the warnings) and
 `statistics.npz` (mu, sigma, mu_s, sigma_s of the samples), which can be a later run's reference.
@@ -29,18 +31,26 @@ from pipelines.digits import CLASSIFIER
 from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.metrics.images import ImageSet, hash_of_images, read_images
-from pipelines.metrics.references import REFERENCES, Reference, read_reference, registered_reference, write_statistics
+from pipelines.metrics.references import (
+    REFERENCES,
+    Reference,
+    Statistics,
+    read_reference,
+    registered_reference,
+    write_statistics,
+)  # fmt: skip
 from pipelines.store import Artifact, Draft, Store, sha256_of_file
 
 if TYPE_CHECKING:
     from pipelines.metrics.extractors import Extractor, Features
 
 NAME = "score"
-VERSION = 1
+VERSION = 2
 
 ROLES = ("samples", "reference", "pair")
 SAME_IN_A_PAIR = ("count", "steps", "seed", "scheduler", "eta", "guidance")  # what makes image i of both the same draw
 FEW_PER_FEATURE = 5  # images per pool feature below which a Fréchet distance is mostly bias (Inception: 10,240)
+DIGITS = (16, 16, 1)  # height, width and channels of the embedded model's images
 SMALL = 75  # pixels a side, a quarter of what Inception works on
 FEW_PER_CLASS = 5  # images per class and split below which the Inception score is cut off
 
@@ -51,12 +61,12 @@ PATH = {"key": False, "path": True}  # the hash beside it decides, not where the
 class Config:
     samples_path: str | None = field(default=None, metadata=PATH)
     samples_sha256: str | None = None
-    reference: str = "digits"  # a registered data set; a reference_path or artifact goes before it
+    reference: str | None = None  # a registered data set; a reference_path or artifact goes before it
     reference_path: str | None = field(default=None, metadata=PATH)
     reference_sha256: str | None = None
     pair_path: str | None = field(default=None, metadata=PATH)
     pair_sha256: str | None = None
-    extractor: str = "digits"
+    extractor: str | None = None  # by the images' size; "none" for the pair's figures alone
     extractor_weights: str | None = field(default=None, metadata=PATH)
     extractor_sha256: str | None = None
     splits: int = 10  # of the Inception score
@@ -104,7 +114,7 @@ def with_hashes(config: Config) -> Config:
             found[f"{role}_sha256"] = hash_of_images(path)
     if config.extractor_weights is not None:
         found["extractor_sha256"] = sha256_of_file(config.extractor_weights)
-    elif config.extractor == "digits":
+    elif config.extractor in (None, "digits"):
         found["extractor_sha256"] = sha256_of_file(CLASSIFIER)
     return dataclasses.replace(config, **found)
 
@@ -132,7 +142,6 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict[str, Any]:
     """Compute every figure that samples, reference and pair allow. Returns the figures' values by key."""
     from pipelines.metrics import scores
-    from pipelines.metrics.extractors import load_extractor
 
     warnings: list[str] = []
 
@@ -140,19 +149,88 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         warnings.append(message)
         report.warn(message)
 
-    extractor = load_extractor(config.extractor, config.extractor_weights)
-    _expect("the extractor's weights", config.extractor_sha256, extractor.sha256)
     samples = _images("samples", config.samples_path, config.samples_sha256, inputs, report)
     pair = None
     if "pair" in inputs or config.pair_path is not None:
         pair = _images("pair", config.pair_path, config.pair_sha256, inputs, report)
         _check_pair(samples, pair, warn)
-    reference = _reference(config, inputs, report)
+    for remark in samples.remarks:
+        warn(remark)
+    found: _Measured | None = None
+    if config.extractor != "none":
+        found = _measure(config, inputs, samples, pair, warn, report)
+    elif pair is None:
+        raise HqdmError(
+            f"{samples.source} has no pair, and without an extractor there is nothing else to compare",
+            "sample the teacher at the same seeds: hqdm sample teacher, or name images: --pair",
+        )
+    values = dict(found.values) if found else {}
+    if pair is not None:
+        values |= scores.pair_figures(samples.images, pair.images)
+
+    records = {}
+    for name, value in values.items():
+        extractor = found.extractor.name if found else "none"
+        record: dict[str, Any] = {"label": scores.figure_label(name, extractor), "value": value, "n": len(samples)}
+        if name in ("psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical"):
+            record["pair"] = {"name": pair.source, "sha256": pair.sha256, "n": len(pair)}
+        else:
+            record["extractor"] = {"name": found.extractor.name, "sha256": found.extractor.sha256}
+        if found and name in found.counts:
+            against = {"name": found.reference.name, "sha256": found.reference.sha256}
+            record["reference"] = against | {"n": found.counts[name]}
+        records[scores.figure_key(name, extractor)] = record
+    document = {
+        "figures": records,
+        "samples": {"name": samples.source, "sha256": samples.sha256, "n": len(samples), "size": list(samples.size)},
+        "settings": found.settings if found else {},
+        "torch_fidelity": importlib.metadata.version("torch-fidelity"),
+        "warnings": warnings,
+    }  # fmt: skip
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    (out.path / "scores.json").write_text(text + "\n", encoding="utf-8")
+    about = {"n": len(samples), "samples": samples.source, "pair": pair.source if pair else None}
+    if found:
+        write_statistics(
+            out.path / "statistics.npz", found.pool, found.spatial, found.extractor.name, found.extractor.sha256
+        )
+        about |= {
+            "reference": found.reference.name, "reference_n": found.counts["fid"], "extractor": found.extractor.name
+        }  # fmt: skip
+    return {key: record["value"] for key, record in records.items()} | about | {"warnings": len(warnings)}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The figures on an extractor's features, and what they were measured with. counts: the reference's n by figure."""
+
+    extractor: "Extractor"
+    reference: Reference
+    values: dict[str, Any]
+    counts: dict[str, int | None]
+    settings: dict[str, int]
+    pool: Statistics
+    spatial: Statistics
+
+
+def _measure(
+    config: Config, inputs: Mapping[str, Artifact], samples: ImageSet, pair: ImageSet | None,
+    warn: Callable[[str], None], report: Report,
+) -> _Measured:  # fmt: skip
+    """Every figure that samples, reference and extractor allow."""
+    from pipelines.metrics import scores
+    from pipelines.metrics.extractors import load_extractor
+
+    usual = "digits" if samples.images.shape[1:] == DIGITS and not config.extractor_weights else "inception"
+    extractor = load_extractor(config.extractor or usual, config.extractor_weights)
+    if extractor.name == "digits" or config.extractor_weights:
+        _expect("the extractor's weights", config.extractor_sha256, extractor.sha256)
+    extractor.check_size(samples.images, samples.source)
+    reference = _reference(config, inputs, samples, pair, report)
     _check_reference(reference, extractor)
-    for found in (samples, reference.images):
-        if found is not None:
-            extractor.check_size(found.images, found.source)
-    for remark in (*samples.remarks, *(reference.images.remarks if reference.images else ())):
+    if reference.images is not None:
+        extractor.check_size(reference.images.images, reference.images.source)
+    for remark in reference.images.remarks if reference.images else ():
         warn(remark)
 
     features = extractor.features(samples.images, f"features of {samples.source}", report)
@@ -173,50 +251,24 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     values = {"fid": scores.frechet_distance(pool, their_pool)}
     if their_spatial is not None:
         values["sfid"] = scores.frechet_distance(spatial, their_spatial)
+    counts = dict.fromkeys(values, their_pool.n)
     values |= scores.inception_score(features.logits, splits, config.seed)
     if theirs is not None:
-        values |= scores.kernel_distance(features.pool, theirs.pool, config.kid_subsets, subset_size, config.seed)
+        against = scores.kernel_distance(features.pool, theirs.pool, config.kid_subsets, subset_size, config.seed)
         if min(len(samples), len(theirs.pool)) > config.neighbours:
-            values |= scores.precision_recall(features.pool, theirs.pool, config.neighbours)
+            against |= scores.precision_recall(features.pool, theirs.pool, config.neighbours)
         else:
             warn(f"precision and recall need more than {config.neighbours} images on both sides; left out")
+        values |= against
+        counts |= dict.fromkeys(against, len(theirs.pool))
     if samples.labels is not None and extractor.kind.classes is not None:
         if 0 <= samples.labels.min() and samples.labels.max() < extractor.kind.classes:
             values["class_accuracy"] = scores.class_accuracy(features.logits, samples.labels)
         else:
             warn(f"{samples.source}: labels outside 0…{extractor.kind.classes - 1}; class accuracy is left out")
-    if pair is not None:
-        values |= scores.pair_figures(samples.images, pair.images)
-
-    who = {"name": extractor.name, "sha256": extractor.sha256}
-    against = {"name": reference.name, "sha256": reference.sha256}
-    records = {}
-    for name, value in values.items():
-        record: dict[str, Any] = {"label": scores.figure_label(name, extractor.name), "value": value, "n": len(samples)}
-        if name in ("fid", "sfid"):
-            record["reference"] = against | {"n": their_pool.n}
-        elif name in ("kid", "kid_std", "precision", "recall"):
-            record["reference"] = against | {"n": len(theirs.pool)}
-        if name in ("psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical"):
-            record["pair"] = {"name": pair.source, "sha256": pair.sha256, "n": len(pair)}
-        else:
-            record["extractor"] = who
-        records[scores.figure_key(name, extractor.name)] = record
-    document = {
-        "figures": records,
-        "samples": {"name": samples.source, "sha256": samples.sha256, "n": len(samples), "size": list(samples.size)},
-        "settings": {"splits": splits, "kid_subsets": config.kid_subsets, "kid_subset_size": subset_size,
-                     "neighbours": config.neighbours, "seed": config.seed},
-        "torch_fidelity": importlib.metadata.version("torch-fidelity"),
-        "warnings": warnings,
-    }  # fmt: skip
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    (out.path / "scores.json").write_text(text + "\n", encoding="utf-8")
-    write_statistics(out.path / "statistics.npz", pool, spatial, extractor.name, extractor.sha256)
-    return {key: record["value"] for key, record in records.items()} | {
-        "n": len(samples), "samples": samples.source, "reference": reference.name, "reference_n": their_pool.n,
-        "pair": pair.source if pair else None, "extractor": extractor.name, "warnings": len(warnings),
-    }  # fmt: skip
+    settings = {"splits": splits, "kid_subsets": config.kid_subsets, "kid_subset_size": subset_size,
+                "neighbours": config.neighbours, "seed": config.seed}  # fmt: skip
+    return _Measured(extractor, reference, values, counts, settings, pool, spatial)
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -248,11 +300,16 @@ def _teacher_pair(store: Store, samples: Artifact) -> Artifact | None:
     def fits(other: Artifact) -> bool:
         if other.config.get("source") != "teacher":
             return False
-        if any(other.config.get(name) != samples.config.get(name) for name in SAME_IN_A_PAIR):
+        if any(_drawn(other, name) != _drawn(samples, name) for name in SAME_IN_A_PAIR):
             return False
         return _model_of(store, other) == model
 
     return store.current("sample", fits)
+
+
+def _drawn(samples: Artifact, name: str) -> Any:
+    """How samples were drawn: the configuration leaves to the model what its figures then say."""
+    return samples.figures.get(name, samples.config.get(name))
 
 
 def _model_of(store: Store, samples: Artifact) -> str | None:
@@ -273,14 +330,23 @@ def _images(
     return found
 
 
-def _reference(config: Config, inputs: Mapping[str, Artifact], report: Report) -> Reference:
+def _reference(
+    config: Config, inputs: Mapping[str, Artifact], samples: ImageSet, pair: ImageSet | None, report: Report
+) -> Reference:
     if "reference" in inputs:
         return read_reference(inputs["reference"].file("samples.npz"), inputs["reference"].id, report)
-    if config.reference_path is None:
-        return registered_reference(config.reference)
-    found = read_reference(config.reference_path, config.reference_path, report)
-    _expect(config.reference_path, config.reference_sha256, found.sha256)
-    return found
+    if config.reference_path is not None:
+        found = read_reference(config.reference_path, config.reference_path, report)
+        _expect(config.reference_path, config.reference_sha256, found.sha256)
+        return found
+    if config.reference is not None or samples.images.shape[1:] == DIGITS:
+        return registered_reference(config.reference or "digits")
+    if pair is None:
+        raise HqdmError(
+            f"{samples.source} has nothing to be measured against",
+            "name real images: --reference FOLDER, or sample the teacher at the same seeds: hqdm sample teacher",
+        )
+    return Reference(pair.source, pair.sha256, pair)
 
 
 def _expect(what: str, wanted: str | None, found: str) -> None:
