@@ -1,13 +1,15 @@
 """How the process gets memory from the system, and how much it has had."""
 
 import ctypes
+import gc
 import re
 import resource
 import sys
 from pathlib import Path
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names for them in glibc's malloc.h
-_WORTH = 1 << 21  # weights, 8 MB in fp32
+_WORTH = 1 << 21  # values, 8 MB in fp32
+_scarce = False  # whether memory is scarcer than time
 _PAGEOUT = 21  # madvise's MADV_PAGEOUT in Linux's mman.h
 
 
@@ -19,6 +21,8 @@ def reuse_freed_memory() -> bool:
     mapped and returned: they come from large models, whose operators take far longer than the faults, and kept ones
     would make up most of the process. Returns False, and changes nothing, on a C library without mallopt.
     """
+    global _scarce
+    _scarce = False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
@@ -26,14 +30,13 @@ def reuse_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """The opposite of `reuse_freed_memory`, for where memory is scarcer than time: blocks of 2 MB and more go back to
-    the system as they are freed, and pages of libraries that nothing has run since they were loaded leave memory.
-
-    A step of the 400-million-parameter UNet then takes 1.6 times as long in four fifths of the memory.
+    """For where memory is scarcer than time: `give_back` returns free pages every time, and pages of libraries that
+    nothing has run since they were loaded leave memory. `reuse_freed_memory` ends it.
     """
-    reuse_freed_memory()
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_MMAP_THRESHOLD, 1 << 21)
+    global _scarce
+    _scarce = True
+    gc.collect()
+    give_back()
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -45,12 +48,12 @@ def return_freed_memory() -> None:
             let_go(first, end - first)
 
 
-def give_back(weights: int) -> None:
-    """Return free pages to the system, after temporaries of the size of so many weights were freed; for few weights it
-    is not worth the walk through the heap.
+def give_back(values: int = 0) -> None:
+    """Return free pages to the system, after temporaries of so many fp32 values were freed. For few it is not worth the
+    walk through the heap, unless memory is scarce.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and weights >= _WORTH:
+    if trim is not None and (_scarce or values >= _WORTH):
         trim(0)
 
 

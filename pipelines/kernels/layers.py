@@ -16,6 +16,7 @@ from pipelines.quant.layers import output_spans, row_spans, zero_point
 from pipelines.quant.spec import SitePlan
 from pipelines.quant.tables import TimestepTables
 
+LARGE = 2**20  # values of an input before whose layer free pages are returned, where memory is scarce
 IN_CACHE = 2**18  # values that a pass of the prologue takes: 1 MB in fp32, and no temporary of the input's size
 
 
@@ -61,6 +62,8 @@ class IntegerLayer(nn.Module):
         return self._tables[0].each(x, self._at_one_timestep, self.plan.site.name)
 
     def _at_one_timestep(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() >= LARGE:
+            give_back()
         centred, zero, activation_scale = self.codes(x)
         factor = self._tables[0].factors_of(self.span)
         weight_scale = self.weight_scale if factor is None else self.weight_scale * factor

@@ -1,22 +1,26 @@
 """The first stage of a latent model, which turns latents into images. Kept beside the denoiser, loaded when wanted."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from pipelines.errors import FileFault, HqdmError
+from pipelines.errors import FileFault
+from pipelines.memory import give_back
 
-FOLDER = "first_stage"
+FOLDER, WEIGHTS = "first_stage", "diffusion_pytorch_model.safetensors"
 CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderTiny")
 AT_ONCE = 1  # latents decoded at a time: a decoder's activations are many times larger than a denoiser's
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
 
 
 class FirstStage:
-    """A decoder of diffusers, as a module or as the folder to load it from: until it decodes it takes no memory."""
+    """A decoder of diffusers, as a module or as the folder that `save` wrote: until it decodes it takes no memory."""
 
     def __init__(self, module: nn.Module | None = None, folder: Path | None = None):
         self._module, self._folder = module, folder
@@ -38,7 +42,14 @@ class FirstStage:
         """Latents (N, C, H, W) as the denoiser has them to images (N, 3, H', W'), about [-1, 1]."""
         module = self.module()
         scaled = latents / module.config.scaling_factor + (module.config.get("shift_factor") or 0.0)
-        return torch.cat([module.decode(part).sample for part in scaled.split(AT_ONCE)])
+        scaled = scaled.contiguous()  # GroupNorm is less exact channels-last
+        convolutions = (part for part in module.modules() if isinstance(part, nn.Conv2d))
+        handles = [part.register_forward_pre_hook(lambda *_: give_back()) for part in convolutions]
+        try:
+            return torch.cat([module.decode(part).sample for part in scaled.split(AT_ONCE)])
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def save(self, folder: Path) -> None:
         """Write it to `folder`/first_stage, as safetensors whatever it was read from."""
@@ -51,21 +62,22 @@ class FirstStage:
         return cls(folder=path) if path.is_dir() else None
 
 
-def _load(folder: Path) -> nn.Module:
+def build(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """An autoencoder of one of CLASSES, its parameters on the meta device and its buffers filled."""
     import diffusers
+    from accelerate import init_empty_weights
 
+    with init_empty_weights(include_buffers=False):
+        return getattr(diffusers, kind).from_config(dict(config))
+
+
+def _load(folder: Path) -> nn.Module:
+    """What `save` wrote. Its tensors stay in the mapped file: decoding never touches an encoder's pages."""
     try:
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        if name not in CLASSES:
-            raise HqdmError(f"{folder}: a {name} cannot be the first stage", f"known: {', '.join(CLASSES)}")
-        module, found = getattr(diffusers, name).from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, torch_dtype=torch.float32
-        )
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        module = build(config["_class_name"], config)
+        module.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     except _DAMAGE as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise FileFault(f"{folder}: no first stage can be read from it: {first}", "fetch its files again") from error
-    if missing := sorted(found["missing_keys"]):
-        raise FileFault(
-            f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}", "fetch its files again"
-        )
+        raise FileFault(f"{folder}: no first stage can be read from it: {first}", "make the artifact again") from error
     return module

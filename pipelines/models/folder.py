@@ -7,9 +7,10 @@ device must have exactly the file's tensors, by name and shape.
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def read_model(
     if state is None:
         state = read_weights(path)
     config, notes = _completed(family, config, where, len(state))
-    network = filled(family, config, state, where)
+    network = filled(family.network, partial(family.build, options={}), config, state, where)
     if schedule is None:
         if (path / SCHEDULER).is_file():
             schedule = read_schedule(path / SCHEDULER)
@@ -221,8 +222,7 @@ def _first_stage_in(path: Path, components: Mapping[str, str]) -> FirstStage | N
             for key in ("scaling_factor", "shift_factor"):
                 if not isinstance(config.get(key), float | int | None) or config.get("scaling_factor") == 0:
                     raise ValueError(f"{key} cannot be {config[key]!r}")
-        _check_fit(_skeleton(kind, config, part / CONFIG, len(state)), _renamed(state), part / CONFIG)
-        return FirstStage(folder=part)
+        return FirstStage(filled(kind, partial(stages.build, kind), config, state, part / CONFIG))
     return None
 
 
@@ -384,13 +384,16 @@ def _check_fit(network: nn.Module, state: Mapping[str, torch.Tensor], where: Pat
         )
 
 
-def filled(family: Family, config: dict[str, Any], state: Mapping[str, torch.Tensor], where: Path) -> nn.Module:
+def filled(
+    kind: str, build: Callable[[Mapping[str, Any]], nn.Module], config: dict[str, Any],
+    state: Mapping[str, torch.Tensor], where: Path,
+) -> nn.Module:  # fmt: skip
     """The network with the file's tensors: fp32, which stay mapped where they were fp32, in evaluation mode."""
     state = _renamed(state)
-    skeleton = _skeleton(family.network, config, where, len(state))
+    skeleton = _skeleton(kind, config, where, len(state))
     _check_fit(skeleton, state, where)
-    with _blaming(where, family.network), _at_most(2 * len(state) + 16):
-        network = family.build(config, {})
+    with _blaming(where, kind), _at_most(2 * len(state) + 16):
+        network = build(config)
         network.load_state_dict(_in_fp32(state, where), assign=True)
     return network.eval()
 

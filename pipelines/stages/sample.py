@@ -68,7 +68,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     from pipelines import diffusion
     from pipelines.kernels.layers import forget_weights
-    from pipelines.memory import return_freed_memory
+    from pipelines.memory import give_back, return_freed_memory
     from pipelines.models.denoiser import load_denoiser
     from pipelines.report.grids import save_grid
     from pipelines.students import load_fake, load_integer
@@ -114,6 +114,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             if len(indices) not in warm:  # packing for a new batch size is not sampling
                 with torch.inference_mode():
                     model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timesteps[0]), mine, guidance)
+                give_back()
                 warm.add(len(indices))
             begun = time.perf_counter()
             latents = diffusion.sample(
