@@ -9,6 +9,7 @@ unknown key, a wrong type or a missing value is refused where it is read, with t
 import dataclasses
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -20,10 +21,40 @@ import yaml
 from pipelines.errors import FileFault, UsageError, did_you_mean
 
 T = TypeVar("T")
+MOST_VALUES = 500_000  # in a file, an alias counted as all that it stands for
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
+
+
+def _shown(value: Any) -> str:
+    """A value in an error, in a few words whatever its size."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write out the largest
+        return f"a number of {value.bit_length()} bits"
+    return _repr.repr(value)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader (no tags that make objects), which also refuses a key given twice."""
+    """SafeLoader (no tags that make objects), which also refuses a key given twice and aliases that multiply."""
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None:
+            self._size(node, {})
+        return node
+
+    def _size(self, node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+        """How many values a node makes, all of its aliases written out."""
+        if node not in known:
+            known[node] = MOST_VALUES  # what a node inside itself counts for
+            inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
+            known[node] = size = 1 + sum(self._size(part, known) for part in parts)
+            if size > MOST_VALUES:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"more than {MOST_VALUES} values, aliases written out", node.start_mark
+                )
+        return known[node]
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -34,7 +65,9 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, str | int | float | bool | None):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {_shown(key)} is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -70,7 +103,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise FileFault(f"{path} holds a {type(values).__name__} at its top, not a mapping", "write `key: value` lines")
     for key in values:
         if not isinstance(key, str):
-            raise FileFault(f"{path}: the key {key!r} is not a word", "put it in quotes")
+            raise FileFault(f"{path}: the key {_shown(key)} is not a word", "put it in quotes")
     return values
 
 
@@ -116,7 +149,9 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
         if isinstance(value, str):
-            raise UsageError(f"{where}: {key} is {value!r}, which is no choice", did_you_mean(value, map(str, args)))
+            raise UsageError(
+                f"{where}: {key} is {_shown(value)}, which is no choice", did_you_mean(value, map(str, args))
+            )
         raise _Misfit(key, value)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
@@ -146,6 +181,8 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
             return None
         raise _Misfit(key, value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int) and value.bit_length() > 1000:  # no float is as large
+            raise _Misfit(key, value)
         if not math.isfinite(value):
             raise UsageError(f"{where}: {key} is {value}", "give a finite number")
         return float(value)
@@ -162,12 +199,12 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = ""
     ready = {}
     for key, value in values.items():
         if key not in fields:
-            raise UsageError(f"{where}: unknown key {prefix + str(key)!r}", did_you_mean(str(key), fields))
+            raise UsageError(f"{where}: unknown key {_shown(prefix + str(key))}", did_you_mean(str(key), fields))
         try:
             ready[key] = _convert(kinds[key], value, prefix + key, where)
         except _Misfit as misfit:
             place, found = misfit.args
-            found = "null" if found is None else repr(found)
+            found = "null" if found is None else _shown(found)
             hint = f"it takes {_name_of(kinds[key])}"
             if value is None:
                 hint += "; leave the key out to get its default"

@@ -5,15 +5,17 @@ The noise and class of image i depend on the seed and i alone: every draw has a 
 
 import hashlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
 from pipelines.errors import UsageError, did_you_mean
 
-# diffusers' names, with what makes each equal to its published form on an LDM schedule; what a model's own schedule
-# says goes before these.
+# diffusers' names, with what makes each equal to its published form on LDM's schedule. A schedule that was read from a
+# scheduler's configuration is `completed` and has its own word on all of these.
 SCHEDULERS = {
     "DDIMScheduler": dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
     "DDPMScheduler": dict(clip_sample=False, steps_offset=1, timestep_spacing="leading"),
@@ -28,6 +30,10 @@ FLOW_SCHEDULERS = {
     "FlowMatchEulerDiscreteScheduler": dict(),
     "DPMSolverMultistepScheduler": dict(use_flow_sigmas=True, prediction_type="flow_prediction"),
 }
+
+
+# The learned half of an output is cut off: DDPM takes the fixed variance that each of these is measured from.
+_LEARNED = {"learned": "fixed_small", "learned_range": "fixed_large"}
 
 
 def is_flow(schedule: Mapping) -> bool:
@@ -58,7 +64,11 @@ class Predicts(Protocol):
 
 
 def make_scheduler(name: str, schedule: Mapping, steps: int):
-    """A diffusers scheduler set to `steps` timesteps on a model's schedule."""
+    """A diffusers scheduler set to `steps` timesteps on a model's schedule; UsageError where it cannot be.
+
+    DDIM and PNDM step num_train_timesteps // steps down, which misses the next timestep where they are spaced from the
+    last one to 0 ("linspace"): both take "trailing" for that, or "leading" where the schedule states an offset.
+    """
     import diffusers
 
     known = FLOW_SCHEDULERS if is_flow(schedule) else SCHEDULERS
@@ -75,17 +85,73 @@ def make_scheduler(name: str, schedule: Mapping, steps: int):
         own |= known[name]  # a velocity is predicted, whatever the schedule calls it
         if "flow_shift" in accepted:
             own["flow_shift"] = schedule["shift"]
-    scheduler = kind(**{**known[name], **own})
+    elif "timestep_spacing" not in schedule:  # LDM's
+        own = known[name] | own
+    if own.get("variance_type") in _LEARNED:
+        own["variance_type"] = _LEARNED[own["variance_type"]]
+    if name in ("DDIMScheduler", "PNDMScheduler") and own.get("timestep_spacing") == "linspace":
+        own["timestep_spacing"] = "leading" if own.get("steps_offset") else "trailing"
     spacing: dict = {"num_inference_steps": steps}
     if name == "FlowMatchEulerDiscreteScheduler":
         if schedule.get("linear_sigmas"):  # Flux's pipeline
             spacing = {"sigmas": [1 - step / steps for step in range(steps)]}
         if schedule.get("use_dynamic_shifting"):
             spacing["mu"] = schedule["mu"]
-    scheduler.set_timesteps(**spacing)
-    if scheduler.timesteps.max() >= train_steps and not is_flow(schedule):  # steps_offset = 1 with all the steps
+    with _blaming(name):
+        scheduler = kind(**own)
+        scheduler.set_timesteps(**spacing)
+    visited = scheduler.timesteps
+    if visited.max() >= train_steps and not is_flow(schedule):  # steps_offset = 1 with all the steps
         raise UsageError(f"steps {steps} would visit timestep {train_steps}, which does not exist", "take fewer steps")
+    if not (visited >= 0).all():
+        raise UsageError(f"steps {steps} would visit timestep {float(visited.min()):g}", "check the model's schedule")
     return scheduler
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Whatever diffusers raises in a scheduler is said of that scheduler."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = f"{name} does not work on the model's schedule: {reason}"
+        raise UsageError(what, "try another --scheduler") from error
+
+
+def completed(stated: Mapping, kind: type) -> dict:
+    """A schedule from a scheduler's configuration, `stated` of the class `kind`, that leaves nothing to other classes:
+    what is not stated is what `kind` itself would take.
+
+    A class that knows no clipping does not clip; one that knows no `set_alpha_to_one` ends at a level of no noise; PNDM
+    warms up with fewer calls unless it is the folder's own and says otherwise.
+    """
+    usual = {name: part.default for name, part in inspect.signature(kind.__init__).parameters.items()}
+    said = {
+        name: value
+        for name, value in usual.items()
+        if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    }
+    schedule = {**said, **stated}
+    if not is_flow(schedule):
+        schedule = dict(clip_sample=False, set_alpha_to_one=True, skip_prk_steps=True) | schedule
+    return schedule
+
+
+def check_schedule(schedule: Mapping) -> None:
+    """UsageError where the `walker` cannot be built, set up and run on a schedule, or leaves the finite numbers."""
+    name, train_steps = walker(schedule), schedule["num_train_timesteps"]
+    scheduler = make_scheduler(name, schedule, max(1, min(20, train_steps // 2)))
+    with _blaming(name):
+        levels = scheduler.sigmas if is_flow(schedule) else scheduler.alphas_cumprod
+        if not ((levels >= 0) & (levels <= 1 + 1e-6)).all() or (not is_flow(schedule) and len(levels) != train_steps):
+            raise ValueError("its levels of noise are no numbers from 0 to 1, one a timestep")
+        for timestep in scheduler.timesteps:
+            x = torch.full((1, 1, 1, 1), 0.5)
+            if not torch.isfinite(scheduler.step(x, timestep, x).prev_sample).all():
+                raise ValueError(f"its step at timestep {float(timestep):g} is NaN or Inf")
 
 
 def timesteps_of(name: str, schedule: Mapping, steps: int) -> list[float]:
@@ -153,7 +219,8 @@ def trajectory(
             extra = dict(eta=eta, variance_noise=noise_of(seed, indices, tuple(x.shape[1:]), f"step {step}"))
         elif "generator" in accepted:
             extra = dict(generator=[generator(seed, index, f"step {step}") for index in indices])
-        x = scheduler.step(epsilon, timestep, x, **extra).prev_sample
+        with _blaming(name):
+            x = scheduler.step(epsilon, timestep, x, **extra).prev_sample
     yield steps, scheduler.timesteps[-1], x, epsilon
 
 

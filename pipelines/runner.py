@@ -258,6 +258,8 @@ def _profile_command(model: Artifact) -> str:
     for name in ("prompts", "embeddings", "size"):
         if model.config.get(name) is not None:
             words += [f"--{name}", str(model.config[name])]
+    if not model.config["ema"]:
+        words.append("--no-ema")
     return shlex.join(words)
 
 
@@ -371,7 +373,9 @@ def _steps(recipe: Mapping[str, Any], base: Path, where: str) -> list[_Step]:
             raise UsageError(f"{where}: unknown key 'model.{key}'", did_you_mean(key, MODEL_KEYS))
     options = {key: value for key, value in model.items() if key != "path" and value is not None}
     for key in ("config_path", "prompts", "embeddings"):
-        if isinstance(options.get(key), str):
+        if key in options and not isinstance(options[key], str):
+            raise UsageError(f"{where}: model.{key} cannot be {options[key]!r}", "it takes the path of a file")
+        if key in options:
             options[key] = base / options[key]
     steps = [_Step("model", model_config(base / model["path"], **options))]
     for stage in stages.STAGES:

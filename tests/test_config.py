@@ -138,3 +138,37 @@ def test_a_missing_file_a_folder_and_bytes_are_named(tmp_path):
 def test_an_empty_file_is_an_empty_mapping(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing yet\n")
     assert read_yaml(tmp_path / "empty.yaml") == {}
+
+
+def bomb(levels, form="[{}]"):
+    """Each level names the one before it ten times."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} {form.format(', '.join([f'*a{i - 1}'] * 10))}" for i in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+def test_aliases_that_multiply_are_refused_before_they_are_written_out(tmp_path):
+    path = tmp_path / "bomb.yaml"
+    for text in (bomb(9), "a: &a [*a]\n"):
+        path.write_text(text)
+        with pytest.raises(FileFault, match=r"bomb.yaml, line \d+: more than 500000 values, aliases written out"):
+            read_yaml(path)
+    path.write_text("a: &a {x: 1}\n" + "".join(f"k{i}: *a\n" for i in range(50)) + "merged: {<<: *a, y: 2}\n")
+    assert read_yaml(path)["k49"] == {"x": 1} and read_yaml(path)["merged"] == {"x": 1, "y": 2}
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a" * 10**6, [[1] * 1000] * 1000, {str(i): i for i in range(10**5)}, 1 << 10**6],
+    ids=["text", "list", "mapping", "number"],
+)
+def test_a_wrong_value_is_shown_in_a_few_words(value):
+    for key in ("name", "rate", "form", "limit"):
+        if key == "name" and isinstance(value, str):
+            continue
+        with pytest.raises(UsageError, match=key) as fault:
+            from_dict(Config, {"steps": 1, key: value}, "f.yaml")
+        assert len(fault.value.what) < 1000
+    with pytest.raises(UsageError, match="unknown key") as fault:
+        from_dict(Config, {"k" * 10**6: 1}, "f.yaml")
+    assert len(fault.value.what) < 1000

@@ -513,7 +513,7 @@ def test_text_encoders_of_other_libraries_are_refused_before_anything_is_importe
     _, encode = sd
     (tmp_path / "elsewhere.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(FileFault, match="text_encoder is elsewhere.Encoder: only those of transformers are loaded"):
+    with pytest.raises(HqdmError, match="the component text_encoder is Encoder of 'elsewhere'"):
         encode(text_encoder=["elsewhere", "Encoder"])
     assert "elsewhere" not in sys.modules
 
@@ -525,7 +525,7 @@ def test_a_text_encoders_configuration_cannot_name_code_to_fetch(sd):
     named = {"attn_implementation": "somebody/kernel", "auto_map": {"AutoModel": "code.Model"}}
     config.write_text(json.dumps(json.loads(config.read_text()) | named))
     (folder / "text_encoder" / "code.py").write_text("raise SystemExit('imported')")
-    found, _ = encode(**{"tokenizer/../../elsewhere": ["transformers", "CLIPTokenizer"]})
+    found, _ = encode()
     assert torch.equal(found["encoder_hidden_states"], expected["encoder_hidden_states"])
 
 
@@ -534,11 +534,13 @@ def test_a_text_encoders_configuration_cannot_name_code_to_fetch(sd):
     [
         (dict(text_encoder=["transformers", "pipeline"]), "transformers has no text encoder or tokenizer pipeline"),
         (dict(text_encoder=["transformers", "Nothing"]), "transformers has no text encoder or tokenizer Nothing"),
-        (dict(text_encoder="CLIPTextModel"), "not a pipeline's index"),
-        (dict(text_encoder=["transformers"]), "not a pipeline's index"),
+        (dict(text_encoder="CLIPTextModel"), "the pipeline has no text encoders"),
+        (dict(text_encoder=["transformers"]), "the component 'text_encoder' is"),
+        (dict(text_encoder=["diffusers", "AutoencoderKL"]), "transformers has no text encoder or tokenizer Autoenc"),
         (dict(_class_name="DDPMPipeline"), "DDPMPipeline is no pipeline of diffusers that encodes prompts"),
         (dict(_class_name="AutoencoderKL"), "AutoencoderKL is no pipeline of diffusers that encodes prompts"),
-        (dict(_class_name=["mine", "MyPipeline"]), "is no pipeline of diffusers that encodes prompts"),
+        (dict(_class_name=["mine", "MyPipeline"]), "is .'mine', 'MyPipeline'., not a class of diffusers"),
+        ({"tokenizer/../../elsewhere": ["transformers", "CLIPTokenizer"]}, "elsewhere' is no plain name"),
     ],
 )
 def test_a_pipelines_index_that_names_something_else_is_refused(sd, changes, message):
@@ -556,11 +558,14 @@ def test_text_encoders_in_pickles_and_damaged_tokenizers_are_refused(sd):
         encode()
     assert "--embeddings" in caught.value.hint
     weights.write_bytes(kept[:100])
-    with pytest.raises(FileFault, match="text_encoder: "):
+    with pytest.raises(FileFault, match="text_encoder/model.safetensors: damaged safetensors: .*cut short"):
         encode()
     weights.write_bytes(kept)
     for path in (folder / "tokenizer").iterdir():
         path.write_text("{")
+    with pytest.raises(FileFault, match="tokenizer_config.json: "):
+        encode()
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(FileFault, match="tokenizer: "):
         encode()
 
@@ -587,3 +592,117 @@ def test_text_encoders_of_half_precision_are_computed_in_fp32(sd):
     save_file(half, folder / "text_encoder" / "model.fp16.safetensors", metadata={"format": "pt"})
     found, _ = encode()
     assert torch.equal(found["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_text_encoder_is_never_filled_at_random(sd):
+    folder, encode = sd
+    weights = folder / "text_encoder" / "model.safetensors"
+    whole = load_file(weights)
+    lost = next(name for name in whole if name.endswith("layers.1.mlp.fc1.weight"))
+    save_file({name: value for name, value in whole.items() if name != lost}, weights, metadata={"format": "pt"})
+    with pytest.raises(FileFault, match=r"text_encoder: 1 missing tensors: .*layers\.1\.mlp\.fc1\.weight"):
+        encode()
+    save_file(whole | {lost: whole[lost][:, :-1].contiguous()}, weights, metadata={"format": "pt"})
+    with pytest.raises(FileFault, match="text_encoder: ") as caught:
+        encode()
+    assert "--embeddings" in caught.value.hint
+
+
+@pytest.mark.parametrize("kept", ["shared.weight", "encoder.embed_tokens.weight"])
+def test_tied_weights_that_stand_once_in_a_file_are_not_missing(kept, tmp_path):
+    folder, options = save_tiny("pixart", tmp_path)
+    network, family = network_in(folder)
+    weights = folder / "text_encoder" / "model.safetensors"
+    expected, _ = conditions_of(family, network.config, folder, options["prompts"], None)
+    state = load_file(weights)
+    assert "shared.weight" in state and "encoder.embed_tokens.weight" not in state
+    save_file(state | {kept: state.pop("shared.weight")}, weights, metadata={"format": "pt"})
+    found, _ = conditions_of(family, network.config, folder, options["prompts"], None)
+    assert torch.equal(found["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_hidden_layers=10**6), "num_hidden_layers is 1000000 where the weights have 36 tensors"),
+        (dict(intermediate_size=4000), "asks for .* numbers where the weights have"),
+        (dict(max_position_embeddings=10**9), "max_position_embeddings is 1000000000"),
+        (dict(num_labels=10**7), "num_labels is 10000000"),
+        (dict(num_hidden_layers=3), "16 missing tensors"),
+        (dict(configuration_files=["../config.4.0.0.json"]), "configuration_files is not supported"),
+        (dict(transformers_weights="../model.safetensors"), "transformers_weights is not supported"),
+        (dict(quantization_config={"quant_method": "x"}), "quantization_config is not supported"),
+    ],
+)
+def test_a_text_encoders_configuration_asks_for_no_more_than_its_weights_hold(sd, changes, message):
+    folder, encode = sd
+    edit(folder / "text_encoder" / "config.json", **changes)
+    with pytest.raises(FileFault, match=message) as caught:
+        encode()
+    assert "--embeddings" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "absent.safetensors"])
+def test_a_text_encoders_shards_lie_in_its_folder(sd, name):
+    folder, encode = sd
+    expected, _ = encode()
+    weights = folder / "text_encoder" / "model.safetensors"
+    state = load_file(weights)
+    weights.rename(folder / "elsewhere.safetensors")
+    index = folder / "text_encoder" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, name)}))
+    with pytest.raises(FileFault, match="model.safetensors.index.json: "):
+        encode()
+    save_file(state, folder / "text_encoder" / "one.safetensors", metadata={"format": "pt"})
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, "one.safetensors")}))
+    assert torch.equal(encode()[0]["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
+def test_an_adapter_beside_a_text_encoder_is_not_followed(sd):
+    folder, encode = sd
+    (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(FileFault, match="adapter_config.json: adapters are not supported"):
+        encode()
+
+
+def test_a_tokenizers_configuration_names_no_other_files(sd):
+    folder, encode = sd
+    edit(folder / "tokenizer" / "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.0.json"])
+    with pytest.raises(FileFault, match="fast_tokenizer_files is not supported"):
+        encode()
+    edit(folder / "tokenizer" / "tokenizer_config.json", padding=" " * (10 << 20))
+    with pytest.raises(FileFault, match="tokenizer_config.json: more than 10485760 bytes"):
+        encode()
+
+
+@pytest.mark.parametrize("length", [10**9, int(1e30)])
+def test_a_tokenizer_pads_to_no_more_than_its_encoder_reads(sd, length):
+    folder, encode = sd
+    expected, _ = encode()
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    assert torch.equal(encode()[0]["encoder_hidden_states"], expected["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize("length", [0, -5, "long", True, [77]])
+def test_a_tokenizers_length_that_is_none_is_refused(sd, length):
+    folder, encode = sd
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=length)
+    with pytest.raises(FileFault, match="tokenizer: ") as caught:
+        encode()
+    assert "--embeddings" in caught.value.hint
+
+
+def test_an_autoencoder_is_not_built_to_read_prompts(tmp_path):
+    folder, options = save_tiny("sdxl", tmp_path)
+    network, family = network_in(folder)
+    path = folder / "vae" / "config.json"
+    edit(path, layers_per_block=10**9, block_out_channels=[8] * 3)
+    found, _ = conditions_of(family, network.config, folder, options["prompts"], None)
+    assert found["time_ids"][0].tolist() == [32, 32, 0, 0, 32, 32]
+    edit(path, block_out_channels=[8] * 17)
+    with pytest.raises(FileFault, match="block_out_channels is no list of at most 16"):
+        conditions_of(family, network.config, folder, options["prompts"], None)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from families import save_tiny, unet_condition
 from safetensors.torch import load_file, save_file
 
@@ -397,13 +397,14 @@ def test_a_models_own_folder_takes_the_published_schedule_and_says_so(saved):
     denoiser, notes = take(folder)
     assert denoiser.info.conditions == 5 and denoiser.info.source == "UNet2DModel"
     assert denoiser.info.schedule["beta_end"] == 0.02
-    assert len(notes) == 1 and "no scheduler_config.json" in notes[0] and "beta_end 0.02" in notes[0]
+    assert "no scheduler_config.json" in notes[0] and "beta_end 0.02" in notes[0]
+    assert "taken for the images themselves" in notes[1] and len(notes) == 2
 
 
 def test_a_weight_file_with_its_configuration_beside_it_is_its_folder(ddpm):
     shutil.copy(ddpm / "scheduler" / "scheduler_config.json", ddpm / "unet")
     denoiser, notes = take(ddpm / WEIGHTS)
-    assert same_weights(denoiser, take(ddpm)[0]) and notes == []
+    assert same_weights(denoiser, take(ddpm)[0]) and ["no first stage" in note for note in notes] == [True]
     assert denoiser.info.schedule == take(ddpm)[0].info.schedule
 
 
@@ -768,3 +769,142 @@ def test_a_side_that_the_networks_levels_or_patches_cut_is_refused_before_it_run
     refused(lambda: take(saved("ldm-uncond")[0], size=30), "do not divide by 2", kind=UsageError)
     folder, options = saved("sd3")
     refused(lambda: take(folder, prompts=options["prompts"], size=30), "do not divide by 2", kind=UsageError)
+
+
+def test_a_denoiser_of_latents_without_its_first_stage_says_so_before_anything_is_sampled(saved, tmp_path):
+    folder, options = saved("sd")
+    text = tmp_path / "embeddings.safetensors"
+    given, _ = take(folder, prompts=options["prompts"])
+    save_file({"encoder_hidden_states": given.conditions.encoder_hidden_states.contiguous()}, text)
+    bare, notes = take(folder / "unet", embeddings=text)
+    assert any("no images can be made" in note for note in notes)
+    with pytest.raises(HqdmError, match="came without a first stage"):
+        bare.check_images()
+    refused(lambda: take(folder / "unet", embeddings=text, size=64), "without a first stage", kind=UsageError)
+
+
+def test_means_and_deviations_of_latents_are_undone_before_they_are_decoded(saved, tmp_path):
+    folder = shutil.copytree(saved("sd")[0], tmp_path / "sd")
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    plain = take(folder, prompts=folder / "prompts.txt")[0].first_stage
+    path.write_text(json.dumps(config | {"latents_mean": [1.0, 2.0, 3.0, 4.0], "latents_std": [2.0, 2.0, 2.0, 2.0]}))
+    moved = take(folder, prompts=folder / "prompts.txt")[0].first_stage
+    x, mean = torch.randn(1, 4, 4, 4), torch.tensor([1.0, 2.0, 3.0, 4.0]).view(-1, 1, 1)
+    assert torch.allclose(moved.decode(x), plain.decode(2 * x + mean * config["scaling_factor"]), atol=1e-5)
+
+
+def test_what_is_no_model_is_told_by_what_it_is(saved, tmp_path):
+    """A decoder, the weights of a LoRA, a folder's description."""
+    refused(lambda: take(saved("sd")[0] / "vae"), "is a first stage, no denoiser", kind=HqdmError)
+    save_file({"unet.down.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter.safetensors")
+    refused(lambda: take(tmp_path / "adapter.safetensors"), "adapter.safetensors", "weights of a LoRA")
+    refused(lambda: take(saved("ddpm")[0] / "model_index.json"), "a folder's description", kind=UsageError)
+
+
+# Schedules
+
+
+SCHEDULE = "scheduler/scheduler_config.json"
+
+
+def test_a_schedule_that_states_little_is_what_diffusers_makes_of_it(ddpm):
+    (ddpm / SCHEDULE).write_text(json.dumps({"_class_name": "DDPMScheduler", "beta_end": 0.03}))
+    schedule = take(ddpm)[0].info.schedule
+    theirs = DDPMScheduler.from_pretrained(ddpm / "scheduler").config
+    said = {name: value for name, value in theirs.items() if not name.startswith("_") and value is not None}
+    assert said["beta_end"] == 0.03 and said["clip_sample"] is True and said["steps_offset"] == 0
+    assert said.items() <= schedule.items()
+
+
+def test_latents_are_not_clipped_where_their_scheduler_knows_no_clipping(saved):
+    folder, options = saved("sd")
+    assert "clip_sample" not in json.loads((folder / SCHEDULE).read_text())
+    assert reader.read_schedule(folder / SCHEDULE)["clip_sample"] is False
+    assert take(folder, prompts=options["prompts"])[0].info.schedule["clip_sample"] is False
+
+
+def test_stable_diffusions_pipeline_corrects_old_schedules_and_so_does_reading_it(saved, tmp_path):
+    folder = Path(shutil.copytree(saved("sd2")[0], tmp_path / "sd2"))
+    change(folder / SCHEDULE, clip_sample=..., steps_offset=...)
+    config = DiffusionPipeline.from_pretrained(folder, local_files_only=True).scheduler.config
+    schedule = take(folder, prompts=folder / "prompts.txt")[0].info.schedule
+    found = schedule["clip_sample"], schedule["steps_offset"]
+    assert found == (config.clip_sample, config.steps_offset) == (False, 1)
+
+
+def test_a_pipelines_denoiser_alone_has_its_pipelines_schedule(ddpm, monkeypatch):
+    change(ddpm / SCHEDULE, prediction_type="v_prediction")
+    denoiser, notes = take(ddpm / "unet")
+    assert not any("schedule is taken" in note for note in notes)
+    assert denoiser.info.schedule == take(ddpm)[0].info.schedule
+    assert denoiser.info.schedule["prediction_type"] == "v_prediction"
+    assert take(ddpm / WEIGHTS)[0].info.schedule == denoiser.info.schedule
+    for given in (ddpm / "unet", ddpm / WEIGHTS):
+        assert (ddpm / SCHEDULE).resolve() in [path.resolve() for path in files_of(given)]
+    monkeypatch.chdir(ddpm / "unet")
+    assert take(Path())[0].info.schedule == denoiser.info.schedule
+
+    (ddpm / "model_index.json").unlink()
+    denoiser, notes = take(ddpm / "unet")
+    assert denoiser.info.schedule["prediction_type"] == "epsilon"
+    assert denoiser.info.schedule["clip_sample"] is True and denoiser.info.schedule["steps_offset"] == 0
+    assert any("prediction_type epsilon" in note and "clip_sample True" in note for note in notes)
+    assert not any(path.name == "scheduler_config.json" for path in files_of(ddpm / "unet"))
+
+
+def test_latents_without_a_schedule_are_not_taken_to_be_clipped(saved, tmp_path):
+    folder = Path(shutil.copytree(saved("dit")[0] / "transformer", tmp_path / "alone"))
+    denoiser, notes = take(folder)
+    assert denoiser.info.schedule["clip_sample"] is False
+    assert any("DiT's schedule is taken" in note and "clip_sample False" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    "values, fault",
+    [
+        (dict(beta_schedule="sigmoid"), "sigmoid is not implemented for"),
+        (dict(beta_schedule="of my own"), "of my own is not implemented for"),
+        (dict(beta_start=5.0, beta_end=9.0), "levels of noise"),
+        (dict(beta_start=-1.0), "levels of noise"),
+        (dict(beta_start=0.0, beta_end=0.0), "is NaN or Inf"),
+        (dict(trained_betas=[0.1, 0.2]), "levels of noise"),
+        (dict(trained_betas=["a", "b"]), "DDIMScheduler does not work on the model's schedule"),
+        (dict(timestep_spacing="of my own"), "of my own is not supported"),
+        (dict(steps_offset=5000), "would visit timestep"),
+        (dict(steps_offset=-3), "would visit timestep -3"),
+        (dict(steps_offset=0.5), "DDIMScheduler does not work on the model's schedule"),
+        (dict(prediction_type="flow_prediction"), "flow_prediction"),
+    ],
+)
+def test_a_schedule_that_cannot_be_walked_is_refused_when_the_model_is_taken_in(ddpm, values, fault):
+    change(ddpm / SCHEDULE, **values)
+    refused(lambda: take(ddpm), SCHEDULE, fault)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0])
+def test_a_shift_that_makes_no_schedule_is_refused(saved, tmp_path, shift):
+    path = tmp_path / "scheduler_config.json"
+    path.write_text((saved("sd3")[0] / SCHEDULE).read_text())
+    assert reader.read_schedule(path)["shift"] == 3.0
+    change(path, shift=shift)
+    refused(lambda: reader.read_schedule(path), "scheduler_config.json")
+
+
+@pytest.mark.parametrize(
+    "values, fault",
+    [
+        (dict(parameterization="x0"), "parameterization 'x0' is not supported"),
+        (dict(beta_schedule="cosine"), "beta_schedule 'cosine' is not supported"),
+        (dict(timesteps=10**9), "num_train_timesteps cannot be 1000000000"),
+        (dict(timesteps=0), "num_train_timesteps cannot be 0"),
+        (dict(linear_start=5.0), "levels of noise"),
+        (dict(linear_end=9.0), "levels of noise"),
+        (dict(linear_start="none"), "ValueError"),
+    ],
+)
+def test_a_published_yamls_schedule_is_checked_as_a_folders_is(tmp_path, values, fault):
+    params = dict(linear_start=0.00085, linear_end=0.012, unet_config=dict(params={})) | values
+    path = tmp_path / "model.yaml"
+    path.write_text(json.dumps({"model": {"params": params}}))
+    refused(lambda: reader.read_original(path, {}, path, True), "model.yaml", fault, kind=HqdmError)

@@ -16,7 +16,7 @@ ROAD = ("profile", "plan", "distill", "export", "sample", "score")
 
 def checkpoint(tmp_path, text="weights"):
     """A checkpoint and its configuration."""
-    (tmp_path / "model.yaml").write_text("model: {}")
+    (tmp_path / "model.yaml").write_text("unet_config: 0")
     return weights(tmp_path, text)
 
 
@@ -168,10 +168,11 @@ def test_the_only_yaml_in_the_folder_belongs_to_the_run_as_one_of_the_same_name_
     store = Store(tmp_path / "ws")
     path = weights(tmp_path)
     assert runner.model_config(path).config_path is None
-    (tmp_path / "cin.yaml").write_text("a: 1")
+    (tmp_path / "docker-compose.yaml").write_text("services: {}")
+    (tmp_path / "cin.yaml").write_text("unet_config: 1")
     assert runner.model_config(path).config_path == str(tmp_path / "cin.yaml")
     runner.make(store, "model", runner.model_config(path))
-    (tmp_path / "cin.yaml").write_text("a: 2")
+    (tmp_path / "cin.yaml").write_text("unet_config: 2")
     assert "config_sha256" in runner.make(store, "model", runner.model_config(path)).reason
 
 

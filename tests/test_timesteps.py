@@ -47,7 +47,9 @@ def start_of(student, count=1):
 @pytest.mark.parametrize("kind", ["fake", "int"])
 @torch.inference_mode()
 def test_a_student_inside_its_diffusers_pipeline_draws_what_it_draws_here(family, kind):
-    """Guidance by batch, the pipeline's own scheduler and its own way of passing timesteps (Flux: t/1000)."""
+    """Guidance by batch, and the pipeline's own way of passing timesteps (Flux: t/1000). Stable Diffusion's scheduler
+    is replaced by the one that students are distilled on, Flux's is its own.
+    """
     import diffusers
 
     name, folder, students = family

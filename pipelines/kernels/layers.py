@@ -16,7 +16,7 @@ from pipelines.quant.layers import output_spans, row_spans, zero_point
 from pipelines.quant.spec import SitePlan
 from pipelines.quant.tables import TimestepTables
 
-LARGE = 2**20  # values of an input before whose layer free pages are returned, where memory is scarce
+LARGE = 2**18  # values of an input before whose layer free pages are returned, where memory is scarce
 IN_CACHE = 2**18  # values that a pass of the prologue takes: 1 MB in fp32, and no temporary of the input's size
 
 

@@ -22,6 +22,7 @@ MOST_PICKLE = 16 << 20  # bytes; 100,000 tensors take as many
 MOST_INSTRUCTIONS = 1_500_000  # of it; a tensor takes 40
 MOST_HEADER = 16 << 20  # of a safetensors file
 _ALIASES = 2  # times the file's size that its tensors may claim: tied weights stand there once
+_MOST_DIMENSIONS = 64  # torch's own limit
 
 # Wrappers that training frameworks leave beside the tensors. Anything else that is not a tensor's is refused.
 _KNOWN_WRAPPERS = (
@@ -187,6 +188,8 @@ class _Records:
     def __init__(self, path: Path, archive: zipfile.ZipFile):
         self.path, self.archive, self.size = path, archive, path.stat().st_size
         self._mapped: torch.Tensor | None = None
+        self._copies: dict[str, torch.Tensor] = {}  # of records that no view can read, by key
+        self._copied = 0  # bytes
         names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(names) != 1:
             raise ValueError(f"{len(names) or 'no'} record data.pkl, so torch.save did not write it")
@@ -223,12 +226,22 @@ class _Records:
         if header[:4] != b"PK\x03\x04":
             raise ValueError(f"the record data/{key} is not where the archive says")
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
-        if start + nbytes > self.size:
+        if start + entry.file_size > self.size:
             raise ValueError(f"the record data/{key} ends beyond the file's end")
         if self._mapped is None:
             self._mapped = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
-        part = self._mapped[start : start + nbytes]
-        return _Storage((part if start % dtype.itemsize == 0 else part.clone()).view(dtype))
+        if start % dtype.itemsize == 0:
+            return _Storage(self._mapped[start : start + nbytes].view(dtype))
+        return _Storage(self._copy(key, self._mapped[start : start + entry.file_size])[:nbytes].view(dtype))
+
+    def _copy(self, key: str, record: torch.Tensor) -> torch.Tensor:
+        """A record's bytes, aligned; made once. Records that lie over one another would otherwise grow without end."""
+        if key not in self._copies:
+            self._copied += len(record)
+            if self._copied > self.size:
+                raise ValueError(f"its unaligned records claim more than the file's {self.size} bytes")
+            self._copies[key] = record.clone()
+        return self._copies[key]
 
 
 class _Name(NamedTuple):
@@ -364,6 +377,8 @@ class _Machine:
         """A view, once it is known to lie within its storage and to be no larger."""
         if not isinstance(storage, _Storage) or not _whole(offset):
             raise ValueError("a tensor without a storage")
+        if not isinstance(size, tuple) or len(size) > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor whose shape is not one of at most {_MOST_DIMENSIONS} whole numbers")
         for values in (size, stride):
             if not isinstance(values, tuple) or len(values) != len(size) or not all(map(_whole, values)):
                 raise ValueError("a tensor whose shape and strides are not whole numbers")

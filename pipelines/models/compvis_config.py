@@ -166,12 +166,23 @@ class _File:
 
 
 def find_config(checkpoint: Path) -> Path | None:
-    """The YAML beside a checkpoint: the same name, or the only one in the folder; None where there is none."""
+    """The YAML beside a checkpoint: of its name, or the only one in the folder that speaks of a UNet; None where there
+    is none.
+    """
     beside = Path(checkpoint).with_suffix(".yaml")
     if beside.is_file():
         return beside
-    others = sorted(Path(checkpoint).parent.glob("*.yaml"))
+    others = sorted(path for path in Path(checkpoint).parent.glob("*.yaml") if _speaks_of_a_unet(path))
     return others[0] if len(others) == 1 else None
+
+
+def _speaks_of_a_unet(path: Path) -> bool:
+    """Whether a file could be a latent-diffusion model's configuration; others lie beside checkpoints too."""
+    try:
+        with open(path, "rb") as file:
+            return b"unet_config" in file.read(1 << 20)
+    except OSError:
+        return False
 
 
 def _known(kind: Any, value: Any) -> Any:

@@ -91,16 +91,18 @@ class Denoiser(nn.Module):
         without, given = self.family.call(self.network, both, times, given, guidance).chunk(2)
         return without + guidance * (given - without)
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to images in [-1, 1], (N, C, H, W), fp32."""
-        if self.first_stage is not None:
-            latents = self.first_stage.decode(latents)
-        elif latents.shape[1] not in (1, 3):
+    def check_images(self) -> None:
+        """HqdmError where no images can be made of what is denoised."""
+        if self.first_stage is None and self.info.shape[0] not in (1, 3):
             raise HqdmError(
-                f"latents of {latents.shape[1]} channels are no images, and the model came without a first stage",
+                f"latents of {self.info.shape[0]} channels are no images, and the model came without a first stage",
                 "profile the whole pipeline's folder, which has its vae",
             )
-        return latents.clamp(-1, 1)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents to images in [-1, 1], (N, C, H, W), fp32."""
+        self.check_images()
+        return (latents if self.first_stage is None else self.first_stage.decode(latents)).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -42,6 +42,9 @@ class FirstStage:
         """Latents (N, C, H, W) as the denoiser has them to images (N, 3, H', W'), about [-1, 1]."""
         module = self.module()
         scaled = latents / module.config.scaling_factor + (module.config.get("shift_factor") or 0.0)
+        if module.config.get("latents_mean") is not None and module.config.get("latents_std") is not None:
+            mean, deviation = (torch.tensor(module.config[key]) for key in ("latents_mean", "latents_std"))
+            scaled = latents * deviation.view(-1, 1, 1) / module.config.scaling_factor + mean.view(-1, 1, 1)
         scaled = scaled.contiguous()  # GroupNorm is less exact channels-last
         convolutions = (part for part in module.modules() if isinstance(part, nn.Conv2d))
         handles = [part.register_forward_pre_hook(lambda *_: give_back()) for part in convolutions]
@@ -64,6 +67,8 @@ class FirstStage:
 
 def build(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """An autoencoder of one of CLASSES, its parameters on the meta device and its buffers filled."""
+    if kind not in CLASSES:
+        raise ValueError(f"a {kind} is no first stage")
     import diffusers
     from accelerate import init_empty_weights
 

@@ -19,11 +19,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pipelines.config import read_yaml
+from pipelines.diffusion import check_schedule, completed
 from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.models import first_stage as stages
 from pipelines.models.checkpoint import first_line, read_tensors
 from pipelines.models.denoiser import Denoiser, ModelInfo
-from pipelines.models.families import FAMILIES, class_of, family_of
+from pipelines.models.families import class_of, family_of
 from pipelines.models.families.base import CLASSIFIER_FREE, Family
 from pipelines.models.first_stage import FirstStage
 from pipelines.models.source import (
@@ -36,6 +37,7 @@ from pipelines.models.source import (
     components_of,
     read_json,
     refuse_prompts,
+    scheduler_of,
     sized,
     weights_in,
 )
@@ -45,10 +47,19 @@ MOST_SIDE, MOST_LATENTS = 4096, 1 << 24  # of what is denoised
 _MOST_ENTRIES = 256  # of a list in a configuration
 
 # What the papers trained with, for a model's folder that comes without its scheduler's configuration.
-_DDPM = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
-_LDM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-_PUBLISHED = {"unet": ("DDPM", _DDPM), "dit": ("DiT", _DDPM), "pixart": ("PixArt", _DDPM),
-              "unet-condition": ("Stable Diffusion", _LDM)}  # fmt: skip
+_DDPM = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+             prediction_type="epsilon")  # fmt: skip
+_LDM = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            prediction_type="epsilon", clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+_PUBLISHED = {
+    "unet": ("DDPM", "DDPMScheduler"),
+    "dit": ("DiT", "DDIMScheduler"),
+    "pixart": ("PixArt", "DPMSolverMultistepScheduler"),
+    "unet-condition": ("Stable Diffusion", None),
+}
+# A published YAML's keys, and what the schedule calls them.
+_ORIGINAL = (("timesteps", int, "num_train_timesteps"), ("linear_start", float, "beta_start"),
+             ("linear_end", float, "beta_end"))  # fmt: skip
 _PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 # What a single file of a transformer can hold beside it.
@@ -95,6 +106,10 @@ def assemble(
     else:
         refuse_prompts(prompts, embeddings, f"a {family.network}")
     rows = len(next(iter(conditions.values()))) if conditions else 0
+    if parts.first_stage is None and shape[0] not in (1, 3):
+        parts.notes.append(f"no first stage came with it: no images can be made of latents of {shape[0]} channels")
+    elif parts.first_stage is None and parts.folder is None:
+        parts.notes.append("no first stage came with it: what is denoised is taken for the images themselves")
     info = ModelInfo(
         family=family.name, shape=shape, conditions=rows - (kind == CLASSIFIER_FREE) if rows else 0, guidance=kind,
         strength=strength, schedule=_shifted(family.schedule(parts.schedule), shape), source=parts.source,
@@ -124,7 +139,7 @@ def read_folder(path: Path) -> Parts:
         return read_model(path)
     components, pipeline, notes = components_of(path)
     name, kind = _denoiser_of(components, path)
-    schedule = read_schedule(path / "scheduler" / SCHEDULER)
+    schedule = read_schedule(path / "scheduler" / SCHEDULER, pipeline)
     parts = read_model(path / name, schedule=schedule, kind=kind)
     parts.folder, parts.source = path, pipeline
     parts.first_stage = _first_stage_in(path, components)
@@ -149,11 +164,11 @@ def read_model(
     config, notes = _completed(family, config, where, len(state))
     network = filled(family.network, partial(family.build, options={}), config, state, where)
     if schedule is None:
-        if (path / SCHEDULER).is_file():
-            schedule = read_schedule(path / SCHEDULER)
+        if (beside := scheduler_of(path)).is_file():
+            inside = beside.parent == path
+            schedule = read_schedule(beside, None if inside else read_json(path / ".." / INDEX).get("_class_name"))
         elif family.name in _PUBLISHED:
-            whose, schedule = _PUBLISHED[family.name]
-            said = ", ".join(f"{key} {value}" for key, value in schedule.items())
+            whose, schedule, said = _published(family.name, config)
             notes.append(f"the folder has no {SCHEDULER}: {whose}'s schedule is taken, {said}")
         else:
             raise FileFault(
@@ -161,6 +176,21 @@ def read_model(
                 f"put the pipeline's scheduler/{SCHEDULER} into the folder, or give the whole pipeline's folder",
             )
     return Parts(family, config, network, dict(schedule), name, notes=notes)
+
+
+def _published(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], str]:
+    """Whose schedule a family's model is taken to have, the schedule, and what of it is to be said.
+
+    Images, which have 1 or 3 channels, are clipped as DDPM clips them; latents are not.
+    """
+    import diffusers
+
+    whose, kind = _PUBLISHED[name]
+    said = _LDM
+    if kind is not None:
+        said = _DDPM | dict(clip_sample=name == "unet" and config["in_channels"] in (1, 3))
+    schedule = said if kind is None else completed(said, getattr(diffusers, kind))
+    return whose, dict(schedule), ", ".join(f"{key} {value}" for key, value in said.items())
 
 
 def _denoiser_of(components: Mapping[str, str], path: Path) -> tuple[str, str]:
@@ -173,14 +203,37 @@ def _denoiser_of(components: Mapping[str, str], path: Path) -> tuple[str, str]:
     return found[0], components[found[0]]
 
 
-def read_schedule(path: Path) -> dict[str, Any]:
-    """A scheduler's configuration as `ModelInfo` has it: its own entries that say something."""
+def read_schedule(path: Path, pipeline: str | None = None) -> dict[str, Any]:
+    """A scheduler's configuration as `ModelInfo` has it: its own entries, and its class's own defaults.
+
+    `pipeline` is the class of the pipeline that it belongs to: Stable Diffusion's neither clips nor visits timestep 0,
+    whatever the file says.
+    """
     config = read_json(path)
     found = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
+    with _blaming(path, "scheduler"):
+        found = completed(found, _scheduler_class(config.get("_class_name"), "shift" in found))
     hint = "supported: schedulers on betas (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC) and of flow matching"
-    if not found.keys() & {"beta_schedule", "trained_betas", "shift"}:
+    if not found.keys() & {"beta_schedule", "trained_betas", "shift"} or "num_train_timesteps" not in found:
         raise HqdmError(f"{path}: a {config.get('_class_name')} is not supported", hint)
-    found = {**(dict(num_train_timesteps=1000) if "shift" in found else _DDPM), **found}
+    if pipeline == "StableDiffusionPipeline" and "shift" not in found:
+        found |= dict(clip_sample=False, steps_offset=1)
+    _check_schedule(found, path)
+    return found
+
+
+def _scheduler_class(name: Any, flow: bool) -> type:
+    """The class of diffusers that a configuration names; the walker's where it names none that diffusers has."""
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
+    if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin):
+        return kind
+    return diffusers.FlowMatchEulerDiscreteScheduler if flow else diffusers.DDIMScheduler
+
+
+def _check_schedule(found: Mapping[str, Any], path: Path) -> None:
+    """FileFault for values of wrong types or out of bounds, and where the walker cannot run on them."""
     kinds = {"num_train_timesteps": int, "beta_schedule": str, "prediction_type": str, "trained_betas": list}
     numbers = ("beta_start", "beta_end", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
     for key, value in found.items():
@@ -196,7 +249,10 @@ def read_schedule(path: Path) -> dict[str, Any]:
         )
     if found.get("base_image_seq_len", 256) == found.get("max_image_seq_len", 4096):
         raise FileFault(f"{path}: base_image_seq_len and max_image_seq_len are the same", "256 and 4096 are usual")
-    return found
+    try:
+        check_schedule({"mu": found.get("max_shift", 1.15), **found})
+    except UsageError as error:
+        raise FileFault(f"{path}: {error.what}", "fetch the file again, or state another schedule") from error
 
 
 def _kinds(wanted: type | tuple[type, ...]) -> tuple[type, ...]:
@@ -269,7 +325,7 @@ def _completed(
         if refusals:
             raise HqdmError(
                 f"{where}: this configuration is not supported: {'; '.join(refusals)}",
-                f"docs/families.md says what a family covers; {family.name} is one of {', '.join(FAMILIES)}",
+                "docs/models.md lists what is refused; an own family can cover it: docs/families.md",
             )
     _check_shape(family, config, where)
     return config, [f"{where}: not used by {family.network}: {', '.join(unused)}"] if unused else []
@@ -426,7 +482,7 @@ def read_single(path: Path, state: dict[str, torch.Tensor], folder: Path, ema: b
     family = family_of(kind, str(folder / INDEX))
     where = folder / name / CONFIG
     config, unused = _completed(family, read_json(where), where, len(state))
-    schedule = read_schedule(folder / "scheduler" / SCHEDULER)
+    schedule = read_schedule(folder / "scheduler" / SCHEDULER, pipeline)
     skeleton = _skeleton(kind, config, where, len(state), slack=8)
     network = _converted(kind, path, state, where, skeleton, extract_ema=ema, config=str(folder), subfolder=name)
     notes += unused
@@ -462,13 +518,19 @@ def read_original(path: Path, state: dict[str, torch.Tensor], yaml: Path, ema: b
         bounded(values)
         params = values["model"]["params"]
         _bound((params.get("unet_config") or params["network_config"])["params"], len(state))
-        schedule = _LDM | dict(
-            num_train_timesteps=int(params.get("timesteps", 1000)), clip_sample=False, set_alpha_to_one=False,
-            steps_offset=1, prediction_type="v_prediction" if params.get("parameterization") == "v" else "epsilon",
-        )  # fmt: skip
-        for key, name in (("linear_start", "beta_start"), ("linear_end", "beta_end")):
+        schedule = dict(_LDM)
+        for key, kind, name in _ORIGINAL:
             if key in params:
-                schedule[name] = float(params[key])
+                schedule[name] = kind(params[key])
+        parameterization, betas = params.get("parameterization", "eps"), params.get("beta_schedule", "linear")
+        schedule["prediction_type"] = {"eps": "epsilon", "v": "v_prediction"}.get(parameterization)
+    if schedule["prediction_type"] is None:
+        raise HqdmError(f"{where}: parameterization {parameterization!r} is not supported", "supported: eps and v")
+    if betas != "linear":
+        raise HqdmError(
+            f"{where}: beta_schedule {betas!r} is not supported", "supported: linear, which is linear in √β there"
+        )
+    _check_schedule(schedule, yaml)
     family = family_of("UNet2DConditionModel", where)
     network = _converted(family.network, path, state, yaml, None, extract_ema=ema, original_config=values)
     config, _ = _completed(family, dict(network.config), yaml, len(state))

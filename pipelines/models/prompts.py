@@ -4,6 +4,7 @@ or read from a file.
 
 import inspect
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipelines.errors import FileFault, HqdmError, UsageError
+from pipelines.models.checkpoint import first_line, read_tensors
 from pipelines.models.families.base import CLASSIFIER_FREE, Family
-from pipelines.models.first_stage import CLASSES
+from pipelines.models.source import (
+    CONFIG,
+    INDEX,
+    MOST_JSON,
+    TEXT_PARTS,
+    TEXT_WEIGHTS,
+    components_of,
+    read_json,
+    text_weights_in,
+)
 
 MOST = 10_000  # prompts, and bytes of one
 WITHOUT = "give --embeddings file.safetensors instead of --prompts"
-TEXT_PARTS = ("text_encoder", "tokenizer")  # what the names of a pipeline's text components begin with
+MOST_LAYERS = 512  # of a text encoder
+MOST_TOKENS = 512  # of a prompt
+MOST_LEVELS = 16  # of an autoencoder
 
 
 def conditions_of(
@@ -144,68 +157,75 @@ def encode(
         with torch.no_grad():
             found = family.encode(text_pipeline(family, config, folder), prompts)
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise FileFault(
-            f"{folder}: its text encoders failed: {first}", f"fetch the folder again, or {WITHOUT}"
+            f"{folder}: its text encoders failed: {first_line(error)}", f"fetch the folder again, or {WITHOUT}"
         ) from error
     _check(found, family.wanted(config), folder)
     return found
 
 
 def text_pipeline(family: Family, config: Mapping[str, Any], folder: Path | None):
-    """A folder's pipeline with its text encoders and tokenizers, fp32, evaluation mode. The denoiser and the
-    autoencoder are there for their configurations alone, on the meta device; everything else is None.
+    """A folder's pipeline with its text encoders and tokenizers, fp32, evaluation mode. The denoiser is there for its
+    configuration alone, on the meta device; everything else is None.
 
     Only classes of transformers and diffusers themselves and .safetensors files are loaded. HqdmError for anything
-    else.
+    else, FileFault for text encoders whose configuration and weights do not go together.
     """
-    if folder is None or not (path := Path(folder) / "model_index.json").is_file():
+    if folder is None or not (path := Path(folder) / INDEX).is_file():
         raise HqdmError(f"{folder or 'the file'}: no pipeline's folder, so it has no text encoders", WITHOUT)
     folder = path.parent
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        parts = {name: tuple(index[name]) for name in index if name.startswith(TEXT_PARTS)}
-        kind = index["_class_name"]
-        for name, (library, of) in parts.items():
-            if (library, of) != (None, None) and library != "transformers":
-                raise FileFault(f"{path}: {name} is {library}.{of}: only those of transformers are loaded", WITHOUT)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileFault(f"{path}: not a pipeline's index: {error}", "fetch the file again") from error
-    parts = {name: of for name, (library, of) in parts.items() if library is not None}
+    components, kind, _ = components_of(folder)
+    parts = {name: of for name, of in components.items() if name.startswith(TEXT_PARTS)}
     if not any(name.startswith("text_encoder") for name in parts):
         raise HqdmError(f"{path}: the pipeline has no text encoders", WITHOUT)
 
     import diffusers
 
-    made = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    made = getattr(diffusers, kind, None)
     if not (inspect.isclass(made) and issubclass(made, diffusers.DiffusionPipeline) and hasattr(made, "encode_prompt")):
         raise HqdmError(f"{path}: {kind} is no pipeline of diffusers that encodes prompts", WITHOUT)
     accepted = inspect.signature(made.__init__).parameters
     given = {name: None for name, parameter in accepted.items() if parameter.default is parameter.empty}
     del given["self"]
-    given |= {name: value for name, value in index.items() if name in accepted and isinstance(value, bool)}
+    given |= {name: value for name, value in read_json(path).items() if name in accepted and isinstance(value, bool)}
     if "requires_safety_checker" in accepted:
         given["requires_safety_checker"] = False
-    given |= {name: _load(folder / name, of) for name, of in parts.items() if name in accepted}
-    given[family.component] = family.build(config, {})
-    if "vae" in given:
-        given["vae"] = _outline(folder / "vae")
-    return made(**given)
+    texts = {name: _load(folder / name, of) for name, of in parts.items() if name in accepted}
+    for name in texts:
+        if name.startswith("tokenizer"):
+            encoder = texts.get(name.replace("tokenizer", "text_encoder"))
+            _limit(texts[name], getattr(encoder, "config", None), folder / name)
+    pipeline = made(**given | texts | {family.component: family.build(config, {})})
+    factor = _factor(folder / "vae" / CONFIG) if "vae" in given else None
+    if factor is not None:
+        pipeline.vae_scale_factor = factor  # as the pipeline itself would find from its autoencoder
+    return pipeline
 
 
-def _outline(folder: Path):
-    """An autoencoder on the meta device, which knows its factor; None where the folder has none that is known."""
-    import diffusers
-    from accelerate import init_empty_weights
-
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["_class_name"] not in CLASSES:
-            return None
-        with init_empty_weights():
-            return getattr(diffusers, config["_class_name"]).from_config(config)
-    except (OSError, ValueError, TypeError, KeyError):
+def _factor(path: Path) -> int | None:
+    """Pixels a latent, along one side, by an autoencoder's configuration; None where there is none that says it."""
+    if not path.is_file():
         return None
+    config = read_json(path)
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if levels is None:
+        return None
+    if not isinstance(levels, list) or len(levels) > MOST_LEVELS:
+        raise FileFault(f"{path}: block_out_channels is no list of at most {MOST_LEVELS}", "fetch the file again")
+    return 2 ** (len(levels) - 1)
+
+
+def _limit(tokenizer, config, folder: Path) -> None:
+    """Pad and cut a tokenizer's texts to no more tokens than its encoder reads: a file can state any number, and
+    pipelines pad to it.
+    """
+    stated = tokenizer.model_max_length
+    if isinstance(stated, bool) or not isinstance(stated, int | float) or not stated >= 1:
+        raise FileFault(
+            f"{folder}: model_max_length cannot be {reprlib.repr(stated)}", f"77 and 512 are usual; or {WITHOUT}"
+        )
+    most = min(getattr(config, "max_position_embeddings", None) or MOST_TOKENS, MOST_TOKENS)
+    tokenizer.model_max_length = int(min(stated, most))
 
 
 def _load(folder: Path, name: str):
@@ -217,22 +237,90 @@ def _load(folder: Path, name: str):
     if not inspect.isclass(kind) or not issubclass(kind, known):
         raise HqdmError(f"{folder}: transformers has no text encoder or tokenizer {name}", WITHOUT)
     options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
-    if issubclass(kind, transformers.PreTrainedModel):
+    model = issubclass(kind, transformers.PreTrainedModel)
+    if model:
         # the usual attention by name: a configuration can name a repository to fetch another's code from
         attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
         options |= dict(use_safetensors=True, dtype=torch.float32, attn_implementation=attention)
-        names = [path.name for path in folder.glob("model*.safetensors")]
-        if names and all(".fp16" in name for name in names):
-            options["variant"] = "fp16"
+        options |= dict(variant=_check_encoder(folder, kind, attention), output_loading_info=True)
+    else:
+        _check_names(folder / "tokenizer_config.json", ("fast_tokenizer_files", "init_inputs"))
     bar = transformers.utils.logging
     shown = bar.is_progress_bar_enabled()
     bar.disable_progress_bar()
     try:
         loaded = kind.from_pretrained(folder, **options)
     except Exception as error:  # a tokenizer's file is parsed in Rust, which raises Exception itself
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise FileFault(f"{folder}: {first}", f"fetch the folder again, or {WITHOUT}") from error
+        raise FileFault(f"{folder}: {first_line(error)}", f"fetch the folder again, or {WITHOUT}") from error
     finally:
         if shown:
             bar.enable_progress_bar()
-    return loaded.eval() if isinstance(loaded, torch.nn.Module) else loaded
+    if not model:
+        return loaded
+    encoder, info = loaded
+    for what in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[what])):
+            some = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise FileFault(
+                f"{folder}: {len(names)} {what.replace('_keys', ' tensors')}: {some}",
+                f"fetch the folder again, or {WITHOUT}",
+            )  # transformers itself would fill them at random
+    return encoder.eval()
+
+
+def _check_names(path: Path, keys: tuple[str, ...]) -> None:
+    """FileFault for entries by which a configuration leads transformers to other files than the folder's usual ones."""
+    try:
+        if not path.is_file():
+            return
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"more than {MOST_JSON} bytes")
+        # not read_json: 1e30, transformers' word for any length, stands in many of these files
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFault(f"{path}: {first_line(error)}", f"fetch the file again, or {WITHOUT}") from error
+    if not isinstance(values, dict):
+        raise FileFault(f"{path}: not a mapping", f"fetch the file again, or {WITHOUT}")
+    for key in keys:
+        if values.get(key):
+            raise FileFault(f"{path}: {key} is not supported", f"leave the key out, or {WITHOUT}")
+
+
+def _check_encoder(folder: Path, kind: type, attention: str) -> str | None:
+    """The variant of a text encoder's weights, once its configuration asks for no more than they hold: transformers
+    builds, and fills, whatever it asks for.
+    """
+    from accelerate import init_empty_weights
+
+    weights, variant = text_weights_in(folder)
+    if not weights:
+        raise FileFault(f"{folder}: has no {TEXT_WEIGHTS}.safetensors", f"fetch the file, or {WITHOUT}")
+    if (adapter := folder / "adapter_config.json").is_file():
+        raise FileFault(f"{adapter}: adapters are not supported", f"merge it into the weights, or {WITHOUT}")
+    sizes = [value.numel() for file in weights for value in read_tensors(file)[0].values()]
+    path, held = folder / CONFIG, sum(sizes)
+    inner = [read_json(path)]
+    _check_names(path, ("configuration_files", "transformers_weights", "quantization_config"))
+    while inner:
+        value = inner.pop()
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            key = str(key)
+            most = min(len(sizes), MOST_LAYERS) if "layers" in key or "labels" in key else held
+            if isinstance(part, int | float) and part > most and not key.endswith("_token_id"):
+                raise FileFault(
+                    f"{path}: {key} is {part} where the weights have {len(sizes)} tensors of {held} numbers",
+                    f"fetch the folder again, or {WITHOUT}",
+                )
+            if isinstance(part, dict | list):
+                inner.append(part)
+    try:
+        with init_empty_weights(include_buffers=True):
+            config = kind.config_class.from_pretrained(folder, local_files_only=True, attn_implementation=attention)
+            asked = sum(value.numel() for value in kind(config).parameters())
+    except Exception as error:  # whatever a configuration makes a constructor raise
+        raise FileFault(f"{path}: {first_line(error)}", f"fetch the file again, or {WITHOUT}") from error
+    if asked > 2 * held:  # tied weights stand in a file once
+        raise FileFault(
+            f"{path}: asks for {asked} numbers where the weights have {held}", f"fetch the folder again, or {WITHOUT}"
+        )
+    return variant or None

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 DENOISERS = ("unet", "transformer")  # components of a pipeline
 FIRST_STAGES = ("vae", "vqvae")
-WEIGHTS = "diffusion_pytorch_model"
+WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"
 VARIANTS = ("", ".fp16", ".bf16")  # in the order in which they are looked for
+
+TEXT_PARTS = ("text_encoder", "tokenizer")  # what the names of a pipeline's text components begin with
 
 MOST_JSON = 10 << 20  # bytes
 MOST_DEPTH = 32  # of lists and mappings
@@ -52,7 +54,12 @@ def take(
     if path.is_dir():
         if config is not None:
             raise UsageError(f"{config}: a folder has its own configurations", "leave --config out")
-        return folder.assemble(folder.read_folder(path), prompts, embeddings, size)
+        parts = folder.read_folder(path)
+        if not ema:
+            parts.notes.append("--no-ema changes nothing: a folder has one set of weights")
+        return folder.assemble(parts, prompts, embeddings, size)
+    if path.name in (INDEX, CONFIG):
+        raise UsageError(f"{path}: a folder's description, not a model", f"name the folder: {path.parent}")
     from pipelines.models.checkpoint import read_tensors
 
     state, left_out = read_tensors(path)
@@ -72,6 +79,10 @@ def take(
     elif beside.is_file():
         parts = folder.read_model(path.parent, state)
     else:
+        if any("lora" in name.lower() for name in state):
+            raise FileFault(
+                f"{path}: the weights of a LoRA, not a model", "merge it into its model first (diffusers: fuse_lora)"
+            )
         some = ", ".join(sorted(state)[:4])
         raise FileFault(
             f"{path}: its {len(state)} tensors ({some}, …) are of no layout that is known",
@@ -110,6 +121,11 @@ def sized(shape: tuple[int, int, int], size: int | None, first_stage: Any) -> tu
     """The shape of what is denoised for images of `size` pixels a side; the model's own where none is asked for."""
     if size is None:
         return shape
+    if first_stage is None and shape[0] not in (1, 3):
+        raise UsageError(
+            f"size {size}: without a first stage nobody knows how many pixels a {shape[0]}-channel latent is",
+            "leave --size out, or give the whole pipeline's folder",
+        )
     factor = 1 if first_stage is None else first_stage.factor
     if not 0 < size <= 8192 or size % factor:
         raise UsageError(f"size {size} is no multiple of {factor} from {factor} to 8192", "512 is usual")
@@ -127,7 +143,7 @@ def files_of(path: Path, config: Path | None = None) -> list[Path]:
     if path.is_dir():
         found = _files_in_pipeline(path) if (path / INDEX).is_file() else _files_in_model(path)
     else:
-        found = [path, path.parent / CONFIG, path.parent / SCHEDULER]
+        found = [path, path.parent / CONFIG, scheduler_of(path.parent)]
     if config is not None:
         found += files_of(config)
     return sorted({file for file in found if file.is_file()})
@@ -138,10 +154,10 @@ def _files_in_pipeline(path: Path) -> list[Path]:
     for name in components_of(path)[0]:
         part = path / name
         if name in (*DENOISERS, *FIRST_STAGES):
-            found += _files_in_model(part)
+            found += [part / CONFIG, *weights_in(part)]
         elif name == "scheduler":
             found.append(part / SCHEDULER)
-        elif name.startswith(("text_encoder", "tokenizer")) and part.is_dir():
+        elif name.startswith(TEXT_PARTS) and part.is_dir():
             texts = [file for file in part.iterdir() if file.suffix not in _UNUSED]
             if any(file.suffix == ".safetensors" for file in texts):
                 texts = [file for file in texts if file.suffix != ".bin"]
@@ -150,7 +166,13 @@ def _files_in_pipeline(path: Path) -> list[Path]:
 
 
 def _files_in_model(path: Path) -> list[Path]:
-    return [path / CONFIG, path / SCHEDULER, *weights_in(path)]
+    return [path / CONFIG, scheduler_of(path), *weights_in(path)]
+
+
+def scheduler_of(path: Path) -> Path:
+    """Where a model's folder has its scheduler's configuration: in it, or else in the pipeline's folder around it."""
+    own, around = path / SCHEDULER, path / ".."
+    return around / "scheduler" / SCHEDULER if not own.is_file() and (around / INDEX).is_file() else own
 
 
 def weights_in(path: Path) -> list[Path]:
@@ -167,6 +189,20 @@ def weights_in(path: Path) -> list[Path]:
             return [*_shards(index), index]
     binary = path / f"{WEIGHTS}.bin"
     return [binary] if binary.is_file() else []
+
+
+def text_weights_in(path: Path) -> tuple[list[Path], str]:
+    """The safetensors of a text encoder's folder, as transformers looks for them, and their variant ("fp16", or "" for
+    none); ([], "") without weights. FileFault for an index that names files elsewhere: transformers would follow it.
+    """
+    for variant in VARIANTS:
+        single = path / f"{TEXT_WEIGHTS}{variant}.safetensors"
+        if single.is_file():
+            return [single], variant.removeprefix(".")
+        index = path / f"{TEXT_WEIGHTS}.safetensors.index{variant}.json"
+        if index.is_file():
+            return _shards(index), variant.removeprefix(".")
+    return [], ""
 
 
 def _shards(index: Path) -> list[Path]:
@@ -209,6 +245,8 @@ def components_of(path: Path) -> tuple[dict[str, str], str, list[str]]:
     for name, entry in values.items():
         if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
             continue
+        if not name.isidentifier():  # it is a folder's name, too
+            raise FileFault(f"{index}: the component {name[:80]!r} is no plain name", "fetch the file again")
         if len(entry) != 2 or not all(isinstance(part, str) and part.isidentifier() for part in entry):
             raise FileFault(f"{index}: the component {name!r} is {entry!r}", "it takes a library and a class")
         library, kind = entry

@@ -87,6 +87,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     else:
         model = load_integer(maker.path, config.backend or "cpu")
         size = maker.file("model.safetensors").stat().st_size
+    model.check_images()
     info = model.info
     guidance, scheduler = info.guidance_or(config.guidance), config.scheduler or diffusion.walker(info.schedule)
     timesteps = diffusion.timesteps_of(scheduler, info.schedule, config.steps)

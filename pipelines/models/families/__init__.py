@@ -6,6 +6,7 @@ from typing import Any
 from pipelines.errors import HqdmError, did_you_mean
 from pipelines.models.families import dit, flux, pixart, sd3, unet, unet_condition
 from pipelines.models.families.base import Family
+from pipelines.models.first_stage import CLASSES
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -38,6 +39,8 @@ def family_of(network: str, where: str) -> Family:
     for family in FAMILIES.values():
         if family.network == network:
             return family
+    if network in CLASSES:
+        raise HqdmError(f"{where}: a {network} is a first stage, no denoiser", "give the whole pipeline's folder")
     known = [family.network for family in FAMILIES.values()]
     hint = f"{did_you_mean(network, known)}; docs/families.md shows how to add one"
     raise HqdmError(f"{where}: a {network} is not supported", hint)

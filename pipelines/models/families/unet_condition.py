@@ -26,7 +26,7 @@ class UNetCondition(Family):
         if config["in_channels"] != config["out_channels"]:
             found.append(
                 f"in_channels: {config['in_channels']} with out_channels: {config['out_channels']} "
-                "(an image beside the noise)"
+                + ("(an image beside the noise)" if config["in_channels"] > config["out_channels"] else "")
             )
         return found
 
