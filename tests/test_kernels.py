@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.kernels import backend, cpu, forms
-from pipelines.kernels.layers import IntegerLayer, forget_weights
+from pipelines.kernels.layers import IN_CACHE, IntegerLayer, forget_weights
 from pipelines.quant.affine import centred_codes, choose, dequantise, quantise
 from pipelines.quant.hadamard import hadamard, rotate_activation, rotate_weight
 from pipelines.quant.integers import IntegerWeights, PackedWeights
@@ -382,3 +382,26 @@ def test_weights_are_kept_for_the_last_input_shapes_and_unpacked_again_for_anoth
     assert torch.equal(layer(inputs[0]), first)
     forget_weights(torch.nn.Sequential(layer))
     assert not layer.prepared._packed and torch.equal(layer(inputs[0]), first)
+
+
+@each_plan
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_an_input_in_any_layout_gives_the_bits_of_training(plan, name):
+    """An attention's linears read the transpose of a convolution's output, and a channel may be one of several."""
+    x = input_for(plan.site, 5, batch=2)
+    fake = trained_layer(plan, x)
+    integer = IntegerLayer(fake.integers().packed(), fake._tables[0], 0, fake.span, name)
+    fake._tables[0].set_timestep(1)
+    with torch.no_grad():
+        wanted = fake(x)
+        for other in (x.transpose(1, -1).contiguous().transpose(1, -1), torch.stack([x, x], -1)[..., 0]):
+            assert torch.equal(other, x) and torch.equal(integer(other), wanted) and torch.equal(fake(other), wanted)
+
+
+@torch.no_grad()
+def test_an_input_larger_than_a_pass_of_the_prologue_gives_the_bits_of_training():
+    plan = SitePlan(site("linear", channels=96), True, Transform("channels", 32, 1), "single", 4, 4)
+    x = torch.randn(3 * IN_CACHE // 96 + 7, 96, generator=torch.Generator().manual_seed(1))
+    fake = layer_of(plan, x, 0)
+    integer = IntegerLayer(fake.integers().packed(), fake._tables[0], 0, fake.span, "cpu")
+    assert torch.equal(integer(x), fake(x))

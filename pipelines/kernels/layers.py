@@ -42,8 +42,8 @@ class IntegerLayer(nn.Module):
         offset = 0 if zero is None else int(zero)
         low, high = plan.activation_range
         spatial = plan.site.kind == "conv"
-        if spatial:
-            x = x.contiguous(memory_format=torch.channels_last)
+        # What is written by rows below must lie in memory by rows: a linear's input may be another tensor's transpose.
+        x = x.contiguous(memory_format=torch.channels_last if spatial else torch.contiguous_format)
         bounds = low - offset, high - offset
         if plan.transform.axis == "width":
             rotated = rotate_activation(x, plan.transform, spatial)
