@@ -283,6 +283,19 @@ def samples_of_current_lineage(store: Store) -> list[Artifact]:
     ]
 
 
+DIGITS = [1, 16, 16]  # the shape of what the embedded model draws, for which there are real images and a classifier
+
+
+def needs_no_pair(store: Store, sample: Artifact, reference: Any, extractor: str | None) -> bool:
+    """Whether a sample artifact can be scored by itself: a teacher's images are measured against a reference, or
+    against the digits where they are digits; without either, only its students' images are, against its own.
+    """
+    if sample.config["source"] != "teacher":
+        return True
+    info = store.ancestor(sample, "model").figures.get("info", {})
+    return extractor != "none" and (reference is not None or info.get("shape", DIGITS) == DIGITS)
+
+
 def _ids_above(store: Store, artifact: Artifact) -> dict[str, str]:
     """stage -> id of everything that an artifact was made from."""
     ids = {}
@@ -438,7 +451,7 @@ def run_recipe(
     for step in _steps(recipe, Path(base), where):
         source = getattr(step.config, "source", None) if step.stage == "sample" else None
         parent = SOURCES.get(source) if step.stage == "sample" else PARENT.get(step.stage)
-        for chosen in _choices(step, parent, made, pending):
+        for chosen in _choices(store, step, parent, made, pending):
             if chosen is None:
                 reason = f"would run: its input {parent} will be made first"
                 report.note(f"{step.stage}: {reason}")
@@ -453,7 +466,7 @@ def run_recipe(
 
 
 def _choices(
-    step: _Step, parent: str | None, made: Mapping[str, list[str]], pending: set[str]
+    store: Store, step: _Step, parent: str | None, made: Mapping[str, list[str]], pending: set[str]
 ) -> list[dict[str, str] | None]:
     """The inputs of a step, role -> id: what this recipe made of the stage before it; for a score, each of its samples.
 
@@ -462,7 +475,11 @@ def _choices(
     if step.stage == "score":
         if getattr(step.config, "samples_path", None) is not None:
             return [{}]
-        chosen = [{"samples": ident} for ident in dict.fromkeys(made.get("sample", ()))]
+        against = step.config.reference or getattr(step.config, "reference_path", None)
+        extractor = getattr(step.config, "extractor", None)
+        drawn = [store.get(ident) for ident in dict.fromkeys(made.get("sample", ()))]
+        fit = [sample for sample in drawn if needs_no_pair(store, sample, against, extractor)]
+        chosen = [{"samples": sample.id} for sample in fit or drawn]
         return chosen + ([None] if "sample" in pending else []) or [{}]
     if parent in pending:
         return [None]

@@ -9,7 +9,7 @@ from pipelines import runner
 from pipelines.config import read_yaml
 from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.store import Store
+from pipelines.store import Store, links
 
 ROAD = ("profile", "plan", "distill", "export", "sample", "score")
 
@@ -345,3 +345,21 @@ def test_a_missing_input_names_the_command_that_makes_it(store, fakes):
     with pytest.raises(HqdmError) as fault:
         make(store, fakes, "plan")
     assert fault.value.hint == "hqdm profile"
+
+
+def test_a_teachers_images_are_scored_alone_only_where_there_is_something_to_measure_them_against(tmp_path):
+    """The digits, or a reference that was named; the images of other models are there for their students'."""
+    store = Store(tmp_path)
+
+    def sampled(shape, source):
+        with store.begin("model", f"{shape}", {}) as draft:
+            model = draft.commit({"info": {"shape": shape}})
+        request = {"config": {"source": source}, "inputs": links({"source": model})}
+        with store.begin("sample", f"{shape}{source}", request) as draft:
+            return draft.commit({})
+
+    digits, latents = sampled([1, 16, 16], "teacher"), sampled([4, 8, 8], "teacher")
+    assert runner.needs_no_pair(store, digits, None, None) and not runner.needs_no_pair(store, latents, None, None)
+    assert runner.needs_no_pair(store, latents, "photographs/", None)
+    assert not runner.needs_no_pair(store, digits, None, "none")
+    assert runner.needs_no_pair(store, sampled([4, 8, 8], "int"), None, "none")

@@ -53,9 +53,8 @@ def score(
 
     store, stage = Store(workspace), stages.load("score")
     found = runner.samples_of_current_lineage(store)
-    if extractor == "none":  # figures to the teacher's images alone, which those themselves have none of
-        found = [artifact for artifact in found if artifact.config["source"] != "teacher"]
-    jobs = what or [artifact.id for artifact in found]
+    alone = [artifact for artifact in found if runner.needs_no_pair(store, artifact, reference, extractor)]
+    jobs = what or [artifact.id for artifact in alone or found]
     if not jobs:
         raise HqdmError(f"{workspace} has no samples to score", "hqdm sample, or name images: hqdm score samples/")
     asked = []

@@ -133,7 +133,7 @@ def load_extractor(name: str, weights: str | None = None) -> Extractor:
 def find_kind(name: str) -> Kind:
     """A row of the table; UsageError for a name that is not there."""
     if name not in EXTRACTORS:
-        raise UsageError(f"no extractor is called {name!r}", did_you_mean(name, EXTRACTORS))
+        raise UsageError(f"no extractor is called {name!r}", did_you_mean(name, [*EXTRACTORS, "none"]))
     return EXTRACTORS[name]
 
 
@@ -191,7 +191,7 @@ def _load_inception(file: Path) -> Callable[[torch.Tensor], Features]:
     try:
         torch.load(file, map_location="cpu", weights_only=True)
         module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(file)).eval()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileFault(f"{file}: not the weights of torch-fidelity's Inception: {first_line}",
                         f"the right file is {URL_INCEPTION_V3}") from error  # fmt: skip

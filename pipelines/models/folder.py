@@ -101,7 +101,8 @@ def assemble(
     if conditions is None:
         from pipelines.models.prompts import conditions_of
 
-        asked = config if size is None else {**config, "sample_size": shape[1]}  # SDXL is told the image's size
+        # SDXL is told the image's size.
+        asked = {**config, "sample_size": shape[1]} if size and "sample_size" in config else config
         conditions, labels = conditions_of(family, asked, parts.folder, prompts, embeddings)
     else:
         refuse_prompts(prompts, embeddings, f"a {family.network}")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.errors import HqdmError
+from pipelines.errors import HqdmError, UsageError
 from pipelines.report.table import comparable
 from pipelines.store import Artifact, Store
 
@@ -42,6 +42,8 @@ def side_by_side(store: Store, path: Path) -> list[Artifact]:
 
     HqdmError where there are no samples.
     """
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
+        raise UsageError(f"{path} is no name for a picture", "give it a file's name that ends in .png")
     from PIL import Image, ImageDraw, ImageFont
 
     shown = list(comparable(store).values())

@@ -342,7 +342,7 @@ def _draw(
             _draw_site(folder, part, site, maxima[site.name], timesteps, instants, source)
     _draw_gain(folder, sites, ratios)
     _draw_over_time(folder, timesteps, sites, ratios)
-    report.note(f"{len(shown) + 3 if shown else 2} pictures in {folder}")
+    report.note(f"{len(shown) + 3 if shown else 2} pictures, in the artifact's {folder.name}/")
 
 
 _IN_WORDS = {"none": "no transform", "centred": "mean-centred"}
