@@ -13,6 +13,7 @@ import typer
 
 from hqdm_cli import console
 from hqdm_cli.commands import (
+    compare,
     distill,
     export,
     methods,
@@ -45,7 +46,7 @@ Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (profile, plan, distill, export, sample, score, run, status, show, verify, methods, report):
+for module in (profile, plan, distill, export, sample, score, compare, run, status, show, verify, methods, report):
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
 

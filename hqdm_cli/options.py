@@ -27,3 +27,7 @@ Guidance = Annotated[float | None, typer.Option(help="Strength of classifier-fre
 Bits = Annotated[str | None, typer.Option(help="Bits of weights and activations, as in w4a4.", metavar="wXaY")]
 Method = Annotated[str | None, typer.Option(help="Quantisation method; `hqdm methods` lists them.", metavar="NAME")]
 Variant = Annotated[str | None, typer.Option(help="Variant of the method.", metavar="NAME")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="An option of the method, as in order=16; may be given again.", metavar="NAME=VALUE"),
+]

@@ -14,6 +14,16 @@ def config_of(stage: str, **options: Any) -> Any:
     return config.replace(stages.load(stage).Config(), **options)
 
 
+def pairs(given: Sequence[str] | None) -> dict[str, str] | None:
+    """The words of --set NAME=VALUE; None where there are none."""
+    from pipelines.errors import UsageError
+
+    for word in given or ():
+        if "=" not in word:
+            raise UsageError(f"--set {word} has no value", "write it as --set order=16; hqdm methods lists the options")
+    return {name: value for name, _, value in (word.partition("=") for word in given)} if given else None
+
+
 def named(store: Any, ident: str, stage: str) -> Any:
     """The artifact that an option names, which has to be of that stage."""
     from pipelines.errors import UsageError

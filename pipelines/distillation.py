@@ -52,17 +52,27 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     """
     layers = quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
-    groups = [
-        {"params": [layer.lora_a, layer.lora_b], "rate": layer.weight_scale.mean().item() / recipe.lora_rate_divisor,
-         "weight_decay": WEIGHT_DECAY}
-        for layer in layers.values()
-    ]  # fmt: skip
-    groups.append({"params": [layer.weight_scale for layer in layers.values()], "rate": recipe.weight_scale_rate})
-    groups.append({"params": list(tables.scale), "rate": recipe.activation_scale_rate})
-    groups.append({"params": list(tables.zero), "rate": recipe.zero_point_rate})
+    chosen = [layer for layer in layers.values() if not recipe.roles or layer.plan.site.role in recipe.roles]
+    groups: list[dict] = []
+    if "adapters" in recipe.trains:
+        groups += [
+            {"params": [layer.lora_a, layer.lora_b], "rate": layer.weight_scale.mean().item() / recipe.lora_rate_divisor,
+             "weight_decay": WEIGHT_DECAY}
+            for layer in chosen
+        ]  # fmt: skip
+    if "weights" in recipe.trains:
+        groups.append({"params": [layer.weight for layer in chosen], "rate": recipe.weight_rate})
+    if "biases" in recipe.trains:
+        groups.append({"params": [layer.bias for layer in chosen], "rate": recipe.bias_rate})
+    if "weight_scales" in recipe.trains:
+        groups.append({"params": [layer.weight_scale for layer in chosen], "rate": recipe.weight_scale_rate})
+    if "activation_scales" in recipe.trains:
+        groups.append({"params": list(tables.scale), "rate": recipe.activation_scale_rate})
+    if "zero_points" in recipe.trains:
+        groups.append({"params": list(tables.zero), "rate": recipe.zero_point_rate})
     if tables.factor is not None:
         groups.append({"params": list(tables.factor), "rate": recipe.activation_scale_rate})
-    return [{"weight_decay": 0.0, "lr": 0.0} | group for group in groups if group["rate"] > 0]
+    return [{"weight_decay": 0.0, "lr": 0.0} | group for group in groups if group["rate"] > 0 and group["params"]]
 
 
 def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
@@ -77,17 +87,20 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
             ("the weight scale", layer.weight_scale, True),
             ("an adapter", layer.lora_a, False),
             ("an adapter", layer.lora_b, False),
+            ("a weight", layer.weight if layer.weight.requires_grad else None, False),
+            ("a bias", layer.bias, False),
         )
-        if not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
+        if values is not None and not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
     ]
-    rows = tables.scale if tables.factor is None else [*tables.scale, *tables.factor]
-    if not bool(torch.cat([row.detach() for row in rows]).gt(0).all()):  # NaN is not above zero either
+    known_tensors = tables.raw()
+    if not bool((known_tensors["scale"] > 0).all()):  # NaN is not above zero either
         names = list(layers)
         bad += [
-            f"the activation scale of site {names[column]} at timestep {known:g}"
-            for known, row in zip(tables.timesteps, tables.scale, strict=True)
-            for column in (~(row.detach() > 0)).nonzero().flatten().tolist()
-        ] or ["a weight factor"]
+            f"the activation scale of site {names[column]} at timestep {tables.timesteps[row]:g}"
+            for row, column in (~(known_tensors["scale"] > 0)).nonzero().tolist()
+        ]
+    if "factor" in known_tensors and not bool((known_tensors["factor"] > 0).all()):
+        bad.append("a weight factor")
     if bad:
         what = f"{bad[0]} is not a positive number or not finite, found at timestep {timestep:g}"
         raise NumericalFault(what, way_out)
@@ -119,6 +132,8 @@ def distill(
     scheduler = walker(schedule)
     timesteps = timesteps_of(scheduler, schedule, course.steps)
     done, losses, x = 0, [], None
+    means: dict[int, float] = {}  # running means of the loss, by step
+    averages = [parameter.detach().clone() for parameter in parameters] if recipe.ema else []
     threads = torch.get_num_threads()
     state = _read_state(state_file, report)
     if state is not None:
@@ -132,6 +147,7 @@ def distill(
                 parameter.copy_(value)
         optimiser.load_state_dict(state["optimiser"])
         done, losses, x = state["done"], state["losses"], state["x"]
+        means, averages = state["means"], state["averages"]
         report.note(f"goes on after update {done} of {course.updates}")
 
     def save() -> None:
@@ -140,7 +156,7 @@ def distill(
         with open(part, "wb") as file:
             torch.save(
                 {"parameters": values, "optimiser": optimiser.state_dict(), "done": done, "losses": losses, "x": x,
-                 "threads": threads, "torch": str(torch.__version__)}, file,
+                 "means": means, "averages": averages, "threads": threads, "torch": str(torch.__version__)}, file,
             )  # fmt: skip
             file.flush()
             os.fsync(file.fileno())
@@ -182,14 +198,23 @@ def distill(
                     save()  # the state before this update, which has just been seen to be good
                 for group in optimiser.param_groups:
                     group["lr"] = group["rate"] * (1 - done / course.updates)
+                if recipe.weighting == "timestep":
+                    means[step] = value if step not in means else 0.8 * means[step] + 0.2 * value
+                    loss = loss / max(means[step], 1e-12)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
                 done += 1
+                if averages:
+                    decay = min(recipe.ema, (1 + done) / (10 + done))
+                    torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - decay)
                 losses.append(value)
                 report.advance(done, loss=value)
     report.end()
     check_finite(student, losses[-1], timesteps[-1])
+    with torch.no_grad():
+        for parameter, average in zip(parameters, averages, strict=bool(averages)):
+            parameter.copy_(average)
     return losses
 
 

@@ -9,7 +9,9 @@ from pipelines.config import from_dict, read_yaml, to_dict, write_yaml
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.quant.spec import Bits, Site, SitePlan, Transform
 
-FORMAT = 1
+FORMAT = 2
+TRAINED = ("adapters", "weight_scales", "activation_scales", "zero_points")  # what the published recipes train
+TRAINABLE = (*TRAINED, "weights", "biases")
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,31 @@ class Recipe:
         "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
     )
     weight_factors: bool = False  # a learned factor on the weight scales for every timestep
+    updates: Literal["distill", "reconstruct", "none"] = "distill"  # how the student learns; none: as it was calibrated
+    # Of: adapters, weights, biases, weight_scales, activation_scales, zero_points.
+    trains: list[str] = field(default_factory=lambda: list(TRAINED))
+    roles: list[str] = field(default_factory=list)  # of the sites whose weights or adapters train; empty: of all
+    activation_scale_by: Literal["error", "max"] = "error"  # how initial scales are found: least squared error, or range
+    weight_scale_by: Literal["error", "max"] = "error"
+    relative_scales: bool = False  # activation scales learn by their logarithm, so the rate is a share of them
+    bias_rate: float = 1e-4
+    weight_rate: float = 1e-5
+    ema: float = 0.0  # decay of an average of what is trained, which is then the student; 0: none
+    weighting: Literal["none", "timestep"] = "none"  # a loss over its running mean at each timestep, or as it is
+    correction: bool = False  # PTQD's, of ε, measured after training
 
     def __post_init__(self):
+        for name in self.trains:
+            if name not in TRAINABLE:
+                raise UsageError(f"recipe: trains cannot name {name!r}", did_you_mean(name, TRAINABLE))
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"recipe: ema cannot be {self.ema}", "it takes 0 or a decay below 1, such as 0.99")
         if self.lora_rank < 1 or self.lora_rate_divisor <= 0:
             raise UsageError(
                 f"recipe: lora_rank {self.lora_rank} and lora_rate_divisor {self.lora_rate_divisor} must be positive",
                 "32 and 2500 are the published values",
             )
-        for name in ("weight_scale_rate", "activation_scale_rate", "zero_point_rate"):
+        for name in ("weight_scale_rate", "activation_scale_rate", "zero_point_rate", "bias_rate", "weight_rate"):
             if getattr(self, name) < 0:
                 raise UsageError(
                     f"recipe: {name} cannot be {getattr(self, name)}", "0 leaves those parameters as they are"
@@ -49,6 +68,15 @@ class Plan:
     recipe: Recipe
     timesteps: list[int | float]
     sites: list[SitePlan]
+    groups: list[int] = field(default_factory=list)  # of each timestep: those of a group share scales; empty: each its own
+    options: dict[str, Any] = field(default_factory=dict)  # of the method, as they were in force
+
+    def __post_init__(self):
+        if self.groups and len(self.groups) != len(self.timesteps):
+            raise UsageError(
+                f"plan: {len(self.groups)} groups for {len(self.timesteps)} timesteps",
+                "give a number for each, or an empty list",
+            )
 
     @property
     def quantised(self) -> list[SitePlan]:
@@ -70,6 +98,9 @@ class _SiteEntry:
     activation_quantiser: str = "symmetric"
     why: str = ""
     sqnr: dict[str, float] = field(default_factory=dict)
+    centring: str = "none"
+    scaling: bool = False
+    mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +112,8 @@ class _PlanFile:
     timesteps: list[int | float]
     sites: dict[str, Any]
     recipe: Recipe = Recipe()
+    groups: list[int] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def write_plan(plan: Plan) -> str:
@@ -92,14 +125,15 @@ def write_plan(plan: Plan) -> str:
             entry |= {
                 "transform": to_dict(site.transform), "inverse": site.inverse, "weight_bits": site.weight_bits,
                 "activation_bits": site.activation_bits, "weight_quantiser": site.weight_quantiser,
-                "activation_quantiser": site.activation_quantiser, "sqnr": dict(site.sqnr),
+                "activation_quantiser": site.activation_quantiser, "centring": site.centring,
+                "scaling": site.scaling, "mixed": site.mixed, "sqnr": dict(site.sqnr),
             }  # fmt: skip
         sites[site.site.name] = entry
     return write_yaml(
         {
             "format": FORMAT, "method": plan.method, "variant": plan.variant, "bits": str(plan.bits),
             "timesteps": [int(step) if step == int(step) else step for step in plan.timesteps],
-            "recipe": to_dict(plan.recipe), "sites": sites,
+            "groups": list(plan.groups), "options": dict(plan.options), "recipe": to_dict(plan.recipe), "sites": sites,
         }
     )  # fmt: skip
 
@@ -111,7 +145,11 @@ def read_plan(path: Path, sites: list[Site]) -> Plan:
         raise FileFault(
             f"{path}: plan format {values.format}, this hqdm reads {FORMAT}", "make the plan again: hqdm plan"
         )
-    known = {site.name: site for site in sites}
+    known: dict[str, Site] = {}
+    for site in sites:
+        halves = site.halves() if site.joint else ()
+        divided = any(half.name in values.sites for half in halves)
+        known |= {part.name: part for part in (halves if divided else (site,))}
     for name in values.sites:
         if name not in known:
             raise UsageError(f"{path}: the model has no site {name!r}", did_you_mean(name, known))
@@ -128,4 +166,7 @@ def read_plan(path: Path, sites: list[Site]) -> Plan:
         entry = from_dict(_SiteEntry, values.sites[name], f"{path}: sites.{name}")
         fields = {key: value for key, value in vars(entry).items() if key != "role"}
         plans.append(SitePlan(site=site, **fields))
-    return Plan(values.method, values.variant, Bits.parse(values.bits), values.recipe, values.timesteps, plans)
+    return Plan(
+        values.method, values.variant, Bits.parse(values.bits), values.recipe, values.timesteps, plans, values.groups,
+        values.options,
+    )  # fmt: skip

@@ -369,7 +369,7 @@ class _Step:
 
 def _steps(recipe: Mapping[str, Any], base: Path, where: str) -> list[_Step]:
     """A recipe's steps in the order of the road; everything in it is checked before anything runs."""
-    known = ["model", "seed", *(stage for stage in stages.STAGES if stage != "model")]
+    known = ["model", "seed", *(stage for stage in stages.ROAD if stage != "model")]
     for key in recipe:
         if key not in known:
             raise UsageError(f"{where}: unknown key {key!r}", did_you_mean(key, known))
@@ -391,7 +391,7 @@ def _steps(recipe: Mapping[str, Any], base: Path, where: str) -> list[_Step]:
         if key in options:
             options[key] = base / options[key]
     steps = [_Step("model", model_config(base / model["path"], **options))]
-    for stage in stages.STAGES:
+    for stage in stages.ROAD:
         if stage == "model" or stage not in recipe:
             continue
         entries = recipe[stage]

@@ -4,11 +4,14 @@ A fake student's files (of the distill stage): `student.safetensors` with
 
     tables/timesteps (T,) fp64 · tables/scale, tables/zero (T, n) · tables/factor (T, m), where trained
     <site>/weight_scale, <site>/weight_zero (out,) · <site>/lora_a, <site>/lora_b · <site>/base_scale (out,), where W is
-    the dequantised base weight
+    the dequantised base weight · <site>/weight_codes (out, …·in) uint8, where its integers were not rounded to the
+    nearest · <site>/weight, <site>/bias, where they were trained · <site>/gain, centre, taps, row_bits: see
+    pipelines/quant/surroundings.py
 
 and the plan as `plan.yaml`. An integer model's files (of the export stage): `model.safetensors` with
 
     <site>.weight packed uint8 · <site>.weight_scale fp32 · <site>.weight_zero packed · <site>.bias · tables.* as above
+    · <site>.gain, centre, taps, row_bits, where there are such
     float.<name>, what is not quantised
 
 with `config.json`, which holds all that a loader needs, and `conditions.safetensors` and `first_stage/` as a model's
@@ -38,14 +41,17 @@ from pipelines.plans import Plan
 from pipelines.quant import layers as fake_layers
 from pipelines.quant.hadamard import sign_diagonal
 from pipelines.quant.integers import PackedWeights
-from pipelines.quant.spec import SitePlan, site_from_dict, site_to_dict
+from pipelines.quant.spec import HALVES, SitePlan, site_from_dict, site_to_dict
 from pipelines.quant.tables import TimestepTables
 
 FORMAT = "hqdm-int"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # What a loader has to compute, in words that go into config.json.
 ARITHMETIC = {
-    "prologue": "x~ = x·blockdiag(D·H, …) in fp32 (H: Sylvester's ±1 matrix of `order`; D: `sign_diagonals`); "
+    "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum of "
+    "the taps whose input lies in the image); dynamic centring: centre is the image's mean over its tokens, and "
+    "y' = y + (mean·gain·blockdiag(D·H, …)·V)·(w/order) in fp32; row_bits: the bits of each output, rows packed by them",
+    "prologue": "x~ = x'·blockdiag(D·H, …) in fp32 (H: Sylvester's ±1 matrix of `order`; D: `sign_diagonals`); "
     "q = clamp(round_half_even(x~ / s_t) + z_t, low, high) - z_t",
     "ranges": "symmetric: ±(2^(bits-1) - 1), no zero-point; asymmetric: 0 … 2^bits - 1, zero-point clamped to it",
     "fold": "single: V = W·blockdiag(D·H, …) along the input channels; none, double: V = W; "
@@ -81,17 +87,47 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
     factor = None
     if plan.recipe.weight_factors:
         factor = torch.ones(scale.shape[0], sum(site.site.outputs for site in plans))
-    tables = TimestepTables(scales["timesteps"].tolist(), scale / unit, zero, factor, unit)
-    weight_scale = {name: scales[f"{name}/weight_scale"] for name in names}
-    weight_zero = {name: scales[f"{name}/weight_zero"] for name in names}
-    layers = fake_layers.swap_in(
-        student.network, plans, tables, weight_scale, weight_zero, student.family.timestep_unit
+    recipe = plan.recipe
+    groups = groups_at(plan, scales["timesteps"].tolist())
+    tables = TimestepTables(
+        scales["timesteps"].tolist(), scale / unit, zero, factor, unit, groups, recipe.relative_scales
     )
+    layers = _swap_in(student, plans, tables, scales)
     for index, (name, layer) in enumerate(layers.items()):
-        if plan.recipe.base_weight == "quantised":
-            layer.set_base(weight_scale[name])
-        layer.add_lora(plan.recipe.lora_rank, torch.Generator().manual_seed(seed * 100_003 + index))
+        if f"{name}/weight_codes" in scales:
+            layer.set_codes(scales[f"{name}/weight_codes"], scales[f"{name}/weight_scale"])
+        elif recipe.base_weight == "quantised" and "weights" not in recipe.trains:
+            layer.set_base(scales[f"{name}/weight_scale"])
+        if "adapters" in recipe.trains and recipe.updates == "distill":
+            layer.add_lora(recipe.lora_rank, torch.Generator().manual_seed(seed * 100_003 + index))
+        if recipe.roles and layer.plan.site.role not in recipe.roles:
+            continue
+        if "weights" in recipe.trains:
+            layer.train_weight()
+        if "biases" in recipe.trains:
+            layer.train_bias()
     return student
+
+
+def groups_at(plan: Plan, timesteps: list[float]) -> list[int] | None:
+    """The plan's groups for other timesteps: each is in the group of the plan's timestep that is nearest."""
+    if not plan.groups:
+        return None
+    nearest = [min(range(len(plan.timesteps)), key=lambda i: abs(plan.timesteps[i] - step)) for step in timesteps]
+    return [plan.groups[index] for index in nearest]
+
+
+def _swap_in(student: Denoiser, plans: list[SitePlan], tables: TimestepTables, tensors: dict[str, torch.Tensor]):
+    """Fake layers in a student's network, from tensors named <site>/…."""
+    named = {plan.site.name: {} for plan in plans}
+    for key, value in tensors.items():
+        site, _, what = key.rpartition("/")
+        if site in named:
+            named[site][what] = value
+    return fake_layers.swap_in(
+        student.network, plans, tables, {name: mine["weight_scale"] for name, mine in named.items()},
+        {name: mine["weight_zero"] for name, mine in named.items()}, student.family.timestep_unit, named,
+    )  # fmt: skip
 
 
 def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -101,10 +137,17 @@ def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tenso
     for name, layer in fake_layers.quant_layers(student.network).items():
         tensors[f"{name}/weight_scale"] = layer.weight_scale.detach().clone()
         tensors[f"{name}/weight_zero"] = layer.weight_zero.clone()
-        tensors[f"{name}/lora_a"] = layer.lora_a.detach().clone().contiguous()
-        tensors[f"{name}/lora_b"] = layer.lora_b.detach().clone().contiguous()
-        if plan.recipe.base_weight == "quantised":
-            tensors[f"{name}/base_scale"] = scales[f"{name}/weight_scale"].clone()
+        tensors |= {f"{name}/{what}": value.clone() for what, value in layer.surroundings.tensors().items()}
+        if layer.lora_a is not None:
+            tensors[f"{name}/lora_a"] = layer.lora_a.detach().clone().contiguous()
+            tensors[f"{name}/lora_b"] = layer.lora_b.detach().clone().contiguous()
+        if f"{name}/weight_codes" in scales:
+            tensors[f"{name}/weight_codes"] = scales[f"{name}/weight_codes"].clone()
+        if layer.base_scale is not None:
+            tensors[f"{name}/base_scale"] = layer.base_scale.clone()
+        for what, value in (("weight", layer.weight), ("bias", layer.bias)):
+            if isinstance(value, nn.Parameter):
+                tensors[f"{name}/{what}"] = value.detach().clone().contiguous()
     return tensors
 
 
@@ -115,17 +158,19 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
     tensors = _load(path)
     student = share_frozen(teacher)
     plans = plan.quantised
-    weight_scale = {site.site.name: tensors[f"{site.site.name}/weight_scale"] for site in plans}
-    weight_zero = {site.site.name: tensors[f"{site.site.name}/weight_zero"] for site in plans}
-    tables = _tables(tensors, "tables/")
-    layers = fake_layers.swap_in(
-        student.network, plans, tables, weight_scale, weight_zero, student.family.timestep_unit
-    )
+    layers = _swap_in(student, plans, _tables(tensors, "tables/"), tensors)
     for name, layer in layers.items():
-        if f"{name}/base_scale" in tensors:
+        if f"{name}/weight" in tensors:
+            layer.weight = tensors[f"{name}/weight"]
+        if f"{name}/bias" in tensors:
+            layer.bias = tensors[f"{name}/bias"]
+        if f"{name}/weight_codes" in tensors:
+            layer.set_codes(tensors[f"{name}/weight_codes"], tensors[f"{name}/base_scale"])
+        elif f"{name}/base_scale" in tensors:
             layer.set_base(tensors[f"{name}/base_scale"])
-        layer.lora_a = nn.Parameter(tensors[f"{name}/lora_a"])
-        layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
+        if f"{name}/lora_a" in tensors:
+            layer.lora_a = nn.Parameter(tensors[f"{name}/lora_a"])
+            layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
         if freeze:
             layer.freeze()
     return student.requires_grad_(False).eval()
@@ -151,10 +196,23 @@ def merge_weights(student: Denoiser, teacher: Denoiser) -> None:
     """Give the teacher the floats that the student's integers stand for, in place of its own weights, one layer after
     another. The student, which shared them, is of no use afterwards.
     """
+    halves: dict[str, torch.Tensor] = {}
     for name, layer in fake_layers.quant_layers(student.network).items():
         weight = layer.integers().dequantised()
         layer.weight = layer.base_codes = None
-        teacher.network.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
+        whole, _, half = name.rpartition(".")
+        if half == HALVES[0]:
+            halves[whole] = weight
+            target = teacher.network.get_submodule(whole)
+        elif half == HALVES[1]:
+            target = teacher.network.get_submodule(whole)
+            weight = torch.cat([halves.pop(whole), weight], 1)
+        else:
+            target = teacher.network.get_submodule(name)
+        if half != HALVES[0]:
+            target.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(layer.bias, nn.Parameter) or (layer.bias is not None and target.bias is None):
+            target.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
 
 
 def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:

@@ -21,6 +21,7 @@ FLOORS = {
     "pipelines.plans": 1,
     "pipelines.quant": 1,
     "pipelines.digits": 1,
+    "pipelines.cifar10": 1,
     "pipelines.quant.layers": 2,
     "pipelines.quant.observe": 2,
     "pipelines.quant.candidates": 2,
@@ -33,9 +34,11 @@ FLOORS = {
     "pipelines.students": 4,  # quantised denoisers: of models, kernels and quant together
     "pipelines.distillation": 4,
     "pipelines.digits.train": 4,
+    "pipelines.cifar10.data": 4,
     "pipelines.stages": 5,
     "pipelines.runner": 6,
-    "hqdm_cli": 7,
+    "pipelines.compare": 7,
+    "hqdm_cli": 8,
 }
 
 

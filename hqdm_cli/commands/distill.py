@@ -19,11 +19,12 @@ from hqdm_cli.options import (
     Json,
     Method,
     Seed,
+    Set,
     Steps,
     Variant,
     Workspace,
 )  # fmt: skip
-from hqdm_cli.skin import config_of, finish, named
+from hqdm_cli.skin import config_of, finish, named, pairs
 
 EXAMPLE = """hqdm distill --bits w4a4
   hqdm distill --bits w4a3 --method efficientdm --trajectories 40
@@ -41,6 +42,7 @@ def distill(
     bits: Bits = None,
     method: Method = None,
     variant: Variant = None,
+    options: Set = None,
     plan: Annotated[
         str | None, typer.Option(help="The plan: an artifact, or a YAML file edited by hand.", metavar="ID|FILE")
     ] = None,
@@ -65,7 +67,8 @@ def distill(
     from pipelines.errors import UsageError
     from pipelines.store import Store
 
-    asked = {name: value for name, value in (("bits", bits), ("method", method), ("variant", variant)) if value}
+    given = (("bits", bits), ("method", method), ("variant", variant), ("options", pairs(options)))
+    asked = {name: value for name, value in given if value}
     if plan and asked:
         raise UsageError(
             f"--plan {plan} says the {' and '.join(asked)} already", f"leave out --{' and --'.join(asked)}"

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from hqdm_cli import console
-from hqdm_cli.options import WORKSPACE, Bits, Debug, DryRun, Force, Json, Method, Variant, Workspace
-from hqdm_cli.skin import config_of, finish
+from hqdm_cli.options import WORKSPACE, Bits, Debug, DryRun, Force, Json, Method, Set, Variant, Workspace
+from hqdm_cli.skin import config_of, finish, pairs
 
 EXAMPLE = "hqdm plan --method hqdm --bits w4a4\n  hqdm plan --from edited.yaml"
 
@@ -16,6 +16,7 @@ def plan(
     bits: Bits = None,
     method: Method = None,
     variant: Variant = None,
+    options: Set = None,
     edited: Annotated[
         Path | None, typer.Option("--from", help="Take a plan edited by hand instead of making one.", metavar="FILE")
     ] = None,
@@ -34,7 +35,8 @@ def plan(
     from pipelines.errors import UsageError
     from pipelines.store import Store
 
-    asked = {name: value for name, value in (("bits", bits), ("method", method), ("variant", variant)) if value}
+    given = (("bits", bits), ("method", method), ("variant", variant), ("options", pairs(options)))
+    asked = {name: value for name, value in given if value}
     if edited and asked:
         raise UsageError(
             f"--from {edited} says the {' and '.join(asked)} already", f"leave out --{' and --'.join(asked)}"

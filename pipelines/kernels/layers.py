@@ -12,8 +12,9 @@ from pipelines.memory import give_back
 from pipelines.quant.affine import quantise
 from pipelines.quant.hadamard import rotate_activation, rotate_last
 from pipelines.quant.integers import PackedWeights
-from pipelines.quant.layers import output_spans, row_spans, zero_point
+from pipelines.quant.layers import divide, output_spans, row_spans, zero_point
 from pipelines.quant.spec import SitePlan
+from pipelines.quant.surroundings import Surroundings
 from pipelines.quant.tables import TimestepTables
 
 LARGE = 2**18  # values of an input before whose layer free pages are returned, where memory is scarce
@@ -27,6 +28,8 @@ class IntegerLayer(nn.Module):
         super().__init__()
         self.plan, self.index, self.span = weights.plan, index, span
         self.prepared = backend(backend_name).prepare(weights)
+        self.surroundings = Surroundings(weights.plan, weights.tensors)
+        self._weights, self._floats = weights, None
         self.register_buffer("weight_scale", weights.scale, persistent=False)
         self._tables = [tables]
 
@@ -64,17 +67,30 @@ class IntegerLayer(nn.Module):
     def _at_one_timestep(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() >= LARGE:
             give_back()
-        centred, zero, activation_scale = self.codes(x)
+        moved, mean = self.surroundings.before(x)
+        centred, zero, activation_scale = self.codes(moved)
         factor = self._tables[0].factors_of(self.span)
         weight_scale = self.weight_scale if factor is None else self.weight_scale * factor
-        return self.prepared(centred, zero, activation_scale, weight_scale)
+        y = self.prepared(centred, zero, activation_scale, weight_scale)
+        return self.surroundings.after(y, x, mean, self._folded, weight_scale)
+
+    def _folded(self) -> torch.Tensor:
+        """V in fp32, kept: what a dynamic centre is multiplied with, in floating point."""
+        if self._floats is None:
+            self._floats = self._weights.folded().float()
+        return self._floats
+
+    def forget(self) -> None:
+        """Free the unpacked weights; a call unpacks them again."""
+        self._floats = None
+        self.prepared.forget()
 
 
 def forget_weights(network: nn.Module) -> None:
     """Free the unpacked weights of a network's integer layers, for whatever comes next; a call unpacks them again."""
     layers = [module for module in network.modules() if isinstance(module, IntegerLayer)]
     for layer in layers:
-        layer.prepared.forget()
+        layer.forget()
     give_back(sum(math.prod(layer.plan.site.weight) for layer in layers))
 
 
@@ -90,6 +106,7 @@ def swap_in(
     `unit`.
     """
     layers = {}
+    divide(network, [plan.site for plan in plans])
     for index, (plan, span) in enumerate(zip(plans, output_spans(plans), strict=True)):
         name = plan.site.name
         layers[name] = IntegerLayer(weights[name], tables, index, span, backend_name)

@@ -3,6 +3,8 @@
 The contract tests read this table, so that they take a new method by themselves.
 """
 
+from collections.abc import Mapping
+
 from pipelines.errors import UsageError, did_you_mean
 from pipelines.methods import efficientdm, hqdm
 from pipelines.methods.base import Method, Variant
@@ -10,12 +12,12 @@ from pipelines.methods.base import Method, Variant
 METHODS: dict[str, Method] = {method.name: method for method in (hqdm.METHOD, efficientdm.METHOD)}
 
 
-def find(name: str, variant: str | None) -> tuple[Method, str, Variant]:
-    """A method and one of its variants (its default one for None); UsageError with the nearest name."""
+def find(name: str, variant: str | None, options: Mapping[str, str] | None = None) -> tuple[Method, str, Variant]:
+    """A method and one of its variants (its default one for None) with options; UsageError with the nearest name."""
     if name not in METHODS:
         raise UsageError(f"method {name!r} does not exist", did_you_mean(name, METHODS))
     method = METHODS[name]
     chosen = variant or method.default_variant
     if chosen not in method.variants:
         raise UsageError(f"method {name} has no variant {chosen!r}", did_you_mean(chosen, method.variants))
-    return method, chosen, method.variants[chosen]
+    return method, chosen, method.with_options(method.variants[chosen], options or {})

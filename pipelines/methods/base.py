@@ -1,11 +1,15 @@
 """What a method is: a declaration of how each site is quantised and how the student is trained. No torch, no loop."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from pipelines.errors import UsageError, did_you_mean
 from pipelines.plans import Recipe
 from pipelines.quant.spec import Bits, Site, SitePlan, Transform
+
+if TYPE_CHECKING:
+    import torch
 
 # Kept at 8/8 bits: the first three by EfficientDM and HQ-DM (their public code); what embeds labels, texts and sizes is
 # to a text-conditional model what the time embedding is to theirs.
@@ -14,13 +18,41 @@ FLOAT_ROLES = ("skip", "downsample")  # left in floating point by both
 
 
 class Measured(Protocol):
-    """What the profile measured, as methods ask for it."""
+    """What the profile measured, as methods ask for it; see `pipelines.measures.Measures`."""
 
-    def sqnr(self, site: str, transform: Transform, quantiser: str, bits: int) -> float:
-        """dB, mean over the timesteps; −inf where it was not measured."""
+    timesteps: Sequence[float]
 
-    def transforms(self, site: str) -> list[Transform]:
-        """The transforms that were measured with scales."""
+    def sqnr(self, site: Site, transform: Transform, quantiser: str, bits: int) -> float: ...
+
+    def sqnrs(self, site: Site, quantiser: str, bits: int) -> dict[str, float]: ...
+
+    def transforms(self, site: Site) -> list[Transform]: ...
+
+    def sample(self, site: Site) -> "torch.Tensor": ...
+
+    def statistic(self, site: Site, name: str) -> "torch.Tensor": ...
+
+    def moved(self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"]) -> "torch.Tensor": ...
+
+
+@dataclass(frozen=True)
+class Option:
+    """A number or word that a user may set with --set NAME=VALUE; its type is its default's."""
+
+    default: int | float | str | bool
+    summary: str
+    choices: tuple = ()
+
+    def parse(self, name: str, text: str) -> Any:
+        """A value from a command line. UsageError where it is none."""
+        kind = type(self.default)
+        try:
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise UsageError(f"option {name} cannot be {text!r}", f"it takes a {kind.__name__}: {self.summary}") from None
+        if self.choices and value not in self.choices:
+            raise UsageError(f"option {name} cannot be {text!r}", f"it takes {', '.join(map(str, self.choices))}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -29,19 +61,39 @@ class Variant:
 
     summary: str
     recipe: Recipe = Recipe()
-    options: Mapping[str, object] = field(default_factory=dict)  # read by the method's own `decide`
+    options: Mapping[str, Any] = field(default_factory=dict)  # read by the method's own functions
 
 
 @dataclass(frozen=True)
 class Method:
-    """A declaration. `decide(site, bits, measured, variant)` gives the plan of one site."""
+    """A declaration.
+
+    decide(site, bits, measured, variant): the plan of one site, or of its two halves (`Site.halves`).
+    constants(plan, weight, measured, variant): tensors that the plan of one site needs beside its scales: `gain`,
+        `centre` (C,), `row_bits` (out,) uint8, `weight_codes`. weight (out, in, …) is the teacher's.
+    groups(measured, variant): which timesteps share one activation scale: a group number for each, in the profile's
+        order. An empty list gives each its own.
+    """
 
     name: str
     summary: str
     source: str
     variants: Mapping[str, Variant]
     default_variant: str
-    decide: Callable[[Site, Bits, Measured, Variant], SitePlan]
+    decide: Callable[[Site, Bits, Measured, Variant], SitePlan | tuple[SitePlan, SitePlan]]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    constants: Callable[[SitePlan, "torch.Tensor", Measured, Variant], dict[str, "torch.Tensor"]] | None = None
+    groups: Callable[[Measured, Variant], list[int]] | None = None
+
+    def with_options(self, variant: Variant, given: Mapping[str, str]) -> Variant:
+        """A variant with the method's defaults, its own options and those that a user gave, as values."""
+        for name in given:
+            if name not in self.options:
+                hint = did_you_mean(name, self.options) if self.options else "it takes none"
+                raise UsageError(f"method {self.name} has no option {name!r}", hint)
+        defaults = {name: option.default for name, option in self.options.items()}
+        parsed = {name: self.options[name].parse(name, text) for name, text in given.items()}
+        return Variant(variant.summary, variant.recipe, {**defaults, **variant.options, **parsed})
 
 
 def left_in_float(site: Site, reason: str) -> SitePlan:
@@ -49,9 +101,6 @@ def left_in_float(site: Site, reason: str) -> SitePlan:
     return SitePlan(site, quantised=False, why=reason)
 
 
-def measured_sqnr(site: Site, measured: Measured, quantiser: str, bits: int) -> dict[str, float]:
-    """Mean SQNR in dB of every measured transform by name, for the plan's record."""
-    return {
-        transform.name: round(measured.sqnr(site.name, transform, quantiser, bits), 2)
-        for transform in measured.transforms(site.name)
-    }
+def one_for_all(measured: Measured, variant: Variant) -> list[int]:
+    """Groups of a static quantiser: all timesteps share it."""
+    return [0] * len(measured.timesteps)

@@ -15,7 +15,6 @@ from pipelines.methods.base import (
     Method,
     Variant,
     left_in_float,
-    measured_sqnr,
 )  # fmt: skip
 from pipelines.quant.spec import Bits, Site, SitePlan
 
@@ -27,7 +26,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     if site.role in FLOAT_ROLES:
         return left_in_float(site, f"{site.role} convolutions stay in floating point (EfficientDM's code)")
     weight, activation = (8, 8) if site.role in EIGHT_BIT_ROLES else (bits.weight, bits.activation)
-    known = measured_sqnr(site, measured, "asymmetric", activation)
+    known = measured.sqnrs(site, "asymmetric", activation)
     return SitePlan(
         site, True, weight_bits=weight, activation_bits=activation, weight_quantiser="asymmetric",
         activation_quantiser="asymmetric", sqnr=known,

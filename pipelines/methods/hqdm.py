@@ -19,12 +19,12 @@ from pipelines.methods.base import (
     FLOAT_ROLES,
     Measured,
     Method,
+    Option,
     Recipe,
     Variant,
     left_in_float,
-    measured_sqnr,
 )  # fmt: skip
-from pipelines.quant.spec import IDENTITY, QUANTISERS, Bits, Site, SitePlan, Transform, largest_block
+from pipelines.quant.spec import IDENTITY, ORDERS, QUANTISERS, Bits, Site, SitePlan, Transform, largest_block
 
 ORDER = 32  # k = 5, the best of the paper's table 4
 ENOUGH_DB = 30.0  # above this a rotation buys nothing, and at 8 bits it costs a second int8 digit
@@ -39,26 +39,26 @@ def _published(site: Site, variant: Variant) -> Transform:
     if site.role in EIGHT_BIT_ROLES:
         return IDENTITY
     if site.kind == "conv" and variant.options["axis"] == "width":
-        order = largest_block(site.positions[1], ORDER)
+        order = largest_block(site.positions[1], variant.options["order"])
         return Transform("width", order) if order > 1 else IDENTITY
     if site.kind == "linear" and site.rank not in variant.options["ranks"]:
         return IDENTITY
-    whole = Transform("channels", ORDER)
+    whole = Transform("channels", variant.options["order"])
     return whole if site.admits(whole) else IDENTITY
 
 
 def _best(site: Site, activation: int, measured: Measured) -> tuple[Transform, str]:
     """The transform and activation quantiser with the highest measured SQNR; the identity where it is enough."""
-    plain = max(QUANTISERS, key=lambda quantiser: measured.sqnr(site.name, IDENTITY, quantiser, activation))
-    if measured.sqnr(site.name, IDENTITY, plain, activation) >= ENOUGH_DB:
+    plain = max(QUANTISERS, key=lambda quantiser: measured.sqnr(site, IDENTITY, quantiser, activation))
+    if measured.sqnr(site, IDENTITY, plain, activation) >= ENOUGH_DB:
         return IDENTITY, plain
     pairs = [
         (transform, quantiser)
-        for transform in measured.transforms(site.name)
+        for transform in measured.transforms(site)
         if transform.axis != "width"
         for quantiser in QUANTISERS
     ]
-    return max(pairs, key=lambda pair: measured.sqnr(site.name, *pair, activation))
+    return max(pairs, key=lambda pair: measured.sqnr(site, *pair, activation))
 
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
@@ -74,7 +74,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
         transform, quantiser = _best(site, activation, measured)
     else:
         transform, quantiser = _published(site, variant), "symmetric"
-    plain, chosen = (measured.sqnr(site.name, candidate, quantiser, activation) for candidate in (IDENTITY, transform))
+    plain, chosen = (measured.sqnr(site, candidate, quantiser, activation) for candidate in (IDENTITY, transform))
     if search and transform.is_identity:
         reason = "enough" if plain >= ENOUGH_DB else "the best measured"
         why = f"{plain:.1f} dB unrotated at {activation} bits ({quantiser}), {reason}"
@@ -86,7 +86,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
         site, True, transform, _inverse(transform), weight, activation,
         # A zero-point widens an 8-bit weight past int8 and buys nothing there.
         weight_quantiser="symmetric" if search and weight == 8 else "asymmetric",
-        activation_quantiser=quantiser, why=why, sqnr=measured_sqnr(site, measured, quantiser, activation),
+        activation_quantiser=quantiser, why=why, sqnr=measured.sqnrs(site, quantiser, activation),
     )  # fmt: skip
 
 
@@ -110,5 +110,6 @@ METHOD = Method(
         ),
     },
     default_variant="ours",
+    options={"order": Option(ORDER, "Hadamard order of the published variants (table 4: k = 3 … 6)", ORDERS)},
     decide=decide,
 )

@@ -3,6 +3,7 @@
 | name | pool | spatial | logits |
 | --- | --- | --- | --- |
 | `digits` | 64, the classifier's last hidden layer | 128, its first 8 maps of 4×4 | 10 |
+| `cifar10` | 192, the classifier's last maps, averaged | 512, the first 8 of its middle maps of 8×8 | 10 |
 | `inception` | 2048 | 2023, the first 7 maps of 17×17 of Mixed_6d.branch1x1 (TensorFlow's mixed_6/conv) | 1008 |
 
 `pool` is for the Fréchet distance (FID), KID, precision and recall; `spatial`, flattened rows, columns, channels as in
@@ -23,8 +24,9 @@ import torch
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-from pipelines.digits import CLASSIFIER
-from pipelines.digits.classifier import load_classifier
+from pipelines import cifar10, digits
+from pipelines.cifar10.classifier import load_classifier as load_cifar10
+from pipelines.digits.classifier import load_classifier as load_digits
 from pipelines.digits.data import CLASSES, SIZE
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError, did_you_mean
 from pipelines.events import Report
@@ -95,12 +97,15 @@ class Extractor:
                             f"{self.kind.size}×{self.kind.size}", "--extractor inception takes any size")  # fmt: skip
 
 
-class DigitsExtractor(FeatureExtractorBase):
-    """The digits classifier as torch-fidelity sees extractors: (N, 1 or 3, 16, 16) uint8 to a tuple of features."""
+class ClassifierExtractor(FeatureExtractorBase):
+    """A shipped classifier as torch-fidelity sees extractors: (N, 1 or 3, H, W) uint8 to a tuple of features."""
+
+    build: Callable[[], torch.nn.Module]  # of the classifier
+    channels: int  # that it takes
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
-        self.classifier = load_classifier()
+        self.classifier = type(self).build()
 
     @staticmethod
     def get_provided_features_list():
@@ -115,12 +120,26 @@ class DigitsExtractor(FeatureExtractorBase):
         return False
 
     def forward(self, images):
-        grey = images.float().mean(1, keepdim=True)  # exact where the three channels are equal
-        features = self.classifier.features(grey / 127.5 - 1)
+        # The mean is exact where the three channels are equal.
+        images = images.float().mean(1, keepdim=True) if self.channels == 1 else images.float().expand(-1, 3, -1, -1)
+        features = self.classifier.features(images / 127.5 - 1)
         return tuple(features[name] for name in self.features_list)
 
 
+class DigitsExtractor(ClassifierExtractor):
+    """The digits classifier, on (N, 1 or 3, 16, 16)."""
+
+    build, channels = staticmethod(load_digits), 1
+
+
+class Cifar10Extractor(ClassifierExtractor):
+    """The CIFAR-10 classifier, on (N, 1 or 3, 32, 32)."""
+
+    build, channels = staticmethod(load_cifar10), 3
+
+
 register_feature_extractor("digits", DigitsExtractor)
+register_feature_extractor("cifar10", Cifar10Extractor)
 
 
 def load_extractor(name: str, weights: str | None = None) -> Extractor:
@@ -137,15 +156,23 @@ def find_kind(name: str) -> Kind:
     return EXTRACTORS[name]
 
 
-def _digits_weights(path: str | None) -> Path:
-    if path is not None:
-        raise UsageError("the extractor 'digits' comes with its weights", "leave --weights away")
-    return CLASSIFIER
+def _shipped(name: str, file: Path) -> Callable[[str | None], Path]:
+    """The weights' file of an extractor that brings its own."""
+
+    def weights(path: str | None) -> Path:
+        if path is not None:
+            raise UsageError(f"the extractor {name!r} comes with its weights", "leave --weights away")
+        return file
+
+    return weights
 
 
-def _load_digits(_: Path) -> Callable[[torch.Tensor], Features]:
-    module = DigitsExtractor("digits", list(Features._fields)).eval()
-    return lambda images: Features(*module(images))
+def _classifier(name: str, kind: type[ClassifierExtractor]) -> Callable[[Path], Callable[[torch.Tensor], Features]]:
+    def load(_: Path) -> Callable[[torch.Tensor], Features]:
+        module = kind(name, list(Features._fields)).eval()
+        return lambda images: Features(*module(images))
+
+    return load
 
 
 def _inception_weights(path: str | None) -> Path:
@@ -207,6 +234,12 @@ def _load_inception(file: Path) -> Callable[[torch.Tensor], Features]:
 
 
 EXTRACTORS = {
-    "digits": Kind("digits", 64, 128, SIZE, CLASSES, _digits_weights, _load_digits),
+    "digits": Kind(
+        "digits", 64, 128, SIZE, CLASSES, _shipped("digits", digits.CLASSIFIER), _classifier("digits", DigitsExtractor)
+    ),
+    "cifar10": Kind(
+        "cifar10", 192, 512, cifar10.SIZE, len(cifar10.CLASSES), _shipped("cifar10", cifar10.CLASSIFIER),
+        _classifier("cifar10", Cifar10Extractor),
+    ),
     "inception": Kind("inception", 2048, 2023, None, None, _inception_weights, _load_inception),
-}
+}  # fmt: skip

@@ -10,6 +10,7 @@ from torch import nn
 from pipelines.errors import FileFault
 from pipelines.models.checkpoint import read_tensors
 from pipelines.models.compvis_config import (
+    SPACE,
     ClassConfig,
     Params,
     check_supported,
@@ -23,7 +24,7 @@ from pipelines.models.compvis_published import recognise
 from pipelines.models.denoiser import Denoiser, ModelInfo
 from pipelines.models.families import FAMILIES
 from pipelines.models.families.base import CLASSIFIER_FREE, NONE
-from pipelines.models.first_stage import FirstStage
+from pipelines.models.first_stage import FirstStage, SpaceToDepth
 
 # Entries of a checkpoint that hold nothing a denoiser needs: the schedule's buffers, losses, the averages' counters.
 _SCALE = "scale_factor"
@@ -74,8 +75,9 @@ def load_checkpoint(checkpoint: Path, config: Path | None = None, ema: bool = Tr
     _fill(fitted.network, fitted.sources, state, checkpoint)
     first_stage = None
     if fitted.first_stage is not None:
-        _fill(fitted.first_stage, fitted.first_stage_sources, state, checkpoint)
-        fitted.first_stage.register_to_config(scaling_factor=_scale_factor(state, params, checkpoint))
+        if not isinstance(fitted.first_stage, SpaceToDepth):
+            _fill(fitted.first_stage, fitted.first_stage_sources, state, checkpoint)
+            fitted.first_stage.register_to_config(scaling_factor=_scale_factor(state, params, checkpoint))
         first_stage = FirstStage(fitted.first_stage)
     conditions, rows = {}, 1
     if params.conditional:
@@ -115,7 +117,7 @@ def fit(state: Mapping[str, torch.Tensor], params: Params, checkpoint: Path, whe
     averaged = ema and averages
     chosen, other = unet_sources(network, averaged), unet_sources(network, not averaged)
     first_stage = _build_first_stage(params)
-    inside = first_stage_sources(first_stage) if first_stage is not None else {}
+    inside = first_stage_sources(first_stage) if first_stage is not None and first_stage.state_dict() else {}
     sources = [*chosen.values(), *inside.values()]
     missing, wrong = misfits(state, sources)
     known = {source.key for source in (*sources, *other.values())} | set(_LEFTOVERS)
@@ -142,7 +144,9 @@ def fit(state: Mapping[str, torch.Tensor], params: Params, checkpoint: Path, whe
 
 
 def _build_first_stage(params: Params) -> nn.Module | None:
-    """diffusers' autoencoder on the meta device; its scaling factor is not known before the file is read."""
+    """diffusers' autoencoder on the meta device, its scaling factor not known before the file is read; or
+    SpaceToDepth.
+    """
     import diffusers
     from accelerate import init_empty_weights
 
@@ -150,6 +154,8 @@ def _build_first_stage(params: Params) -> nn.Module | None:
     if wanted is None:
         return None
     name, arguments = wanted
+    if name == SPACE:
+        return SpaceToDepth(**arguments)
     with init_empty_weights(include_buffers=False):
         return getattr(diffusers, name)(**arguments)
 

@@ -13,7 +13,8 @@ from pipelines.errors import FileFault, HqdmError, UsageError
 _GROUPS = 32  # of every group norm in CompVis's networks
 _MOST = 1 << 16  # of any count, width or side: what is larger is a slip, and would take memory before it is refused
 UNCONDITIONAL = "__is_unconditional__"  # what stands in cond_stage_config's place
-IDENTITY, VQ, KL = "IdentityFirstStage", "VQModelInterface", "AutoencoderKL"  # first stages, by their class
+# First stages, by their class. The last is this project's own.
+IDENTITY, VQ, KL, SPACE = "IdentityFirstStage", "VQModelInterface", "AutoencoderKL", "SpaceToDepth"
 _UNET_AS_BUILT = {
     "dims": 2, "num_classes": None, "conv_resample": True, "use_new_attention_order": False, "n_embed": None,
     "use_linear_in_transformer": False,
@@ -84,6 +85,7 @@ class FirstStageParams:
     n_embed: int | None = None  # of a vector quantiser
     ddconfig: Autoencoder | None = None
     remap: str | None = None
+    block: int | None = None  # pixels a side that SpaceToDepth puts into the channels
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,8 @@ def _check_unet(unet: Unet, where: str) -> None:
 
 
 def _check_first_stage(config: FirstStageConfig, where: str) -> None:
+    if config.kind == SPACE:
+        _check_counts({"first_stage_config.params.block": config.params.block}, where)
     if config.kind not in (VQ, KL):
         return
     params = config.params
@@ -286,11 +290,14 @@ def check_supported(params: Params, where: str) -> None:
     for key, value in (("parameterization", "eps"), ("beta_schedule", "linear")):
         if getattr(params, key) != value:
             refused.append(f"{key}: {getattr(params, key)}")
-    if first.kind not in (IDENTITY, VQ, KL):
+    if first.kind not in (IDENTITY, VQ, KL, SPACE):
         refused.append(f"first_stage_config: {first.target}")
-    elif first.kind == IDENTITY:
+    elif first.kind in (IDENTITY, SPACE):
         if params.scale_factor != 1.0 or params.scale_by_std:
-            refused.append(f"{IDENTITY} with a scale_factor")
+            refused.append(f"{first.kind} with a scale_factor")
+        block = first.params.block
+        if first.kind == SPACE and unet.in_channels not in (block**2, 3 * block**2):
+            refused.append(f"block: {block} with in_channels: {unet.in_channels}")
     else:
         found = {key: getattr(inner, key) for key in ("double_z", "attn_resolutions", "attn_type")}
         wanted = {"double_z": first.kind == KL, "attn_resolutions": (), "attn_type": "vanilla"}
@@ -306,7 +313,7 @@ def check_supported(params: Params, where: str) -> None:
         raise HqdmError(
             f"{where}: this configuration is not supported: {'; '.join(refused)}",
             "supported: a class-conditional UNet with spatial transformers and cross-attention, or an unconditional "
-            f"one with attention blocks; {IDENTITY}, {VQ} or {KL} as first stage; ε as what it predicts",
+            f"one with attention blocks; {IDENTITY}, {VQ}, {KL} or {SPACE} as first stage; ε as what it predicts",
         )
 
 
@@ -342,10 +349,14 @@ def unet_arguments(params: Params) -> tuple[str, dict[str, Any], dict[str, int]]
 
 
 def first_stage_arguments(params: Params) -> tuple[str, dict[str, Any]] | None:
-    """The class of diffusers and its arguments for the first stage; None for one that does nothing."""
+    """The class of diffusers, or SpaceToDepth, and its arguments for the first stage; None for one that does
+    nothing.
+    """
     first = params.first_stage_config
     if first.kind == IDENTITY:
         return None
+    if first.kind == SPACE:
+        return SPACE, dict(block=first.params.block)
     inner = first.params.ddconfig
     arguments = dict(
         in_channels=inner.in_channels, out_channels=inner.out_ch, block_out_channels=inner.widths,

@@ -109,6 +109,15 @@ class Denoiser(nn.Module):
 def find_sites(denoiser: Denoiser) -> list[Site]:
     """Every linear and convolution of the denoiser, in the order in which one forward pass reaches them."""
     sites: dict[str, Site] = {}
+    joints: dict[str, int] = {}
+    joins = _Joins()
+
+    def reads_a_join(name: str):
+        def hook(module, args):
+            if (width := joins.width(args[0])) is not None:
+                joints.update({f"{name}.{layer}": width for layer in ("conv1", "conv_shortcut")})
+
+        return hook
 
     def seen(name: str):
         def hook(module, args):
@@ -123,7 +132,7 @@ def find_sites(denoiser: Denoiser) -> list[Site]:
             sites.setdefault(
                 name,
                 Site(name=name, role=denoiser.family.role(name), weight=tuple(module.weight.shape), rank=x.ndim,
-                     bias=module.bias is not None, obstacle=_obstacle(module), **shape),
+                     bias=module.bias is not None, obstacle=_obstacle(module), joint=joints.get(name, 0), **shape),
             )  # fmt: skip
 
         return hook
@@ -133,10 +142,36 @@ def find_sites(denoiser: Denoiser) -> list[Site]:
         for name, module in denoiser.network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
-    denoiser.predict(torch.zeros(1, *denoiser.info.shape), torch.tensor(1), torch.zeros(1, dtype=torch.int64), 1.0)
+    handles += [
+        module.register_forward_pre_hook(reads_a_join(name))
+        for name, module in denoiser.network.named_modules()
+        if hasattr(module, "conv1") and hasattr(module, "conv_shortcut")  # diffusers' residual blocks
+    ]
+    with joins:
+        denoiser.predict(torch.zeros(1, *denoiser.info.shape), torch.tensor(1), torch.zeros(1, dtype=torch.int64), 1.0)
     for handle in handles:
         handle.remove()
     return list(sites.values())
+
+
+class _Joins(torch.overrides.TorchFunctionMode):
+    """Remembers, while it is entered, which tensors join two others along their channels, as skip connections do."""
+
+    def __init__(self):
+        super().__init__()
+        self._known: list[tuple[torch.Tensor, int]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.cat and result.ndim == 4 and len(args[0]) == 2:
+            first, second = args[0]
+            if first.shape[1] + second.shape[1] == result.shape[1]:
+                self._known.append((result, first.shape[1]))
+        return result
+
+    def width(self, x: torch.Tensor) -> int | None:
+        """Channels of the first of the two that x joins; None where it joins none."""
+        return next((width for joined, width in self._known if joined is x), None)
 
 
 def _obstacle(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from pipelines.errors import FileFault
 from pipelines.memory import give_back
@@ -19,8 +20,33 @@ AT_ONCE = 1  # latents decoded at a time: a decoder's activations are many times
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
 
 
+class SpaceToDepth(nn.Module):
+    """A first stage without weights: `block`×`block` pixels of an image become channels of one latent pixel.
+
+    Of C image channels the latent has C·block²; channel c·block² + block·y + x holds image channel c of the pixels at
+    row y and column x of their blocks (torch's pixel_unshuffle). Nothing is lost, so encode and decode are exact
+    inverses.
+    """
+
+    def __init__(self, block: int):
+        super().__init__()
+        if type(block) is not int or block < 1:
+            raise ValueError(f"block cannot be {block!r}")
+        self.block = block
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) to latents (N, C·block², H/block, W/block); RuntimeError where the block cuts a side."""
+        return F.pixel_unshuffle(images, self.block)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`."""
+        return F.pixel_shuffle(latents, self.block)
+
+
 class FirstStage:
-    """A decoder of diffusers, as a module or as the folder that `save` wrote: until it decodes it takes no memory."""
+    """A decoder of diffusers or SpaceToDepth, as a module or as the folder that `save` wrote: until it decodes it
+    takes no memory.
+    """
 
     def __init__(self, module: nn.Module | None = None, folder: Path | None = None):
         self._module, self._folder = module, folder
@@ -34,13 +60,17 @@ class FirstStage:
     @property
     def factor(self) -> int:
         """Pixels a latent, along one side."""
+        if isinstance(self.module(), SpaceToDepth):
+            return self.module().block
         config = self.module().config
         return 2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1)
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (N, C, H, W) as the denoiser has them to images (N, 3, H', W'), about [-1, 1]."""
+        """Latents (N, C, H, W) as the denoiser has them to images (N, 1 or 3, H', W'), about [-1, 1]."""
         module = self.module()
+        if isinstance(module, SpaceToDepth):
+            return module.decode(latents)
         scaled = latents / module.config.scaling_factor + (module.config.get("shift_factor") or 0.0)
         if module.config.get("latents_mean") is not None and module.config.get("latents_std") is not None:
             mean, deviation = (torch.tensor(module.config[key]) for key in ("latents_mean", "latents_std"))
@@ -55,8 +85,14 @@ class FirstStage:
                 handle.remove()
 
     def save(self, folder: Path) -> None:
-        """Write it to `folder`/first_stage, as safetensors whatever it was read from."""
-        self.module().save_pretrained(Path(folder) / FOLDER)
+        """Write it to `folder`/first_stage, as safetensors whatever it was read from; SpaceToDepth is a config.json."""
+        module, there = self.module(), Path(folder) / FOLDER
+        if not isinstance(module, SpaceToDepth):
+            module.save_pretrained(there)
+            return
+        there.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": SpaceToDepth.__name__, "block": module.block}
+        (there / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> "FirstStage | None":
@@ -80,6 +116,8 @@ def _load(folder: Path) -> nn.Module:
     """What `save` wrote. Its tensors stay in the mapped file: decoding never touches an encoder's pages."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config["_class_name"] == SpaceToDepth.__name__:
+            return SpaceToDepth(config["block"])
         module = build(config["_class_name"], config)
         module.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     except _DAMAGE as error:

@@ -123,6 +123,11 @@ def choose(
     return scale, zero
 
 
+def cover(x: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero-point of each row of x (rows, n) whose range covers the row's: nothing is clipped."""
+    return choose(x, low, high, steps=1)
+
+
 def sqnr(x: torch.Tensor, approximation: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Signal-to-quantisation-noise ratio in dB along `dim`: 10·log₁₀(Σx² / Σ(x − x̂)²), at most 200."""
     signal = x.double().square().sum(dim)

@@ -1,7 +1,7 @@
 """The integers of one quantised layer: what training ends with, what export packs and what kernels compute with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from pipelines.memory import let_go
 from pipelines.quant.hadamard import rotate_weight
 from pipelines.quant.packing import pack, unpack
 from pipelines.quant.spec import SitePlan
+from pipelines.quant.surroundings import NAMES, weight_bounds
 
 AT_ONCE = 2**20  # weights that a pass over rows takes
 
@@ -27,20 +28,24 @@ class IntegerWeights:
     zero: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None
+    surroundings: Mapping[str, torch.Tensor] = field(default_factory=dict)  # see `surroundings.Surroundings`
 
     def dequantised(self) -> torch.Tensor:
         """The weight (out, in, …) fp32 that these integers stand for, in the layer's own, unrotated coordinates."""
         weight = self.centred.float() * self.scale.view(-1, *[1] * (self.centred.ndim - 1))
         if self.plan.inverse == "double":
             weight = rotate_weight(weight, self.plan.transform, inverse=True) / self.plan.transform.order
-        return weight
+        gain = self.surroundings.get("gain")
+        return weight if gain is None else weight * gain.view(1, -1, *[1] * (weight.ndim - 2))
 
     def packed(self) -> "PackedWeights":
         """As a file holds them."""
-        low, _ = self.plan.weight_range
-        codes = (self.centred + self.zero.view(-1, *[1] * (self.centred.ndim - 1)) - low).numpy().astype(np.uint8)
-        tensors = {
-            "weight": torch.from_numpy(pack(codes, self.plan.weight_bits)),
+        row_bits = self.surroundings.get("row_bits")
+        codes = self.centred + self.zero.view(-1, *[1] * (self.centred.ndim - 1)) - _lowest(self.plan, row_bits)
+        codes = codes.numpy().astype(np.uint8)
+        packed = [pack(codes[rows], bits) for bits, rows in _widths(self.plan, row_bits)]
+        tensors = dict(self.surroundings) | {
+            "weight": torch.from_numpy(np.concatenate(packed)),
             "weight_scale": self.scale.clone(),
         }
         if self.plan.weight_quantiser == "asymmetric":
@@ -54,7 +59,9 @@ class IntegerWeights:
 class PackedWeights:
     """A layer's integers as a file holds them, maybe still in it: a mapped file's pages come and go as they are read.
 
-    tensors: `weight` packed uint8, `weight_scale` (out,) fp32, `weight_zero` packed uint8 (asymmetric only), `bias`.
+    tensors: `weight` packed uint8, `weight_scale` (out,) fp32, `weight_zero` packed uint8 (asymmetric only), `bias`, and
+    those of `surroundings.Surroundings`. Where outputs have widths of their own (`row_bits`), `weight` holds the rows of
+    the narrowest first, in their order, then those of the next width.
     """
 
     plan: SitePlan
@@ -73,8 +80,16 @@ class PackedWeights:
         plan's.
         """
         plan, shape = self.plan, self.plan.site.weight
-        packed = self.tensors["weight"]
-        codes = torch.from_numpy(unpack(packed.numpy(), plan.weight_bits, shape))
+        packed, row_bits = self.tensors["weight"], self.tensors.get("row_bits")
+        if row_bits is None:
+            codes = torch.from_numpy(unpack(packed.numpy(), plan.weight_bits, shape))
+        else:
+            codes, start = torch.empty(shape, dtype=torch.uint8), 0
+            for bits, rows in _widths(plan, row_bits):
+                mine = (int(rows.sum()), *shape[1:])
+                size = -(-int(np.prod(mine)) * bits // 8)
+                codes[rows] = torch.from_numpy(unpack(packed[start : start + size].numpy(), bits, mine))
+                start += size
         let_go(packed.data_ptr(), packed.nbytes)
         zero = torch.zeros(shape[0], dtype=torch.int16)
         if plan.weight_quantiser == "asymmetric":
@@ -85,11 +100,13 @@ class PackedWeights:
         """The inverse of `IntegerWeights.packed`."""
         codes, zero = self._codes()
         centred = codes.to(torch.int16).add_(self._shift(zero))
-        return IntegerWeights(self.plan, centred, zero, self.scale, self.bias)
+        around = {name: self.tensors[name] for name in NAMES if name in self.tensors}
+        return IntegerWeights(self.plan, centred, zero, self.scale, self.bias, around)
 
     def _shift(self, zero: torch.Tensor) -> torch.Tensor:
         """What makes unsigned codes centred ones, (out, 1, …)."""
-        return (self.plan.weight_range[0] - zero).view(-1, *[1] * (len(self.plan.site.weight) - 1))
+        low = _lowest(self.plan, self.tensors.get("row_bits"))
+        return (low - zero.view(-1, *[1] * (len(self.plan.site.weight) - 1))).to(torch.int16)
 
     def folded(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """V (out, in, …), what the quantised activation is multiplied with: W_int·M for `single`, W_int otherwise.
@@ -110,6 +127,20 @@ class PackedWeights:
             centred = codes[rows] + shift[rows]
             folded[rows] = rotate_weight(centred.float(), plan.transform) if single else centred
         return folded
+
+
+def _lowest(plan: SitePlan, row_bits: torch.Tensor | None) -> torch.Tensor | int:
+    """The smallest weight code of each output, a number or (out, 1, …) int16."""
+    if row_bits is None:
+        return plan.weight_range[0]
+    return weight_bounds(plan, row_bits)[0].to(torch.int16).view(-1, *[1] * (len(plan.site.weight) - 1))
+
+
+def _widths(plan: SitePlan, row_bits: torch.Tensor | None) -> list[tuple[int, torch.Tensor | slice]]:
+    """The widths of a site's weights, ascending, each with its rows."""
+    if row_bits is None:
+        return [(plan.weight_bits, slice(None))]
+    return [(bits, row_bits == bits) for bits in sorted(set(row_bits.tolist()))]
 
 
 def accumulator_bound(folded: torch.Tensor, activation_range: tuple[int, int], growth: int = 1) -> int:

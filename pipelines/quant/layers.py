@@ -10,8 +10,9 @@ its parameters; V and everything between is computed again when the gradient arr
 stays in the processor's caches.
 """
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ from pipelines.memory import give_back
 from pipelines.quant.affine import centred_codes, quantise
 from pipelines.quant.hadamard import rotate_activation, rotate_last
 from pipelines.quant.integers import IntegerWeights, accumulator_bound
-from pipelines.quant.spec import Site, SitePlan
+from pipelines.quant.spec import HALVES, Site, SitePlan
+from pipelines.quant.surroundings import Surroundings
 from pipelines.quant.tables import TimestepTables
 
 EXACT_FP32 = 2**24  # integers below it are exact in fp32, and so are sums that stay below it
@@ -90,9 +92,11 @@ class QuantLayer(nn.Module):
         tables: TimestepTables,
         index: int,
         span: slice,
+        constants: Mapping[str, torch.Tensor] | None = None,
     ):
         super().__init__()
         self.plan, self.index, self.span = plan, index, span
+        self.surroundings = Surroundings(plan, constants or {})
         self.register_buffer("weight", weight.detach(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
         self.weight_scale = nn.Parameter(weight_scale.clone())
@@ -100,6 +104,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("base_codes", None, persistent=False)
         self.register_buffer("base_scale", None, persistent=False)
         self.lora_a = self.lora_b = None
+        self.soft_codes: Callable[[], torch.Tensor] | None = None  # codes − zero-points while their rounding is learned
         self._tables = [tables]  # in a list, so that the shared tables are not a child of every layer
         self._frozen: tuple[torch.Tensor, torch.dtype] | None = None
 
@@ -111,25 +116,46 @@ class QuantLayer(nn.Module):
         self.base_codes = self.base_scale = None
         rows = as_rows(self.weight)
         codes = torch.empty(rows.shape, dtype=torch.uint8)
-        low, high = self.plan.weight_range
         for span in row_spans(*rows.shape):
+            low, high = self.surroundings.bounds(span)
             part = self._turned(rows[span])
             part = quantise(part, scale[span, None], self.weight_zero[span, None], low, high)
             codes[span] = part.sub_(low).to(torch.uint8)
         self.base_codes, self.base_scale = codes, scale.clone()
 
+    @torch.no_grad()
+    def set_codes(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        """Let the adapters add to codes (out, …·in) uint8, from each row's smallest, that were rounded otherwise than
+        to the nearest, at `scale` (out,).
+        """
+        self.base_codes, self.base_scale = codes, scale.clone()
+
+    def train_weight(self) -> None:
+        """Make the weight itself a parameter, a copy that is no longer shared."""
+        weight = self.merged_weight()
+        del self.weight
+        self.base_codes = self.base_scale = None
+        self.weight = nn.Parameter(weight)
+
+    def train_bias(self) -> None:
+        """Make the bias a parameter of its own; zeros where there was none."""
+        bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias.clone()
+        del self.bias
+        self.bias = nn.Parameter(bias)
+
     def _base(self, span: slice) -> torch.Tensor:
         """Rows of what the adapters add to, in the layer's own coordinates."""
         if self.base_codes is None:
             return as_rows(self.weight[span])
-        codes = self.base_codes[span].float() + self.plan.weight_range[0]
+        codes = self.base_codes[span].float() + self.surroundings.bounds(span)[0]
         value = codes.sub_(self.weight_zero[span, None]).mul_(self.base_scale[span, None])
         if self.plan.inverse == "double":
             value = rotate_last(value, self.plan.transform, inverse=True).div_(self.plan.transform.order)
-        return value
+        return self.surroundings.from_quantiser(value)
 
     def _turned(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows in the coordinates in which the weight is quantised: rotated for `double`, their own otherwise."""
+        """Rows in the coordinates in which the weight is quantised: over the gain, and rotated for `double`."""
+        rows = self.surroundings.to_quantiser(rows)
         return rotate_last(rows, self.plan.transform) if self.plan.inverse == "double" else rows
 
     def add_lora(self, rank: int, generator: torch.Generator) -> None:
@@ -157,8 +183,8 @@ class QuantLayer(nn.Module):
         """Some rows of the weight over its scale, in its quantiser's coordinates, and the bounds (rows, 1) between
         which it is rounded: clamp(⌊x/s⌉ + z, low, high) − z is clamp(⌊x/s⌉, low − z, high − z), a pass less.
         """
-        low, high = self.plan.weight_range
         for span, rows in self._merged():
+            low, high = self.surroundings.bounds(span)
             zero = self.weight_zero[span, None]
             yield span, self._turned(rows).div_(self.weight_scale[span, None]), low - zero, high - zero
 
@@ -182,15 +208,16 @@ class QuantLayer(nn.Module):
             self._integers(torch.int16, fold=False),
             self.weight_zero.to(torch.int16),
             self.weight_scale.detach().clone(),
-            None if self.bias is None else self.bias.float().clone(),
+            None if self.bias is None else self.bias.detach().float().clone(),
+            self.surroundings.tensors(),
         )
 
     @torch.no_grad()
     def gradients(
         self, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """What dV, a gradient of V (out, in, …), comes to: the sums Σ V·dV (out,), and the gradients of weight_scale,
-        lora_a and lora_b. dV is overwritten.
+        lora_a, lora_b and the weight, None where those are not there or not trained. dV is overwritten.
 
         Straight through the quantiser inside its range, nothing outside; for the scale see `affine._CentredCodes`.
         """
@@ -204,11 +231,13 @@ class QuantLayer(nn.Module):
             sums[span] = (part * codes).sum(1)  # Σ (C·M)·dV = Σ C·(dV·Mᵀ)
             part = part.masked_fill(rounded != codes, 0.0).div_(self.weight_scale[span, None])
             scale_grad[span] = (part * relative).sum(1).neg_()
-            grad[span] = rotate_last(part, transform, inverse=True) if inverse == "double" else part
+            part = rotate_last(part, transform, inverse=True) if inverse == "double" else part
+            grad[span] = self.surroundings.to_quantiser(part)
+        weight_grad = from_rows(grad, self.weight.shape) if self.weight.requires_grad else None
         if self.lora_a is None:
-            return sums, scale_grad, None, None
+            return sums, scale_grad, None, None, weight_grad
         a_grad = from_rows(self.lora_b.T @ grad, self.lora_a.shape)
-        return sums, scale_grad, a_grad, grad @ as_rows(self.lora_a).T
+        return sums, scale_grad, a_grad, grad @ as_rows(self.lora_a).T, weight_grad
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -231,10 +260,28 @@ class QuantLayer(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         factor = self._tables[0].factors_of(self.span)
         output_scale = self.weight_scale if factor is None else self.weight_scale * factor
-        learned = (x, scale, zero, output_scale, self.weight_scale, self.lora_a, self.lora_b)
-        if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in learned):
-            return _Trained.apply(self, *learned)
-        return self.output(self.codes(x, scale, zero), scale, output_scale)
+        given = x
+        x, mean = self.surroundings.before(x)
+        own = [value if value is not None and value.requires_grad else None for value in (self.weight, self.bias)]
+        learned = (x, scale, zero, output_scale, self.weight_scale, self.lora_a, self.lora_b, *own)
+        if self.soft_codes is not None:
+            y = self._softly(x, scale, zero, output_scale)
+        elif torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in learned):
+            y = _Trained.apply(self, *learned)
+        else:
+            y = self.output(self.codes(x, scale, zero), scale, output_scale)
+        return self.surroundings.after(y, given, mean, self._folded_now, output_scale.detach())
+
+    def _folded_now(self) -> torch.Tensor:
+        return self.folded() if self._frozen is None else self._frozen[0].float()
+
+    def _softly(self, x, scale, zero, output_scale) -> torch.Tensor:
+        """The forward pass with codes whose rounding is being learned; gradients are torch's own."""
+        codes = self.soft_codes()  # (out, …·in)
+        if self.plan.inverse == "single":
+            codes = rotate_last(codes, self.plan.transform)
+        accumulator = product(self.codes(x, scale, zero), from_rows(codes, self.weight.shape), self.plan.site)
+        return epilogue(accumulator, scale / self.plan.transform.order, output_scale, self.bias)
 
     def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """What V is multiplied with: x rotated and quantised, centred, and rotated back where that is the plan."""
@@ -262,9 +309,9 @@ class _Trained(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, x, scale, zero, output_scale, weight_scale, lora_a, lora_b):
+    def forward(ctx, layer, x, scale, zero, output_scale, weight_scale, lora_a, lora_b, weight, bias):
         ctx.layer = layer
-        ctx.save_for_backward(x, scale, zero, output_scale, weight_scale, lora_a, lora_b)
+        ctx.save_for_backward(x, scale, zero, output_scale, weight_scale, lora_a, lora_b, weight, bias)
         return layer.output(layer.codes(x, scale, zero), scale, output_scale)
 
     @staticmethod
@@ -274,6 +321,9 @@ class _Trained(torch.autograd.Function):
         plan = layer.plan
         site, spatial, order = plan.site, plan.site.kind == "conv", plan.transform.order
         by_output = output_scale.view(-1, 1, 1) if spatial else output_scale
+        bias_grad = None
+        if layer.bias is not None and layer.bias.requires_grad:
+            bias_grad = grad.sum((0, 2, 3)) if spatial else grad.flatten(0, -2).sum(0)
         grad = grad * (by_output * (scale / order))
         with torch.enable_grad():
             inputs = [value.detach().requires_grad_(True) for value in (x, scale, zero) if value is not None]
@@ -290,18 +340,54 @@ class _Trained(torch.autograd.Function):
             folded_grad = grad.flatten(0, -2).T @ codes.detach().flatten(0, -2)
         given = torch.autograd.grad(codes, inputs, codes_grad)
         del codes, codes_grad, grad, folded
-        sums, scale_grad, a_grad, b_grad = layer.gradients(folded_grad)
+        sums, scale_grad, a_grad, b_grad, weight_grad = layer.gradients(folded_grad)
         zero_grad = None if zero is None else given[2]
         del folded_grad
         give_back(layer.weight.numel() // 3)  # a walk takes long while much is in use: after the largest alone
         return (
-            None, given[0], given[1] + (sums.sum() / scale), zero_grad, sums / output_scale, scale_grad, a_grad, b_grad
+            None, given[0], given[1] + (sums.sum() / scale), zero_grad, sums / output_scale, scale_grad, a_grad, b_grad,
+            weight_grad, bias_grad,
         )  # fmt: skip
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The fake-quantised layers of a model by site name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+class Divided(nn.Module):
+    """A linear or convolution as the sum of two, of the first and of the other channels of its input (Q-Diffusion)."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, joint: int):
+        super().__init__()
+        self.first, self.second, self.joint = first, second, joint
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channel = 1 if x.ndim == 4 else -1
+        return self.first(x.narrow(channel, 0, self.joint)) + self.second(
+            x.narrow(channel, self.joint, x.shape[channel] - self.joint)
+        )
+
+
+def divide(network: nn.Module, sites: list[Site]) -> None:
+    """Replace, in place, every layer of which `sites` names a half by a `Divided` one, which shares its weight."""
+    for site in sites:
+        whole, _, half = site.name.rpartition(".")
+        if half != HALVES[0] or isinstance(original := network.get_submodule(whole), Divided):
+            continue
+        halves = []
+        for weight, bias in (
+            (original.weight[:, : site.channels], original.bias),
+            (original.weight[:, site.channels :], None),
+        ):
+            part = copy.copy(original)  # the layer's own forward pass and settings, with parameters of its own
+            part._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
+            if isinstance(part, nn.Conv2d):
+                part.in_channels = weight.shape[1]
+            else:
+                part.in_features = weight.shape[1]
+            halves.append(part)
+        network.set_submodule(whole, Divided(*halves, site.channels))
 
 
 def output_spans(plans: list[SitePlan]) -> list[slice]:
@@ -320,19 +406,22 @@ def swap_in(
     weight_scale: dict[str, torch.Tensor],
     weight_zero: dict[str, torch.Tensor],
     unit: float = 1.0,
+    constants: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> dict[str, QuantLayer]:
     """Replace the planned layers of `network`, in place, by quantised ones that share their weights.
 
-    The plans are the quantised sites, in the tables' order. The tables follow the network's timestep, times `unit`,
-    from here on.
+    The plans are the quantised sites, in the tables' order; `constants` are their surroundings' tensors by site. The
+    tables follow the network's timestep, times `unit`, from here on.
     """
     layers = {}
+    divide(network, [plan.site for plan in plans])
     for index, (plan, span) in enumerate(zip(plans, output_spans(plans), strict=True)):
         name = plan.site.name
         original = network.get_submodule(name)
         layers[name] = QuantLayer(
-            plan, original.weight, original.bias, weight_scale[name], weight_zero[name], tables, index, span
-        )
+            plan, original.weight, original.bias, weight_scale[name], weight_zero[name], tables, index, span,
+            (constants or {}).get(name),
+        )  # fmt: skip
         network.set_submodule(name, layers[name])
     network.timestep_tables = tables
     tables.follow(network, unit)

@@ -10,7 +10,7 @@ from pipelines.quant.hadamard import rotate_activation
 from pipelines.quant.spec import Site, Transform
 from pipelines.quant.tables import SAME_TIMESTEP, timestep_argument
 
-SAMPLE_VALUES = 4096  # of each site and timestep; at least one image row or token
+SAMPLE_VALUES = 4096  # kept of each site and timestep; at least one image row or token
 OUTLIER = 6.0  # standard deviations (Dettmers et al., 2022, call a value of 6 an outlier where the deviation is near 1)
 
 
@@ -28,8 +28,10 @@ class SiteObserver:
         (rows, C) of a linear: the same places at every timestep, drawn without replacement; (T, …) by `stacked_sample`.
     """
 
-    def __init__(self, site: Site, timesteps: int, transforms: Sequence[Transform], seed: int):
-        self.site, self.transforms = site, tuple(transforms)
+    def __init__(
+        self, site: Site, timesteps: int, transforms: Sequence[Transform], seed: int, values: int = SAMPLE_VALUES
+    ):
+        self.site, self.transforms, self.values = site, tuple(transforms), values
         self.count = torch.zeros(timesteps, dtype=torch.float64)
         self.minimum = torch.full((timesteps,), float("inf"))
         self.maximum = torch.full((timesteps,), float("-inf"))
@@ -77,7 +79,7 @@ class SiteObserver:
     def _drawn(self, x: torch.Tensor, tokens: torch.Tensor, spatial: bool) -> torch.Tensor:
         candidates = x.permute(0, 2, 1, 3).flatten(0, 1) if spatial else tokens  # (N·H, C, W) or (n, C)
         if self._places is None:
-            rows = max(1, SAMPLE_VALUES // candidates[0].numel())
+            rows = max(1, self.values // candidates[0].numel())
             self._places = torch.randperm(len(candidates), generator=self._generator)[:rows].sort().values
         return candidates[self._places].clone()
 
@@ -141,11 +143,12 @@ class Observer:
         transforms: Callable[[Site], Sequence[Transform]],
         seed: int,
         unit: float = 1.0,
+        values: int = SAMPLE_VALUES,
     ):
         self.network, self.unit = network, unit
         self.rows = {timestep: row for row, timestep in enumerate(timesteps)}
         self.sites: Mapping[str, SiteObserver] = {
-            site.name: SiteObserver(site, len(timesteps), transforms(site), seed * 1_000_003 + index)
+            site.name: SiteObserver(site, len(timesteps), transforms(site), seed * 1_000_003 + index, values)
             for index, site in enumerate(sites)
         }
         self._now: tuple[float, int] | None = None  # timestep and its row

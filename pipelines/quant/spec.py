@@ -1,16 +1,18 @@
 """Plain values that say how a site is quantised. No torch here: plans are read, shown and edited without it."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from pipelines.errors import UsageError
 
 WEIGHT_BITS = (2, 3, 4, 8)
 ACTIVATION_BITS = (3, 4, 6, 8)
+HALVES = ("first", "second")  # of a divided site, by the ends of their names
 ORDERS = (8, 16, 32, 64)  # 2³ … 2⁶, the orders that the paper ablates (table 4)
 AXES = ("none", "channels", "width")
 INVERSES = ("none", "single", "double", "activation")
 QUANTISERS = ("symmetric", "asymmetric")
+CENTRINGS = ("none", "static", "dynamic")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,16 @@ class Site:
     rank: int = 2  # of its input
     positions: tuple[int, int] = (0, 0)
     obstacle: str = ""  # why it cannot be quantised; empty where it can
+    joint: int = 0  # channels of the first half where the input is a concatenation with a skip connection; 0 elsewhere
+
+    def halves(self) -> "tuple[Site, Site]":
+        """The two layers that the site is once it is divided where its input was joined; the first has the bias."""
+        first, second = (self.joint, True), (self.channels - self.joint, False)
+        return tuple(
+            replace(self, name=f"{self.name}.{half}", weight=(self.weight[0], width, *self.weight[2:]),
+                    bias=self.bias and bias, joint=0)
+            for half, (width, bias) in zip(HALVES, (first, second), strict=True)
+        )  # fmt: skip
 
     @property
     def channels(self) -> int:
@@ -119,6 +131,11 @@ class SitePlan:
     inverse: where the transform's inverse goes. `single` folds it into the integers of a weight quantised unrotated
     (HQ-DM), `double` rotates the weight before its quantiser (QuaRot), `activation` undoes it on the quantised
     activation (the only place for a transform along the width).
+
+    centring: what is subtracted from the input's channels before everything else, x − c; the layer adds c·Wᵀ back in
+    floating point. `static` is a constant of each channel, `dynamic` an image's mean over its tokens (linears only).
+    scaling: the channels are multiplied with a gain before the transform, and the weight's columns divided by it
+    before its quantiser. mixed: every output has a bit width of its own; `weight_bits` is then the widest.
     """
 
     site: Site
@@ -131,6 +148,9 @@ class SitePlan:
     activation_quantiser: str = "symmetric"
     why: str = ""
     sqnr: dict[str, float] = field(default_factory=dict)  # dB by transform, at the planned bits, mean over timesteps
+    centring: str = "none"
+    scaling: bool = False
+    mixed: bool = False
 
     def __post_init__(self):
         where = f"site {self.site.name}: "
@@ -149,6 +169,12 @@ class SitePlan:
         for what, kind in (("weight", self.weight_quantiser), ("activation", self.activation_quantiser)):
             if kind not in QUANTISERS:
                 raise UsageError(f"{where}{what}_quantiser {kind!r} does not exist", f"known: {', '.join(QUANTISERS)}")
+        if self.centring not in CENTRINGS:
+            raise UsageError(f"{where}centring {self.centring!r} does not exist", f"known: {', '.join(CENTRINGS)}")
+        if self.centring == "dynamic" and (self.site.kind != "linear" or self.site.rank < 3):
+            raise UsageError(
+                f"{where}its input has no tokens of an image to take a mean over", "centring: static, or none"
+            )
         if self.weight_bits not in WEIGHT_BITS or self.activation_bits not in ACTIVATION_BITS:
             raise UsageError(
                 f"{where}{self.weight_bits}/{self.activation_bits} bits are not supported",

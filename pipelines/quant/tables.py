@@ -7,7 +7,7 @@ counts calls. A batch may mix timesteps: every image is then quantised with the 
 
 import inspect
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -46,6 +46,9 @@ class TimestepTables(nn.Module):
     timesteps: those of the schedule, in any order; kept sorted. Not whole numbers where the schedule's are not.
     scale, zero: (T, n) fp32. factor: (T, m) fp32 or None, where m is the sum of the sites' outputs; see `factors_of`.
     unit: (n,) fp32, what every scale is multiplied with when it is looked up; ones where it is None.
+    groups: for each timestep as given, which group it is in; timesteps of a group share one parameter, whose value is
+        that of the group's first. None: every timestep has its own. relative: what is trained is log(scale / initial
+        scale), so that one rate suits scales of every size.
     """
 
     def __init__(
@@ -55,16 +58,27 @@ class TimestepTables(nn.Module):
         zero: torch.Tensor,
         factor: torch.Tensor | None = None,
         unit: torch.Tensor | None = None,
+        groups: Sequence[int] | None = None,
+        relative: bool = False,
     ):
         super().__init__()
         self.register_buffer("unit", unit, persistent=False)
         order = sorted(range(len(timesteps)), key=lambda index: timesteps[index])
         self.timesteps = [float(timesteps[index]) for index in order]
-        self.scale = nn.ParameterList([nn.Parameter(scale[index].clone()) for index in order])
-        self.zero = nn.ParameterList([nn.Parameter(zero[index].clone()) for index in order])
+        sorted_groups = list(range(len(order))) if groups is None else [groups[index] for index in order]
+        first = {group: index for group, index in reversed(list(zip(sorted_groups, order, strict=True)))}
+        self._place = [list(first).index(group) for group in sorted_groups]  # of each timestep's parameter
+        heads = list(first.values())
+        self.relative = relative
+        initial = torch.stack([scale[index] for index in heads]) if relative else None
+        self.register_buffer("initial", initial, persistent=False)
+        self.scale = nn.ParameterList(
+            [nn.Parameter(torch.zeros_like(scale[index]) if relative else scale[index].clone()) for index in heads]
+        )
+        self.zero = nn.ParameterList([nn.Parameter(zero[index].clone()) for index in heads])
         self.factor = None
         if factor is not None:
-            self.factor = nn.ParameterList([nn.Parameter(factor[index].clone()) for index in order])
+            self.factor = nn.ParameterList([nn.Parameter(factor[index].clone()) for index in heads])
         self._now: tuple[torch.Tensor, ...] | None = None
         self._mixed: tuple[int, list[tuple[tuple[torch.Tensor, ...], list[int]]]] | None = None
 
@@ -73,12 +87,24 @@ class TimestepTables(nn.Module):
         """`timesteps` (T,) fp64, `scale` with the unit multiplied in, rounded `zero` (T, n), and `factor` where
         there is one.
         """
-        scale = torch.stack([self._in_units(row) for row in self.scale])
+        every = range(len(self.timesteps))
+        scale = torch.stack([self._in_units(self.scale_at(row)) for row in every])
         tensors = {"timesteps": torch.tensor(self.timesteps, dtype=torch.float64), "scale": scale}
-        tensors["zero"] = torch.stack([row.round() for row in self.zero])
+        tensors["zero"] = torch.stack([self._zero_at(row).round() for row in every])
         if self.factor is not None:
-            tensors["factor"] = torch.stack([row.detach() for row in self.factor])
+            tensors["factor"] = torch.stack([self._factor_at(row).detach() for row in every])
         return tensors
+
+    def scale_at(self, row: int) -> torch.Tensor:
+        """The scales of the row-th timestep (n,), without the unit."""
+        place = self._place[row]
+        return self.scale[place].exp() * self.initial[place] if self.relative else self.scale[place]
+
+    def _zero_at(self, row: int) -> torch.Tensor:
+        return self.zero[self._place[row]]
+
+    def _factor_at(self, row: int) -> torch.Tensor:
+        return self.factor[self._place[row]]
 
     def _in_units(self, scale: torch.Tensor) -> torch.Tensor:
         return scale if self.unit is None else scale * self.unit
@@ -99,9 +125,9 @@ class TimestepTables(nn.Module):
 
     def _at(self, timestep: float) -> tuple[torch.Tensor, ...]:
         """Scales, zero-points and factors (or None) of all sites at one timestep."""
-        scale = self._in_units(self._row(self.scale, timestep, log=True))
-        zero = round_through(self._row(self.zero, timestep, log=False))
-        return scale, zero, None if self.factor is None else self._row(self.factor, timestep, log=True)
+        scale = self._in_units(self._row(self.scale_at, timestep, log=True))
+        zero = round_through(self._row(self._zero_at, timestep, log=False))
+        return scale, zero, None if self.factor is None else self._row(self._factor_at, timestep, log=True)
 
     def _nearest(self, timestep: float) -> int | None:
         """The row that is this timestep's own, or None."""
@@ -110,17 +136,17 @@ class TimestepTables(nn.Module):
         row = min(near, key=lambda row: abs(self.timesteps[row] - timestep))
         return row if abs(self.timesteps[row] - timestep) <= SAME_TIMESTEP else None
 
-    def _row(self, rows: nn.ParameterList, timestep: float, log: bool) -> torch.Tensor:
+    def _row(self, at: Callable[[int], torch.Tensor], timestep: float, log: bool) -> torch.Tensor:
         if (own := self._nearest(timestep)) is not None:
-            return rows[own]
+            return at(own)
         above = bisect_left(self.timesteps, timestep)
         if above in (0, len(self.timesteps)):
-            return rows[min(above, len(self.timesteps) - 1)]
+            return at(min(above, len(self.timesteps) - 1))
         low, high = self.timesteps[above - 1], self.timesteps[above]
         share = (timestep - low) / (high - low)
         if log:
-            return torch.exp(torch.lerp(rows[above - 1].log(), rows[above].log(), share))
-        return torch.lerp(rows[above - 1], rows[above], share)
+            return torch.exp(torch.lerp(at(above - 1).log(), at(above).log(), share))
+        return torch.lerp(at(above - 1), at(above), share)
 
     def covers(self, timesteps: list[float]) -> bool:
         """Whether every timestep has a row of its own, so that nothing is interpolated."""

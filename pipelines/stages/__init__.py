@@ -13,9 +13,9 @@ from types import ModuleType
 
 from pipelines.errors import UsageError, did_you_mean
 
-STAGES: dict[str, str] = {
-    name: f"pipelines.stages.{name}" for name in ("model", "profile", "plan", "distill", "export", "sample", "score")
-}
+ROAD = ("model", "profile", "plan", "distill", "export", "sample", "score")
+# `compare` is made of scores, beside the road: a recipe of the road does not name it.
+STAGES: dict[str, str] = {name: f"pipelines.stages.{name}" for name in (*ROAD, "compare")}
 
 
 def _module_name(name: str) -> str:

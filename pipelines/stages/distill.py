@@ -16,7 +16,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "distill"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,24 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         report.note(f"the plan's scales are for {len(plan.timesteps)} timesteps; those of {steps} are interpolated")
     student = new_student(teacher, plan, scales, config.seed)
     course = Course(config.trajectories, steps, config.batch, guidance, eta, config.seed)
-    losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
+    losses = []
+    if plan.recipe.updates == "distill":
+        losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
+    else:
+        report.note(f"{plan.method} trains nothing: the student is as it was calibrated")
 
     save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
     (out.path / "plan.yaml").write_text(write_plan(plan))
     layers = quant_layers(student.network)
-    write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
+    if any(layer.lora_a is not None for layer in layers.values()):
+        write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
     with open(out.path / "losses.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["update", "trajectory", "timestep", "loss_per_image"])
         for update, loss in enumerate(losses):
             rows.writerow([update + 1, update // steps + 1, f"{timesteps[update % steps]:g}", repr(loss)])
-    loss_curve({"student": losses}, timesteps, out.path / "loss.png")
+    if losses:
+        loss_curve({"student": losses}, timesteps, out.path / "loss.png")
     trained = sum(value.numel() for value in student.parameters() if value.requires_grad)
     return {
         "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "updates": len(losses),
@@ -121,6 +127,8 @@ def write_adapters(layers: Mapping, rank: int, folder) -> None:
     folder.mkdir(exist_ok=True)
     tensors = {}
     for name, layer in layers.items():
+        if layer.lora_a is None:
+            continue
         a, b = layer.lora_a.detach(), layer.lora_b.detach()
         if layer.weight.ndim == 4:
             b = b[:, :, None, None]
@@ -134,5 +142,5 @@ def write_adapters(layers: Mapping, rank: int, folder) -> None:
     path.write_text(json.dumps(written | {"target_modules": sorted(written["target_modules"])}, indent=2) + "\n")
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -3,7 +3,8 @@
 Writes `plan.yaml`, which a person can read, edit and hand back, and `scales.safetensors`:
 
     timesteps (T,) fp64, ascending · <site>/activation_scale, <site>/activation_zero (T,) fp32, of the raw-rotated
-    activation · <site>/weight_scale, <site>/weight_zero (out,) fp32
+    activation · <site>/weight_scale, <site>/weight_zero (out,) fp32 · <site>/gain, centre, taps, row_bits,
+    weight_codes, where the method has such
 """
 
 import json
@@ -13,14 +14,14 @@ from pathlib import Path
 
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
+from pipelines.measures import Measures
 from pipelines.methods import find
-from pipelines.methods.base import measured_sqnr
 from pipelines.plans import Plan, read_plan, write_plan
-from pipelines.quant.spec import Bits, SitePlan, Transform, site_from_dict
+from pipelines.quant.spec import Bits, SitePlan, site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "plan"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Config:
     method: str = "hqdm"
     variant: str | None = None  # the method's default
     bits: str = "w4a4"
+    options: dict[str, str] = field(default_factory=dict)  # of the method, in words
     edited: str | None = field(default=None, metadata={"key": False, "path": True})  # a plan.yaml changed by hand
     edited_sha256: str | None = None
 
@@ -40,92 +42,104 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     return {"profile": profile, "model": store.ancestor(profile, "model")}
 
 
-class ProfileMeasures:
-    """A profile's candidates as methods and this stage ask for them."""
-
-    def __init__(self, profile: Artifact):
-        from safetensors.torch import load_file
-
-        self.summary = json.loads(profile.file("profile.json").read_text())
-        self._tensors = load_file(profile.file("candidates.safetensors"))
-        self._transforms = {
-            site: [Transform(**candidate["transform"]) for candidate in entry["candidates"] if not candidate["centred"]]
-            for site, entry in self.summary["sites"].items()
-        }
-
-    def transforms(self, site: str) -> list[Transform]:
-        """The transforms that were measured with scales."""
-        return self._transforms[site]
-
-    def tensor(self, site: str, transform: Transform, quantiser: str, bits: int, what: str):
-        """`scale`, `zero` or `sqnr` (T,) in the profile's order of timesteps; None where it was not measured."""
-        if transform not in self._transforms[site]:
-            return None
-        return self._tensors.get(f"{site}/{transform.name}/{quantiser}/{bits}/{what}")
-
-    def sqnr(self, site: str, transform: Transform, quantiser: str, bits: int) -> float:
-        """dB, mean over the timesteps; −inf where it was not measured."""
-        values = self.tensor(site, transform, quantiser, bits, "sqnr")
-        return float("-inf") if values is None else values.mean().item()
-
-
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
     """Write the plan and its scales; figures: sites by transform, bits, mean SQNR before and after."""
     import torch
     from safetensors.torch import save_file
 
     from pipelines.models.denoiser import load_denoiser
-    from pipelines.quant.affine import choose
+    from pipelines.quant.affine import choose, cover
     from pipelines.quant.hadamard import rotate_weight
+    from pipelines.quant.layers import divide
+    from pipelines.quant.surroundings import taps_of, weight_bounds
 
-    measured = ProfileMeasures(inputs["profile"])
     sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
-    timesteps = measured.summary["timesteps"]
+    measured = Measures(inputs["profile"].path, sites)
     if config.edited is not None:
         plan = read_plan(Path(config.edited), sites)
-        if sorted(plan.timesteps) != sorted(timesteps):
+        if sorted(plan.timesteps) != sorted(measured.timesteps):
             raise UsageError(
                 f"{config.edited}: its timesteps are not those of {inputs['profile'].id}",
                 "leave timesteps as they were, or profile with the same --steps",
             )
         plan = replace(plan, sites=[_measured_anew(site, measured) for site in plan.sites])
+        words = {name: str(value) for name, value in plan.options.items()}
+        method, variant_name, variant = find(plan.method, plan.variant, words)
     else:
-        method, variant_name, variant = find(config.method, config.variant)
+        method, variant_name, variant = find(config.method, config.variant, config.options)
         bits = Bits.parse(config.bits)
-        decided = [method.decide(site, bits, measured, variant) for site in sites]
-        plan = Plan(method.name, variant_name, bits, variant.recipe, timesteps, decided)
-    (out.path / "plan.yaml").write_text(write_plan(plan))
+        report.begin("placements", len(sites), unit="sites")
+        decided: list[SitePlan] = []
+        for done, site in enumerate(sites, 1):
+            made = method.decide(site, bits, measured, variant)
+            decided += made if isinstance(made, tuple) else (made,)
+            report.advance(done)
+        report.end()
+        groups = method.groups(measured, variant) if method.groups else []
+        shown = {name: variant.options[name] for name in method.options}
+        plan = Plan(
+            method.name, variant_name, bits, variant.recipe, measured.timesteps, decided, groups, shown
+        )  # fmt: skip
 
-    order = sorted(range(len(timesteps)), key=lambda index: timesteps[index])
-    tensors = {"timesteps": torch.tensor(sorted(timesteps), dtype=torch.float64)}
+    recipe = plan.recipe
+    tensors = {"timesteps": torch.tensor(sorted(measured.timesteps), dtype=torch.float64)}
     network = load_denoiser(inputs["model"].path).network
-    report.begin("weight scales", len(plan.quantised), unit="sites")
+    divide(network, [site.site for site in plan.quantised])
+    (out.path / "plan.yaml").write_text(write_plan(plan))
+    report.begin("scales", len(plan.quantised), unit="sites")
     for done, site in enumerate(plan.quantised, 1):
-        name = site.site.name
-        for what, key in (("scale", "activation_scale"), ("zero", "activation_zero")):
-            values = measured.tensor(name, site.transform, site.activation_quantiser, site.activation_bits, what)
-            if values is None:
-                names = ", ".join(known.name for known in measured.transforms(name))
-                raise UsageError(
-                    f"site {name}: {site.transform.name} was not profiled, so it has no scales", f"profiled: {names}"
-                )
-            tensors[f"{name}/{key}"] = values[order].contiguous()
-        weight = network.get_submodule(name).weight
-        if site.inverse == "double":
-            weight = rotate_weight(weight, site.transform)
-        scale, zero = choose(weight.flatten(1), *site.weight_range)
-        tensors[f"{name}/weight_scale"], tensors[f"{name}/weight_zero"] = scale, zero
+        name, weight = site.site.name, network.get_submodule(site.site.name).weight.detach()
+        constants = method.constants(site, weight, measured, variant) if method.constants else {}
+        _check_constants(site, constants)
+        if "centre" in constants:
+            constants["taps"] = taps_of(constants["centre"], weight, site.site)
+        scale, zero = measured.activation_scales(site, constants, plan.groups, recipe.activation_scale_by)
+        mine = {"activation_scale": scale, "activation_zero": zero}
+        if "weight_scale" not in constants:
+            if "gain" in constants:
+                weight = weight / constants["gain"].view(1, -1, *[1] * (weight.ndim - 2))
+            if site.inverse == "double":
+                weight = rotate_weight(weight, site.transform)
+            rows = weight.flatten(1)
+            search = cover if recipe.weight_scale_by == "max" else choose
+            if site.mixed:
+                mine["weight_scale"], mine["weight_zero"] = torch.empty(len(rows)), torch.empty(len(rows))
+                low, high = weight_bounds(site, constants["row_bits"])
+                for bounds in set(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)):
+                    chosen = (low.flatten() == bounds[0]) & (high.flatten() == bounds[1])
+                    found = search(rows[chosen], *map(int, bounds))
+                    mine["weight_scale"][chosen], mine["weight_zero"][chosen] = found
+            else:
+                mine["weight_scale"], mine["weight_zero"] = search(rows, *site.weight_range)
+        tensors |= {f"{name}/{key}": value.contiguous() for key, value in (constants | mine).items()}
         report.advance(done)
     report.end()
     save_file(tensors, out.path / "scales.safetensors")
     return _figures(plan)
 
 
-def _measured_anew(site: SitePlan, measured: ProfileMeasures) -> SitePlan:
+def _check_constants(site: SitePlan, constants: Mapping) -> None:
+    """The tensors that a placement speaks of have to be there."""
+    for wanted, name in ((site.scaling, "gain"), (site.centring == "static", "centre"), (site.mixed, "row_bits")):
+        if wanted != (name in constants):
+            word = {"gain": "scaling", "centre": "centring", "row_bits": "mixed"}[name]
+            raise UsageError(
+                f"site {site.site.name}: {word} is {'asked for' if wanted else 'not asked for'}, and the method "
+                f"{'has no' if wanted else 'has a'} {name} for it",
+                f"set {word} as the method plans it, or choose a method that has it: hqdm methods",
+            )
+
+
+def _measured_anew(site: SitePlan, measured: Measures) -> SitePlan:
     """An edited site with the SQNR of its own bits and quantiser, whatever the file said."""
     if not site.quantised:
         return site
-    return replace(site, sqnr=measured_sqnr(site.site, measured, site.activation_quantiser, site.activation_bits))
+    if site.transform not in measured.transforms(site.site):
+        names = ", ".join(known.name for known in measured.transforms(site.site))
+        raise UsageError(
+            f"site {site.site.name}: {site.transform.name} was not profiled, so it has no scales", f"profiled: {names}"
+        )
+    return replace(site, sqnr=measured.sqnrs(site.site, site.activation_quantiser, site.activation_bits))
 
 
 def _figures(plan: Plan) -> dict:

@@ -3,6 +3,7 @@
 The model's sampler runs one batch of guided trajectories from noise. Of every site's input this keeps, by timestep,
 
     statistics.safetensors   <site>/minimum, maximum, kurtosis, outliers (T,); absmax, mean, absmax/<transform> (T, C)
+    samples.safetensors      <site>: some inputs, (T, rows, C, W) of a convolution, (T, rows, C) of a linear
     candidates.safetensors   <site>/<candidate>/<quantiser>/<bits>/scale, zero, sqnr (T,); centred: sqnr alone
     profile.json             the timesteps (rows of all tensors, in sampling order), the schedule, candidates and means
     pictures/                maxima of the channels before and after transforms, SQNR gained by each, SQNR over time
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.quant.observe import Observer
 
 NAME = "profile"
-VERSION = 2
+VERSION = 3
 
 BITS = (8, 6, 4, 3)
 # Candidates by what they have in common: a site's own order along the width, or its largest channel order, may differ.
@@ -47,9 +48,10 @@ class Config:
     eta: float | None = None  # 1 where the scheduler has it
     scheduler: str | None = None  # DDIM's, or flow matching's Euler
     seed: int = 0
+    sample: int = 4096  # values that are kept of each site and timestep; at least one image row or token
 
     def __post_init__(self):
-        for name in ("steps", "batch"):
+        for name in ("steps", "batch", "sample"):
             if getattr(self, name) < 1:
                 raise UsageError(f"profile: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
 
@@ -95,6 +97,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         },
         out.path / "candidates.safetensors",
     )
+    save_file(
+        {name: seen.stacked_sample().contiguous() for name, seen in observer.sites.items()},
+        out.path / "samples.safetensors",
+    )
     timesteps = list(observer.rows)
     described = _described(config, denoiser, timesteps, sites, statistics, measured)
     (out.path / "profile.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
@@ -124,7 +130,8 @@ def observe(config: Config, denoiser: "Denoiser", sites: list[Site], report: Rep
     with (
         torch.inference_mode(),
         Observer(
-            denoiser.network, sites, list(dict.fromkeys(visited)), shown, config.seed, denoiser.family.timestep_unit
+            denoiser.network, sites, list(dict.fromkeys(visited)), shown, config.seed, denoiser.family.timestep_unit,
+            config.sample,
         ) as observer,
     ):
         for step, *_ in trajectory(

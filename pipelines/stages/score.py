@@ -8,7 +8,8 @@
 
 The pair of a student's sample artifact is the newest one of the same model's teacher with the same count, steps, seed,
 scheduler, eta and guidance, where there is one. Images of the digits' size are measured against the digits on their
-classifier; all others against their pair, which says how far the student went from its teacher, on Inception. The
+classifier; all others against their pair, which says how far the student went from its teacher, on Inception. Images
+of CIFAR-10's size may be of anything, so that its classifier, `cifar10`, is only taken where it is asked for. The
 extractor `none` leaves the figures that need no features: those of the pair.
 
 Writes `scores.json` (every figure with its n, its reference and extractor and their hashes; the warnings) and
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.digits import CLASSIFIER
+from pipelines import cifar10, digits
 from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.metrics.images import ImageSet, hash_of_images, read_images
@@ -51,6 +52,9 @@ ROLES = ("samples", "reference", "pair")
 SAME_IN_A_PAIR = ("count", "steps", "seed", "scheduler", "eta", "guidance")  # what makes image i of both the same draw
 FEW_PER_FEATURE = 5  # images per pool feature below which a Fréchet distance is mostly bias (Inception: 10,240)
 DIGITS = (16, 16, 1)  # height, width and channels of the embedded model's images
+SHIPPED = {"digits": digits.CLASSIFIER, "cifar10": cifar10.CLASSIFIER}  # extractors that bring their weights
+MOST_KEPT = 64 << 20  # bytes of a reference's features; 10,000 of CIFAR-10's take 28 MB, of Inception 200
+_KEPT: dict[tuple[str, str], "Features"] = {}  # of one reference, by the hashes of its images and of the weights
 SMALL = 75  # pixels a side, a quarter of what Inception works on
 FEW_PER_CLASS = 5  # images per class and split below which the Inception score is cut off
 
@@ -114,8 +118,8 @@ def with_hashes(config: Config) -> Config:
             found[f"{role}_sha256"] = hash_of_images(path)
     if config.extractor_weights is not None:
         found["extractor_sha256"] = sha256_of_file(config.extractor_weights)
-    elif config.extractor in (None, "digits"):
-        found["extractor_sha256"] = sha256_of_file(CLASSIFIER)
+    elif (config.extractor or "digits") in SHIPPED:
+        found["extractor_sha256"] = sha256_of_file(SHIPPED[config.extractor or "digits"])
     return dataclasses.replace(config, **found)
 
 
@@ -223,7 +227,7 @@ def _measure(
 
     usual = "digits" if samples.images.shape[1:] == DIGITS and not config.extractor_weights else "inception"
     extractor = load_extractor(config.extractor or usual, config.extractor_weights)
-    if extractor.name == "digits" or config.extractor_weights:
+    if extractor.name in SHIPPED or config.extractor_weights:
         _expect("the extractor's weights", config.extractor_sha256, extractor.sha256)
     extractor.check_size(samples.images, samples.source)
     reference = _reference(config, inputs, samples, pair, report)
@@ -237,7 +241,7 @@ def _measure(
     pool, spatial = scores.statistics(features.pool), scores.statistics(features.spatial)
     theirs, their_pool, their_spatial = None, reference.pool, reference.spatial
     if reference.images is not None:
-        theirs = extractor.features(reference.images.images, f"features of {reference.name}", report)
+        theirs = _features_of(reference, extractor, report)
         their_pool = their_pool or scores.statistics(theirs.pool)
         their_spatial = their_spatial or scores.statistics(theirs.spatial)
     for message in _cautions(samples, reference, features, extractor, config):
@@ -269,6 +273,20 @@ def _measure(
     settings = {"splits": splits, "kid_subsets": config.kid_subsets, "kid_subset_size": subset_size,
                 "neighbours": config.neighbours, "seed": config.seed}  # fmt: skip
     return _Measured(extractor, reference, values, counts, settings, pool, spatial)
+
+
+def _features_of(reference: Reference, extractor: "Extractor", report: Report) -> "Features":
+    """The features of a reference's images, kept for the next run of this process where they are few bytes: students
+    are scored one after another against the same reference.
+    """
+    key = reference.sha256, extractor.sha256
+    if key not in _KEPT:
+        found = extractor.features(reference.images.images, f"features of {reference.name}", report)
+        _KEPT.clear()
+        if sum(values.nbytes for values in found) > MOST_KEPT:
+            return found
+        _KEPT[key] = found
+    return _KEPT[key]
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -1,0 +1,199 @@
+"""hqdm compare: methods, bit widths and seeds on one model, as one table."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hqdm_cli import console
+from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Guidance, Json, Steps, Workspace
+
+EXAMPLE = """hqdm compare hqdm efficientdm --bits w4a4,w4a3 --seeds 0,1
+  hqdm compare hqdm/paper:order=16 hqdm/paper:order=32 --bits w4a3 --trajectories 20 --count 1000
+  hqdm compare --from comparison.yaml --dry-run"""
+
+
+def compare(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="method[/variant][:option=value,...]; `hqdm methods` lists them. [default: every method]",
+            metavar="[METHOD]...",
+        ),
+    ] = None,
+    bits: Annotated[str | None, typer.Option(help="Bit widths, with commas. [default: w4a4]", metavar="wXaY,…")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of distillation and images, with commas. [default: 0]", metavar="N,…")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint, a folder or a model artifact. [default: the current one]", metavar="FILE|ID"),
+    ] = None,
+    trajectories: Annotated[int | None, typer.Option(help="Teacher trajectories to train on.", metavar="N")] = None,
+    count: Annotated[int | None, typer.Option(help="Images of each cell.", metavar="N")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What to measure against, as hqdm score takes it.", metavar="REFERENCE"),
+    ] = None,
+    extractor: Annotated[
+        str | None, typer.Option(help="Features to measure on, as hqdm score takes it.", metavar="NAME")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The extractor's weights, where it does not bring its own.", metavar="FILE")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An option of profile, distill, sample or score, for all cells: distill.batch=4. May be repeated.",
+            metavar="STAGE.NAME=VALUE",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--from", help="Read it from a YAML file; what is typed goes before it.", metavar="FILE"),
+    ] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, cells included.")] = False,
+    workspace: Workspace = WORKSPACE,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on one model: every one at every width and seed, on the same work.
+
+    Each cell is a chain of artifacts from plan to score; what is there already is not made again, and what was
+    interrupted goes on. A cell that fails leaves the others, and is listed at the end.
+    """
+    from pipelines import compare as engine
+    from pipelines.errors import HqdmError, UsageError
+    from pipelines.stages import load
+    from pipelines.store import Store
+
+    if sum((as_json, as_markdown, as_csv)) > 1:
+        raise UsageError("--json, --markdown and --csv are three ways to print one table", "give one of them")
+    store = Store(workspace)
+    read = engine.read_recipe(recipe) if recipe else engine.Recipe()
+    options: dict[str, dict[str, Any]] = {stage: dict(getattr(read, stage)) for stage in engine.OPTIONED}
+    typed = {
+        "profile": {"steps": steps, "guidance": guidance},
+        "distill": {"trajectories": trajectories, "guidance": guidance},
+        "sample": {"count": count, "steps": steps, "guidance": guidance},
+        "score": {"extractor": extractor, "extractor_weights": weights and str(weights.absolute())},
+    }
+    for stage, values in typed.items():
+        options[stage] |= {name: value for name, value in values.items() if value is not None}
+    for text in option or []:
+        stage, name, value = _option(text)
+        options.setdefault(stage, {})[name] = value
+    chosen: dict[str, str] = {}
+    if reference:
+        found, chosen = load("score").sources(store, None, reference)
+        options["score"] |= found
+    asked = engine.comparison(
+        methods or read.methods, _words(bits) or read.bits or ["w4a4"],
+        _numbers(seeds) if seeds else read.seeds or [0], options, chosen.get("reference"),
+    )  # fmt: skip
+    with console.Progress() as progress:
+        taken = engine.model_of(store, model or read.model, progress, dry_run)
+        result = engine.compare(store, asked, taken.artifact, progress, force, dry_run)
+    if dry_run:
+        _show_plan(result, as_json)
+        return
+    artifact = result.outcome.artifact
+    if as_json or as_csv or as_markdown:
+        name = "table.json" if as_json else "table.csv" if as_csv else "table.md"
+        print(artifact.file(name).read_text(encoding="utf-8"), end="")
+    else:
+        _show_table(artifact)
+    console.say(f"{artifact.id}: {artifact.path / 'table.md'}, table.json, table.csv and pictures/")
+    if result.failed:
+        for cell in result.failed:
+            console.say(f"failed: {cell.name}: {cell.failed}: {cell.error}")
+        raise HqdmError(
+            f"{len(result.failed)} of {len(result.cells)} cells failed: {', '.join(c.name for c in result.failed)}",
+            "the others are in the table; the same command tries these again",
+        )
+    console.next_step(f"hqdm show {artifact.id}", workspace)
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    from pipelines.errors import UsageError
+
+    if not all(word.isdecimal() for word in _words(text)):
+        raise UsageError(f"--seeds {text!r} cannot be read", "write whole numbers with commas: --seeds 0,1,2")
+    return [int(word) for word in _words(text)]
+
+
+def _option(text: str) -> tuple[str, str, Any]:
+    """distill.batch=4 as stage, name and value; the value as YAML has it."""
+    import yaml
+
+    from pipelines.errors import UsageError
+
+    place, equals, value = text.partition("=")
+    stage, dot, name = place.strip().partition(".")
+    if not (equals and dot and name):
+        raise UsageError(f"--option {text!r} cannot be read", "write it as distill.batch=4")
+    try:
+        return stage, name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return stage, name, value
+
+
+def _show_plan(result: Any, as_json: bool) -> None:
+    """A dry run: every cell, what there is of it and what would run."""
+    rows = []
+    for cell in result.cells:
+        missing = [] if cell.ended else [stage for stage in cell.road if stage not in cell.chain]
+        there = cell.chain.get("score") or cell.chain.get("sample")
+        rows.append({"cell": cell.name, "there": there.id if cell.ended else "", "would run": " ".join(missing)})
+    if as_json:
+        console.print_json({"cells": rows, "seconds": result.seconds})
+        return
+    for line in console.table(rows):
+        print(line)
+    missing = sum(not cell.ended for cell in result.cells)
+    if not missing:
+        console.say(f"all {len(rows)} cells are there")
+    elif result.seconds is None:
+        console.say(f"{missing} of {len(rows)} cells would be made; nothing like them was made yet to tell how long")
+    else:
+        console.say(f"{missing} of {len(rows)} cells would be made, in about {console.duration(result.seconds)}")
+
+
+def _show_table(artifact: Any) -> None:
+    """On a terminal a drawn table, the best of each width in bold green; elsewhere aligned text with a star."""
+    import json
+    import sys
+
+    from pipelines.report.comparison import note, shown
+
+    table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
+    view = shown(table)
+    if sys.stdout.isatty():
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        drawn = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for heading, number in zip(view.headings, view.numbers, strict=True):
+            drawn.add_column(heading, justify="right" if number else "left", overflow="fold")
+        for texts, best in zip(view.lines, view.best, strict=True):
+            drawn.add_row(*(Text(t, "bold green" if b else "") for t, b in zip(texts, best, strict=True)))
+        Console().print(drawn)
+    else:
+        rows = [
+            dict(zip(view.headings, (f"{t}*" if b else t for t, b in zip(texts, best, strict=True)), strict=True))
+            for texts, best in zip(view.lines, view.best, strict=True)
+        ]
+        for line in console.table(rows):
+            print(line)
+    console.say(note(table["about"]))

@@ -1,0 +1,459 @@
+"""Every method, bit width and seed on one model: cells that are chains of artifacts, and the comparison made of them.
+
+A cell is plan → distill → export → sample → score with its inputs named, so that what exists is found and what was
+interrupted goes on. The profile is made once, the teacher's samples once a seed. A cell that fails is recorded, and the
+others go on.
+"""
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines import runner, stages
+from pipelines.config import from_dict, read_yaml, replace
+from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
+from pipelines.events import Report
+from pipelines.quant.spec import Bits
+from pipelines.store import Artifact, Store
+
+TEACHER, FLOAT = "teacher", "fp32"
+ROAD = ("plan", "distill", "export", "sample", "score")
+FROM = {"plan": "profile", "distill": "plan", "export": "distill", "sample": "source", "score": "samples"}
+# Stages that take options for all cells, and what they may not say because the comparison does.
+OPTIONED = {
+    "profile": (), "distill": ("seed",), "sample": ("seed", "source"),
+    "score": ("samples_path", "samples_sha256", "pair_path", "pair_sha256"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with its variant and options, written `method[/variant][:option=value[,option=value…]]`."""
+
+    method: str
+    variant: str | None = None  # the method's default
+    options: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "MethodSpec":
+        """UsageError where the text cannot be read, or no such method or variant exists."""
+        from pipelines.methods import find
+
+        head, colon, tail = text.strip().partition(":")
+        method, slash, variant = head.partition("/")
+        pairs = [part.partition("=") for part in tail.split(",")] if colon else []
+        names = [name.strip() for name, _, _ in pairs]
+        if not method or (slash and not variant) or not all(n and e and v.strip() for n, (_, e, v) in
+                                                            zip(names, pairs, strict=True)):  # fmt: skip
+            raise UsageError(
+                f"method {text!r} cannot be read", "write method/variant:option=value, as in hqdm/paper:order=16"
+            )
+        if len(set(names)) != len(names):
+            raise UsageError(f"method {text!r} names an option twice", "give each option once")
+        find(method, variant or None)
+        options = tuple(sorted((name, value.strip()) for name, (_, _, value) in zip(names, pairs, strict=True)))
+        return cls(method, variant or None, options)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        return self.method + (f"/{self.variant}" if self.variant else "") + (f":{options}" if options else "")
+
+    def resolved(self) -> tuple:
+        """Equal for specs that mean the same, whether or not the default variant is spelled out."""
+        from pipelines.methods import find
+
+        return (self.method, find(self.method, self.variant)[1], self.options)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared. `options` are the stages' own, the same for every cell; `reference` is an artifact's id."""
+
+    methods: tuple[MethodSpec, ...]
+    bits: tuple[str, ...]
+    seeds: tuple[int, ...]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reference: str | None = None
+
+    def cells(self) -> "list[Cell]":
+        """The teacher's first, then seed by seed, so that a table of the first seed is there early."""
+        scored = self.options.get("score", {}).get("extractor") != "none"
+        cells = [Cell(None, FLOAT, seed, ("sample", "score") if scored else ("sample",)) for seed in self.seeds]
+        return cells + [Cell(m, b, seed) for seed in self.seeds for b in self.bits for m in self.methods]
+
+
+def comparison(
+    methods: Sequence[str], bits: Sequence[str], seeds: Sequence[int],
+    options: Mapping[str, Mapping[str, Any]] | None = None, reference: str | None = None,
+) -> Comparison:  # fmt: skip
+    """A comparison, checked before anything runs; without methods every one of the table in its default variant.
+
+    Raises UsageError for an unknown method, variant, bit width, stage or option, and for an empty or negative seed.
+    """
+    from pipelines.methods import METHODS
+
+    specs = list({spec.resolved(): spec for spec in reversed([*map(MethodSpec.parse, methods or METHODS)])}.values())
+    widths = list(dict.fromkeys(str(Bits.parse(text)) for text in bits))
+    if not widths or not seeds:
+        raise UsageError("there is nothing to compare", "give --bits w4a4,w4a3 and --seeds 0")
+    if any(seed < 0 for seed in seeds):
+        raise UsageError(f"seeds cannot be {', '.join(map(str, seeds))}", "they take whole numbers of 0 or more")
+    given = {stage: dict(values) for stage, values in (options or {}).items() if values}
+    for stage, values in given.items():
+        if stage not in OPTIONED:
+            raise UsageError(f"a comparison gives no options to {stage!r}", did_you_mean(stage, OPTIONED))
+        for name in OPTIONED[stage]:
+            if name in values:
+                raise UsageError(f"{stage}.{name} is what a comparison sets itself", "leave it out; --seeds sets seeds")
+        replace(stages.load(stage).Config(), **values)
+    return Comparison(tuple(reversed(specs)), tuple(widths), tuple(dict.fromkeys(seeds)), given, reference)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A comparison as a YAML file: the command's arguments, and a mapping of options for each stage."""
+
+    model: str | None = None
+    methods: list[str] = field(default_factory=list)
+    bits: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+    sample: dict[str, Any] = field(default_factory=dict)
+    score: dict[str, Any] = field(default_factory=dict)
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """A recipe, strictly: unknown keys are refused with the nearest known one. Paths in it start from its folder."""
+    path = Path(path)
+    recipe = from_dict(Recipe, read_yaml(path), str(path))
+    model = recipe.model
+    if model is not None and (path.parent / model).exists():
+        model = str((path.parent / model).absolute())
+    found = {}
+    for stage in OPTIONED:
+        paths = {f.name for f in dataclasses.fields(stages.load(stage).Config) if f.metadata.get("path")}
+        found[stage] = {
+            name: str((path.parent / value).absolute()) if name in paths and isinstance(value, str) else value
+            for name, value in getattr(recipe, stage).items()
+        }
+    return dataclasses.replace(recipe, model=model, **found)
+
+
+@dataclass
+class Cell:
+    """One method at one width and seed (without a method: the teacher), and what there is of it."""
+
+    spec: MethodSpec | None
+    bits: str
+    seed: int
+    road: tuple[str, ...] = ROAD  # the stages of its chain
+    chain: dict[str, Artifact] = field(default_factory=dict)  # stage -> artifact, as far as it is made
+    ended: bool = False  # whether the chain is whole
+    failed: str | None = None  # the stage that failed
+    error: str = ""
+
+    @property
+    def name(self) -> str:
+        """`hqdm/paper:order=16 w4a4 seed 0`, `teacher seed 0`: its role in the comparison."""
+        return f"{TEACHER} seed {self.seed}" if self.spec is None else f"{self.spec} {self.bits} seed {self.seed}"
+
+    @property
+    def last(self) -> Artifact:
+        """The score; of a teacher that is not scored by itself the samples."""
+        return self.chain.get("score") or self.chain["sample"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compare` did. `outcome` is None in a dry run; `seconds` is the time of what is missing, None if unknown."""
+
+    outcome: runner.Outcome | None
+    cells: list[Cell]
+    seconds: float | None
+
+    @property
+    def failed(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.failed]
+
+
+def model_of(store: Store, text: str | None, report: Report | None = None, dry_run: bool = False) -> runner.Outcome:
+    """The model to compare on: an artifact (`model/1`), a checkpoint's or a folder's path, or the current one."""
+    stage, _, number = (text or "model").strip("/").partition("/")
+    if stage == "model" and (not number or number.isdecimal()) and not (number == "" and text and Path(text).exists()):
+        if text is None and store.current("model") is None:
+            raise HqdmError(f"{store.root} holds no model to compare on", "hqdm compare --model model.ckpt")
+        artifact = store.get(text or "model")
+        return runner.Outcome("model", artifact, False, "named" if text else "the current one", artifact.config)
+    if not Path(text).exists():
+        raise FileFault(
+            f"--model {text}: neither a file or folder nor a model artifact", "hqdm compare --model model.ckpt"
+        )
+    return runner.make(store, "model", runner.model_config(text), {}, report, dry_run=dry_run)
+
+
+def compare(
+    store: Store, asked: Comparison, model: Artifact | None, report: Report | None = None,
+    force: bool = False, dry_run: bool = False,
+) -> Result:  # fmt: skip
+    """Make what is missing of every cell, then the `compare` artifact.
+
+    `force` makes students, samples and scores afresh; model, profile and the teacher's samples stay. A dry run makes
+    nothing; `model` may then be None where it would be taken in first. What fails with the teacher or the profile is
+    raised, what fails in a student's cell is kept in it.
+    """
+    return _Run(store, asked, model, report or Report(), force, dry_run).result()
+
+
+class _Run:
+    def __init__(
+        self, store: Store, asked: Comparison, model: Artifact | None, report: Report, force: bool, dry_run: bool
+    ):
+        self.store, self.asked, self.model = store, asked, model
+        self.report, self.force, self.dry_run = report, force, dry_run
+        score = replace(stages.load("score").Config(), **asked.options.get("score", {}))
+        # Once: hashing a reference of ten thousand images takes its time.
+        self.score = stages.load("score").with_hashes(score)
+        self.profile: Artifact | None = None
+        self.teachers: dict[int, Cell] = {}
+
+    def result(self) -> Result:
+        cells = self.asked.cells()
+        if self.model is not None:
+            config = self._config("profile")
+            made = runner.make(
+                self.store, "profile", config, {"model": self.model.id}, self.report, dry_run=self.dry_run
+            )
+            self.profile = made.artifact
+        for cell in cells:
+            self._look(cell)
+        pace = _Pace(self.store, self.model, self.asked, self._units)
+        if self.dry_run:
+            return Result(None, cells, pace.left(cells))
+        wanted = [cell for cell in cells if not cell.ended or (self.force and cell.spec)]
+        if self.force:
+            for cell in wanted:
+                cell.chain, cell.ended = {}, False
+        done = len(cells) - len(wanted)
+        report = _Depth(self.report)
+        report.begin("cells", len(cells), done, unit="cells")
+        for number, cell in enumerate(wanted, done + 1):
+            left = pace.left(wanted[number - done - 1 :])
+            about = f" (about {_words(left)} for all that is left)" if left else ""
+            report.note(f"cell {number} of {len(cells)}: {cell.name}{about}")
+            self._make(cell, report, pace)
+            report.advance(number)
+        report.end()
+        return Result(self._conclude(cells), cells, 0.0)
+
+    def _config(self, stage: str, cell: Cell | None = None) -> Any:
+        """A stage's configuration for a cell: the comparison's options, then what the cell is."""
+        if stage == "score":
+            return self.score
+        values = dict(self.asked.options.get(stage, {}))
+        if stage == "plan":
+            values |= {"method": cell.spec.method, "variant": cell.spec.variant, "bits": cell.bits}
+            values |= {"options": dict(cell.spec.options)} if cell.spec.options else {}
+        elif stage == "distill":
+            values["seed"] = cell.seed
+        elif stage == "sample":
+            values |= {"seed": cell.seed, "source": "int" if cell.spec else "teacher"}
+            if cell.spec is None:  # which has no integer kernels
+                values.pop("backend", None)
+        return replace(stages.load(stage).Config(), **values)
+
+    def _chosen(self, stage: str, cell: Cell, above: Artifact) -> dict[str, str]:
+        chosen = {FROM[stage]: above.id}
+        if stage == "score":
+            if cell.spec is not None:
+                chosen["pair"] = self.teachers[cell.seed].chain["sample"].id
+            if self.asked.reference:
+                chosen["reference"] = self.asked.reference
+        return chosen
+
+    def _steps(self, cell: Cell, report: Report, force: bool, dry_run: bool) -> Iterator[tuple[str, runner.Outcome]]:
+        """Make one stage of a cell after the other; each stage's name comes before its outcome does."""
+        above = self.profile if cell.spec else self.model
+        for stage in cell.road:
+            if stage == "score" and cell.spec is None and not self._alone(above):
+                cell.road = ("sample",)
+                return
+            yield stage, None
+            outcome = runner.make(
+                self.store, stage, self._config(stage, cell), self._chosen(stage, cell, above), report, force, dry_run
+            )
+            yield stage, outcome
+            if outcome.artifact is None:
+                return
+            above = outcome.artifact
+
+    def _alone(self, samples: Artifact) -> bool:
+        """Whether a teacher's samples have something to be measured against."""
+        against = self.asked.reference or self.score.reference or getattr(self.score, "reference_path", None)
+        return runner.needs_no_pair(self.store, samples, against, getattr(self.score, "extractor", None))
+
+    def _look(self, cell: Cell) -> None:
+        """Fill a cell with the artifacts that are there."""
+        if self.model is None or self.profile is None:
+            return
+        if cell.spec is not None and "sample" not in self.teachers[cell.seed].chain:
+            road = cell.road[:-1]  # a score has the teacher's samples for its pair
+        else:
+            road = cell.road
+        cell.ended = road == cell.road
+        try:
+            for stage, outcome in self._steps(cell, Report(), False, True):
+                if outcome is None and stage not in road:
+                    break
+                if outcome is not None and outcome.artifact is None:
+                    cell.ended = False
+                elif outcome is not None:
+                    cell.chain[stage] = outcome.artifact
+        except HqdmError:  # a damaged artifact, or a method that does not fit: the real run tells
+            cell.ended = False
+        if cell.spec is None:
+            self.teachers[cell.seed] = cell
+
+    def _make(self, cell: Cell, report: "_Depth", pace: "_Pace") -> None:
+        """Make what is missing of a cell; a student's fault is kept in the cell."""
+        depth, stage = report.depth, cell.road[0]
+        try:
+            begun = time.monotonic()
+            for stage, outcome in self._steps(cell, report, self.force and cell.spec is not None, False):
+                if outcome is None:
+                    begun = time.monotonic()
+                    continue
+                cell.chain[stage] = outcome.artifact
+                if outcome.ran:
+                    pace.add(stage, cell, time.monotonic() - begun)
+            cell.ended = True
+        except Exception as fault:  # whatever it is, the cells after it do not hang on it
+            if cell.spec is None:
+                raise
+            cell.failed, cell.error = stage, _told(fault)
+            report.unwind(depth)
+            report.warn(f"{cell.name} failed in {stage}: {cell.error}")
+
+    def _conclude(self, cells: Sequence[Cell]) -> runner.Outcome:
+        failed = [
+            {"spec": str(cell.spec), "bits": cell.bits, "seed": cell.seed, "stage": cell.failed, "error": cell.error}
+            for cell in cells
+            if cell.failed
+        ]
+        config = replace(
+            stages.load("compare").Config(), methods=[str(spec) for spec in self.asked.methods],
+            bits=list(self.asked.bits), seeds=list(self.asked.seeds),
+            options={stage: dict(values) for stage, values in self.asked.options.items()}, failed=failed,
+            reference=self.asked.reference,
+        )  # fmt: skip
+        chosen = {cell.name: cell.last.id for cell in cells if cell.ended and not cell.failed}
+        return runner.make(
+            self.store, "compare", config, chosen | {"profile": self.profile.id}, self.report, force=self.force
+        )
+
+    def _units(self, stage: str) -> int:
+        """What a stage's time grows with: updates of a distillation, images of samples and scores, else one."""
+        if stage == "distill":
+            config, profile = self._config("distill", Cell(None, FLOAT, 0)), self._config("profile")
+            return config.trajectories * (config.steps or profile.steps)
+        if stage in ("sample", "score"):
+            return self._config("sample", Cell(None, FLOAT, 0)).count
+        return 1
+
+
+class _Pace:
+    """Seconds per unit of every stage and method, of this model's earlier artifacts and of what this run makes."""
+
+    def __init__(self, store: Store, model: Artifact | None, asked: Comparison, units: Any):
+        self._units = units
+        self._known: dict[tuple[str, str], list[float]] = {}
+        if model is None:
+            return
+        students = {}
+        for stage in ("plan", "distill", "export"):
+            for artifact in store.artifacts(stage):
+                if artifact.inputs.get("model", {}).get("digest") != model.digest:
+                    continue
+                method = artifact.figures.get("method") or ""
+                students[artifact.digest] = method
+                if (units := self._of(stage, artifact.figures.get("updates"))) is not None:
+                    self._known.setdefault((stage, method), []).append(artifact.manifest["seconds"] / units)
+        for sample in store.artifacts("sample"):
+            digest = sample.inputs.get("source", {}).get("digest")
+            method = TEACHER if digest == model.digest else students.get(digest)
+            rate = sample.figures.get("images_per_second")
+            steps = asked.options.get("sample", {}).get("steps", sample.config.get("steps"))
+            same = sample.config.get("steps") == steps and sample.config.get("source") != "fake"
+            if method is not None and rate and same:
+                self._known.setdefault(("sample", method), []).append(1 / rate)
+
+    @staticmethod
+    def _of(stage: str, updates: Any) -> int | None:
+        return (updates or None) if stage == "distill" else 1
+
+    def add(self, stage: str, cell: Cell, seconds: float) -> None:
+        method = cell.spec.method if cell.spec else TEACHER
+        self._known.setdefault((stage, method), []).append(seconds / self._units(stage))
+
+    def of(self, stage: str, method: str) -> float | None:
+        """Seconds of a stage, as the same method's were or, before it has any, as all others' were; None if unknown."""
+        rates = self._known.get((stage, method)) or [
+            rate for (known, other), values in self._known.items() if known == stage and other != TEACHER
+            for rate in values
+        ]  # fmt: skip
+        return sum(rates) / len(rates) * self._units(stage) if rates else None
+
+    def left(self, cells: Sequence[Cell]) -> float | None:
+        """Seconds of all that is missing of those cells; None where a stage that takes long was never seen."""
+        total = 0.0
+        for cell in cells:
+            if cell.ended:
+                continue
+            for stage in cell.road:
+                if stage in cell.chain:
+                    continue
+                seconds = self.of(stage, cell.spec.method if cell.spec else TEACHER)
+                if seconds is None and stage in ("distill", "sample"):
+                    return None
+                total += seconds or 0.0
+        return total
+
+
+class _Depth(Report):
+    """Passes events on and counts open tasks, so that those of a stage that failed can be closed."""
+
+    def __init__(self, report: Report):
+        self._report, self.depth = report, 0
+        self.advance, self.note, self.warn = report.advance, report.note, report.warn
+
+    def begin(self, task: str, total: int, done: int = 0, unit: str = "steps") -> None:
+        self.depth += 1
+        self._report.begin(task, total, done, unit)
+
+    def end(self) -> None:
+        self.depth -= 1
+        self._report.end()
+
+    def unwind(self, depth: int) -> None:
+        """End every task that was begun since."""
+        while self.depth > depth:
+            self.end()
+
+
+def _told(fault: Exception) -> str:
+    """A fault in one line: what a user can mend as it says it, anything else with its kind and place."""
+    if isinstance(fault, HqdmError):
+        return fault.what
+    frame = traceback.extract_tb(fault.__traceback__)[-1]
+    return f"{type(fault).__name__}: {str(fault).partition(chr(10))[0]} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _words(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

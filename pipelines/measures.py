@@ -1,0 +1,127 @@
+"""A profile as methods and stages ask for it: samples of every site's input, statistics, and what quantisers cost.
+
+A half of a divided site (`Site.halves`) is answered from the whole's sample. Importing this module does not load torch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.quant.spec import Site, SitePlan, Transform, integer_range
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Measures:
+    """The files of a profile artifact. Rows of its tensors are `timesteps`, in sampling order."""
+
+    def __init__(self, folder: Path, sites: Sequence[Site]):
+        from safetensors import safe_open
+        from safetensors.torch import load_file
+
+        self.summary = json.loads((folder / "profile.json").read_text())
+        self.timesteps: list[float] = self.summary["timesteps"]
+        self._tensors = load_file(folder / "candidates.safetensors")
+        self._samples = safe_open(folder / "samples.safetensors", "pt")
+        self._statistics = safe_open(folder / "statistics.safetensors", "pt")
+        self._transforms = {
+            site: [Transform(**candidate["transform"]) for candidate in entry["candidates"] if not candidate["centred"]]
+            for site, entry in self.summary["sites"].items()
+        }
+        self._whole = {site.name: (site.name, slice(None)) for site in sites}
+        for site in sites:
+            if site.joint:
+                for half, span in zip(site.halves(), (slice(0, site.joint), slice(site.joint, None)), strict=True):
+                    self._whole[half.name] = site.name, span
+
+    def transforms(self, site: Site) -> list[Transform]:
+        """What the profile measured and the site admits, the identity first."""
+        name, _ = self._whole[site.name]
+        return [transform for transform in self._transforms[name] if site.admits(transform)]
+
+    def sample(self, site: Site) -> "torch.Tensor":
+        """Some of the site's inputs: (T, rows, C, W) of a convolution (whole image rows), (T, rows, C) of a linear."""
+        name, span = self._whole[site.name]
+        return self._samples.get_tensor(name)[:, :, span].contiguous()
+
+    def statistic(self, site: Site, name: str) -> "torch.Tensor":
+        """`absmax` or `mean` of each channel (T, C), over all values that the profile saw."""
+        whole, span = self._whole[site.name]
+        return self._statistics.get_tensor(f"{whole}/{name}")[:, span]
+
+    def sqnr(self, site: Site, transform: Transform, quantiser: str, bits: int) -> float:
+        """dB, mean over the timesteps, of a quantiser of its own for each timestep; −inf where the site does not admit
+        the transform.
+        """
+        if not site.admits(transform):
+            return float("-inf")
+        return self._measured(site, transform, quantiser, bits, "sqnr").mean().item()
+
+    def sqnrs(self, site: Site, quantiser: str, bits: int) -> dict[str, float]:
+        """`sqnr` of every measured transform by its name, for a plan's record."""
+        return {
+            transform.name: round(self.sqnr(site, transform, quantiser, bits), 2) for transform in self.transforms(site)
+        }
+
+    def _measured(self, site: Site, transform: Transform, quantiser: str, bits: int, what: str) -> "torch.Tensor":
+        """`scale`, `zero` or `sqnr` (T,): the profile's own figure, or computed from the sample."""
+        key = f"{site.name}/{transform.name}/{quantiser}/{bits}"
+        if f"{key}/{what}" not in self._tensors:
+            from pipelines.quant.candidates import measure, rotated_rows
+
+            values = measure(rotated_rows(self.sample(site), transform), bits, quantiser)
+            self._tensors |= {f"{key}/{name}": value for name, value in zip(("scale", "zero", "sqnr"), values)}
+        return self._tensors[f"{key}/{what}"]
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return sorted(range(len(self.timesteps)), key=lambda index: self.timesteps[index])
+
+    def activation_scales(
+        self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"], groups: Sequence[int], by: str
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Initial scale and zero-point (T,) of a site, timesteps ascending.
+
+        constants: the site's surroundings. groups: of each timestep in the profile's order, or empty. by: `error`
+        minimises the squared error, `max` covers the range.
+        """
+        import torch
+
+        from pipelines.quant.candidates import measure, rotated_rows
+
+        bits, quantiser = plan.activation_bits, plan.activation_quantiser
+        if by == "error" and not groups and plan.centring == "none" and not constants.keys() & {"gain", "centre"}:
+            scale, zero = (
+                self._measured(plan.site, plan.transform, quantiser, bits, what) for what in ("scale", "zero")
+            )
+            return scale[self._order].contiguous(), zero[self._order].contiguous()
+        rows = rotated_rows(self.moved(plan, constants), plan.transform)  # (T, n)
+        groups = groups or range(len(rows))
+        scale, zero = torch.empty(len(rows)), torch.empty(len(rows))
+        for group in set(groups):
+            mine = [index for index, other in enumerate(groups) if other == group]
+            joined = rows[mine].reshape(1, -1)
+            if by == "max":
+                from pipelines.quant.affine import cover
+
+                scale[mine], zero[mine] = (value[0] for value in cover(joined, *integer_range(bits, quantiser == "symmetric")))
+            else:
+                scale[mine], zero[mine] = (value[0] for value in measure(joined, bits, quantiser)[:2])
+        return scale[self._order].contiguous(), zero[self._order].contiguous()
+
+    def moved(self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
+        """The sample after centring and scaling. A dynamic centre is taken from the profile's mean at each timestep,
+        over all images: a sample has too few tokens of one image.
+        """
+        sample = self.sample(plan.site)
+        shape = (1, 1, -1, 1) if sample.ndim == 4 else (1, 1, -1)
+        if plan.centring == "dynamic":
+            sample = sample - self.statistic(plan.site, "mean")[:, None]
+        elif "centre" in constants:
+            sample = sample - constants["centre"].view(shape)
+        return sample * constants["gain"].view(shape) if "gain" in constants else sample
+
+

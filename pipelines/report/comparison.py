@@ -1,0 +1,194 @@
+"""Methods × bit widths × seeds as one table: means and deviations over seeds, the best of each width, and text.
+
+Takes plain cells (a mapping of COLUMNS' keys for every method, width and seed) and knows no artifacts.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TEACHER = "teacher"
+FLOAT = "fp32"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure: its key in a cell, its heading ({} is the extractor), what it is multiplied with, digits shown."""
+
+    key: str
+    heading: str
+    digits: int
+    better: int = 0  # 1: the higher, -1: the lower, 0: no merit of its own
+    scale: float = 1.0
+
+
+COLUMNS = (
+    Column("updates", "updates", 0),
+    Column("distill_seconds", "distillation s", 0, -1),
+    Column("seconds_per_update", "s/update", 3, -1),
+    Column("peak_memory_bytes", "peak MB", 0, -1, 1e-6),
+    Column("bytes", "MB", 2, -1, 1e-6),
+    Column("images_per_second", "images/s", 1, 1),
+    Column("fid", "FD({})", 2, -1),
+    Column("sfid", "sFD({})", 2, -1),
+    Column("is", "IS({})", 3, 1),
+    Column("precision", "precision", 3, 1),
+    Column("recall", "recall", 3, 1),
+    Column("class_accuracy", "class acc.", 3, 1),
+    Column("psnr", "PSNR dB", 2, 1),
+    Column("last_loss", "last loss", 4),
+)
+QUALITY = ("psnr", "fid", "sfid", "is", "precision", "recall", "class_accuracy")
+INCEPTION = {"fid": "FID", "sfid": "sFID", "is": "IS"}  # distances on other features go by other names
+IDS = ("plan", "distill", "export", "sample", "score")
+
+
+def heading(column: Column, extractor: str) -> str:
+    """FD(digits), or FID where the features are Inception's."""
+    if extractor == "inception" and column.key in INCEPTION:
+        return INCEPTION[column.key]
+    return column.heading.format(extractor)
+
+
+def mean_and_deviation(values: Iterable[float | None]) -> dict[str, float | None] | None:
+    """Mean and sample standard deviation (n − 1; None for fewer than two, or where one is infinite); None of nothing.
+
+    An infinite PSNR (equal images) makes an infinite mean.
+    """
+    known = [float(value) for value in values if value is not None]
+    if not known:
+        return None
+    finite = all(map(math.isfinite, known))
+    mean = statistics.fmean(known) if finite else sum(known)
+    return {"mean": mean, "sd": statistics.stdev(known) if finite and len(known) > 1 else None}
+
+
+def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each method and width, in the order of first sight: every figure as mean and deviation over seeds.
+
+    A cell is {spec, method, bits, seed, …figures}; `method` is the label shown, `spec` what was asked for.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["bits"], cell["spec"]), []).append(cell)
+    return [
+        {
+            "method": mine[0]["method"], "spec": spec, "bits": bits, "seeds": [cell["seed"] for cell in mine],
+            "options": mine[0].get("options") or {}, "variant": mine[0].get("variant"),
+            **{column.key: mean_and_deviation(cell.get(column.key) for cell in mine) for column in COLUMNS},
+        }
+        for (bits, spec), mine in groups.items()
+    ]  # fmt: skip
+
+
+def best_of(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
+    """(bits, spec, key) of the best mean of each width, as it is shown, ties included; students alone, two or more."""
+    found = set()
+    for bits in dict.fromkeys(row["bits"] for row in rows if row["spec"] != TEACHER):
+        for column in (column for column in COLUMNS if column.better):
+            mine = {
+                row["spec"]: round(row[column.key]["mean"] * column.scale, column.digits)
+                for row in rows
+                if row["bits"] == bits and row[column.key] is not None
+            }
+            if len(mine) < 2 or len(set(mine.values())) == 1:
+                continue
+            top = max(mine.values()) if column.better > 0 else min(mine.values())
+            found |= {(bits, spec, column.key) for spec, value in mine.items() if value == top}
+    return found
+
+
+def _text(column: Column, figure: Mapping[str, float | None] | None) -> str:
+    if figure is None:
+        return ""
+    text = f"{figure['mean'] * column.scale:.{column.digits}f}"
+    return text if figure["sd"] is None else f"{text} ± {figure['sd'] * column.scale:.{column.digits}f}"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table for people: headings, lines of texts, which of them are the best, which headings hold numbers."""
+
+    headings: list[str]
+    lines: list[list[str]]
+    best: list[list[bool]]
+    numbers: list[bool]
+
+
+def shown(table: Mapping[str, Any]) -> Shown:
+    """The rows of a table as texts; columns without any figure are left out, seeds where there is one."""
+    rows, extractor = table["rows"], table["about"]["extractor"]
+    used = [column for column in COLUMNS if any(row[column.key] is not None for row in rows)]
+    several = len(table["about"]["seeds"]) > 1
+    winners = best_of(rows)
+    headings = ["bits", "method", *(["seeds"] if several else []), *(heading(column, extractor) for column in used)]
+    lines, best = [], []
+    for row in rows:
+        head = [row["bits"], row["method"], *([str(len(row["seeds"]))] if several else [])]
+        lines.append(head + [_text(column, row[column.key]) for column in used])
+        best.append([False] * len(head) + [(row["bits"], row["spec"], column.key) in winners for column in used])
+    return Shown(headings, lines, best, [False, False, *([True] * (len(headings) - 2))])
+
+
+def note(about: Mapping[str, Any]) -> str:
+    """What the figures were measured with, in a few sentences."""
+    seeds = about["seeds"]
+    sentences = [f"n = {about['n']} images of {about['steps']} steps, guidance {about['guidance']}."]
+    if about["reference"]:
+        of = f" (n = {about['reference_n']})" if about["reference_n"] else ""
+        sentences.append(f"Reference: {about['reference']}{of}; extractor: {about['extractor']}.")
+    else:
+        sentences.append("No reference and no features: the pairs of the same seeds alone.")
+    if about["extractor"] not in ("inception", "none"):
+        sentences.append(f"FD and sFD are Fréchet distances on the features of {about['extractor']}: they are not FID.")
+    sentences.append("PSNR is to the teacher's images of the same seeds.")
+    if len(seeds) > 1:
+        sentences.append(
+            f"Mean ± sample standard deviation over the seeds {', '.join(map(str, seeds))} of distillation and images."
+        )
+    else:
+        sentences.append(f"One seed ({seeds[0]}).")
+    sentences.append(
+        "Seconds are of the whole stage, loading included; peak MB is the largest resident memory of the process while "
+        "it distilled; MB is the export's weights; last loss is ‖Δε‖² per image over the last trajectory. "
+        "The best of each width is marked, of the digits shown."
+    )
+    if about["machine"]:
+        sentences.append(f"Machine: {about['machine']}.")
+    return " ".join(sentences)
+
+
+def markdown(table: Mapping[str, Any], marked: bool = True) -> list[str]:
+    """The table and its note as Markdown lines, the best of each width in bold."""
+    view = shown(table)
+    lines = [
+        f"| {' | '.join(view.headings)} |",
+        "|" + "".join(" --: |" if number else " --- |" for number in view.numbers),
+    ]
+    for texts, best in zip(view.lines, view.best, strict=True):
+        cells = [f"**{t}**" if b and marked else t.replace("|", "/") for t, b in zip(texts, best, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", note(table["about"])]
+
+
+def csv_text(table: Mapping[str, Any]) -> str:
+    """Every row (kind `mean`, each figure followed by its deviation) and every cell (kind `cell`), in one CSV."""
+    fields = ["kind", "spec", "method", "bits", "seed", *(name for c in COLUMNS for name in (c.key, f"{c.key}_sd"))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*fields, *IDS, "command", "error"], lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in table["rows"]:
+        figures = {}
+        for column in COLUMNS:
+            if (figure := row[column.key]) is not None:
+                figures |= {column.key: figure["mean"], f"{column.key}_sd": figure["sd"]}
+        writer.writerow({"kind": "mean"} | {k: row[k] for k in ("spec", "method", "bits")} | figures)
+    for cell in table["cells"]:
+        writer.writerow({"kind": "cell"} | dict(cell))
+    for failed in table["failed"]:
+        writer.writerow({"kind": "cell"} | dict(failed))
+    return text.getvalue()

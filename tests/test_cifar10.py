@@ -1,0 +1,316 @@
+"""Models on space-to-depth latents, the CIFAR-10 judge, and what the benchmark writes and reads."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from roads import make
+from torch.nn import functional as F
+
+from benchmarks.cifar10 import reference, teacher
+from pipelines import cifar10, runner
+from pipelines.cifar10.data import find_split, load_split
+from pipelines.errors import FileFault, HqdmError, UsageError
+from pipelines.metrics.extractors import load_extractor
+from pipelines.models import source
+from pipelines.models.compvis import load_checkpoint
+from pipelines.models.denoiser import load_denoiser, save_denoiser
+from pipelines.models.first_stage import FirstStage, SpaceToDepth
+from pipelines.stages import load, profile
+from pipelines.store import Store
+
+STEPS, BLOCK = 2, 2
+
+
+def tiny_checkpoint(folder, **changes):
+    """A narrow class-conditional UNet on 12×4×4, random, as the benchmark writes its teacher; `changes` to the first
+    stage's parameters.
+    """
+    from diffusers import UNet2DConditionModel
+
+    class Narrow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = UNet2DConditionModel(
+                sample_size=4, in_channels=12, out_channels=12, layers_per_block=1, block_out_channels=(32, 64),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=64, attention_head_dim=(1, 2), norm_num_groups=32,
+            )  # fmt: skip
+            self.embedding = torch.nn.Embedding(11, 64)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        path = teacher.write_unet(Narrow(), 7, folder)
+    config = yaml.safe_load((folder / "model.yaml").read_text())
+    params = config["model"]["params"]
+    params["image_size"] = params["unet_config"]["params"]["image_size"] = 4
+    params["unet_config"]["params"]["model_channels"] = 32
+    params["first_stage_config"]["params"].update(changes)
+    (folder / "model.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory):
+    """Artifacts by stage of the tiny checkpoint, from file to scores."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    store = Store(folder / "workspace")
+    made = {"model": runner.make(store, "model", runner.model_config(tiny_checkpoint(folder / "model"))).artifact}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(profile, "_draw", lambda *_: None)
+        made["profile"] = make(store, "profile", steps=STEPS, batch=1)
+    made["plan"] = make(store, "plan", bits="w4a4")
+    made["distill"] = make(store, "distill", trajectories=1, batch=1)
+    made["export"] = make(store, "export")
+    for name in ("teacher", "fake", "int"):
+        made[name] = make(store, "sample", source=name, count=3, batch=2, steps=STEPS)
+    made["score"] = make(store, "score", {"samples": made["int"].id}, extractor="none")
+    return made
+
+
+def images_of(artifact):
+    return np.load(artifact.file("samples.npz"))["arr_0"]
+
+
+def test_space_to_depth_is_undone_exactly_and_loses_nothing():
+    images = torch.rand(2, 3, 8, 6) * 2 - 1
+    stage = SpaceToDepth(BLOCK)
+    latents = stage.encode(images)
+    assert latents.shape == (2, 12, 4, 3) and torch.equal(stage.decode(latents), images)
+    # Channel c·4 + 2·y + x is image channel c at row y and column x of every block.
+    assert torch.equal(latents[:, 1 * 4 + 2 * 1 + 0], images[:, 1, 1::2, 0::2])
+
+
+def test_a_model_on_space_to_depth_goes_from_checkpoint_to_scored_integers(road):
+    assert road["model"].figures["info"]["shape"] == [12, 4, 4]
+    drawn = {name: images_of(road[name]) for name in ("teacher", "fake", "int")}
+    assert drawn["int"].shape == (3, 8, 8, 3) and drawn["int"].std() > 0
+    assert np.array_equal(drawn["fake"], drawn["int"]) and not np.array_equal(drawn["teacher"], drawn["int"])
+    assert road["score"].figures["psnr_of_mean_mse"] > 5
+
+
+def test_its_images_are_its_latents_rearranged(road):
+    denoiser = load_denoiser(road["model"].path)
+    latents = torch.randn(2, 12, 4, 4)
+    assert torch.equal(denoiser.decode(latents), F.pixel_shuffle(latents, BLOCK).clamp(-1, 1))
+
+
+def test_a_first_stage_without_weights_is_saved_as_a_configuration_alone(road, tmp_path):
+    for artifact in (road["model"], road["export"]):
+        folder = artifact.path / "first_stage"
+        assert [file.name for file in folder.iterdir()] == ["config.json"]
+        assert json.loads((folder / "config.json").read_text()) == {"_class_name": "SpaceToDepth", "block": BLOCK}
+        assert FirstStage.load(artifact.path).factor == BLOCK
+    save_denoiser(load_denoiser(road["model"].path), tmp_path)
+    assert FirstStage.load(tmp_path).module().block == BLOCK
+
+
+@pytest.mark.parametrize("block", [0, -2, "2", 2.0, True, None])
+def test_a_saved_block_that_cannot_be_is_a_fault_of_its_folder(tmp_path, block):
+    (tmp_path / "first_stage").mkdir()
+    config = {"_class_name": "SpaceToDepth", "block": block}
+    (tmp_path / "first_stage/config.json").write_text(json.dumps(config))
+    with pytest.raises(FileFault, match="no first stage can be read"):
+        FirstStage.load(tmp_path).module()
+
+
+def test_the_size_asked_for_is_counted_in_blocks():
+    stage = FirstStage(SpaceToDepth(BLOCK))
+    assert source.sized((12, 4, 4), 16, stage) == (12, 8, 8)
+    with pytest.raises(UsageError, match="15 is no multiple of 2"):
+        source.sized((12, 4, 4), 15, stage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "told"),
+    [
+        ({"block": None}, FileFault, "first_stage_config.params.block is missing"),
+        ({"block": 0}, FileFault, "first_stage_config.params.block cannot be 0"),
+        ({"block": 1 << 20}, FileFault, "first_stage_config.params.block cannot be 1048576"),
+        ({"block": "two"}, FileFault, "block cannot be 'two'"),
+        ({"block": 3}, HqdmError, "block: 3 with in_channels: 12"),
+        ({"block": 4}, HqdmError, "block: 4 with in_channels: 12"),
+    ],
+)
+def test_a_block_that_does_not_fit_the_denoiser_is_refused_by_its_key(tmp_path, changes, kind, told):
+    path = tiny_checkpoint(tmp_path, **changes)
+    with pytest.raises(kind) as caught:
+        load_checkpoint(path)
+    assert told in caught.value.what and "model.yaml" in caught.value.what and caught.value.hint
+
+
+def test_a_scale_factor_is_refused_where_nothing_would_be_scaled(tmp_path):
+    path = tiny_checkpoint(tmp_path)
+    config = yaml.safe_load((tmp_path / "model.yaml").read_text())
+    config["model"]["params"]["scale_factor"] = 0.5
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(HqdmError, match="SpaceToDepth with a scale_factor"):
+        load_checkpoint(path)
+
+
+def test_first_stage_tensors_have_no_place_in_a_file_without_one(tmp_path):
+    path = tiny_checkpoint(tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["first_stage_model.decoder.conv_in.weight"] = torch.ones(1)
+    torch.save(content, path)
+    with pytest.raises(FileFault, match="unexpected: first_stage_model.decoder.conv_in.weight"):
+        load_checkpoint(path)
+
+
+# Two classes are enough for what is read; colours stand for them.
+def photographs(count=4):
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def as_folder(folder, images, names=("truck", "bird")):
+    for index, image in enumerate(images):
+        file = folder / names[index % len(names)] / f"{index:04}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(image))
+    return folder
+
+
+def as_archive(path, folder):
+    with tarfile.open(path, "w:xz") as archive:
+        archive.add(folder, ".")
+    return path
+
+
+def test_a_folder_and_an_archive_give_the_same_images_with_their_folders_as_labels(tmp_path):
+    images = photographs()
+    folder = as_folder(tmp_path / "test", images)
+    archive = as_archive(tmp_path / "cifar10-test.tar.xz", folder)
+    for found in (load_split(folder), load_split(archive)):
+        assert found.labels.tolist() == [2, 2, 9, 9]  # bird, truck
+        assert np.array_equal(found.images, images[[1, 3, 0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("images", "names", "told"),
+    [
+        (photographs(), ("truck", "cow"), "cow/0001.png is in no class's folder"),
+        (photographs()[:, :16, :16], ("truck",), "holds 16×16 images of 3 channels"),
+        (photographs()[..., 0], ("truck",), "holds 32×32 images of 1 channels"),
+    ],
+)
+def test_images_that_are_not_cifar10s_are_refused(tmp_path, images, names, told):
+    with pytest.raises(FileFault) as caught:
+        load_split(as_folder(tmp_path / "test", images, names))
+    assert told in caught.value.what and "airplane" in caught.value.hint
+
+
+def test_images_that_are_not_where_they_are_looked_for_are_named(tmp_path):
+    with pytest.raises(FileFault, match="train images are looked for, and there are no images") as caught:
+        find_split(tmp_path, "train")
+    assert "cifar10-train.tar.xz" in caught.value.hint
+    for ending in ("tar", "zip"):
+        (tmp_path / f"cifar10-train.{ending}").write_bytes(b"")
+    with pytest.raises(FileFault, match="2 archives"):
+        find_split(tmp_path, "train")
+
+
+def test_the_reference_is_written_once_and_again_for_other_images(tmp_path):
+    data, work = tmp_path / "data", tmp_path / "work"
+    as_folder(data / "test", photographs())
+    path = reference.written(data, "test", work)
+    first = path.read_bytes()
+    moment = path.stat().st_mtime_ns
+    assert reference.written(data, "test", work) == reference.written(None, "test", work) == path
+    assert path.stat().st_mtime_ns == moment
+    as_folder(data / "test", photographs(6))
+    assert reference.written(data, "test", work).read_bytes() != first
+    assert np.load(path)["arr_1"].tolist() == [2, 2, 2, 9, 9, 9]
+
+
+def test_nothing_says_where_the_images_are_until_somebody_does(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        reference.written(None, "test", tmp_path)
+    assert "--data FOLDER" in caught.value.hint
+    with pytest.raises(SystemExit, match="error: .*\nhint: "), reference.told():
+        reference.written(None, "test", tmp_path)
+
+
+def test_a_balanced_choice_has_equally_many_of_each_class():
+    labels = np.repeat(np.arange(10), 7)
+    assert np.bincount(labels[reference.balanced(labels, 50)]).tolist() == [5] * 10
+
+
+def test_the_judge_brings_its_weights_and_says_its_widths():
+    extractor = load_extractor("cifar10")
+    images = photographs()
+    features = extractor.features(images)
+    kind = extractor.kind
+    assert (kind.pool, kind.spatial, kind.classes, kind.size) == (192, 512, 10, 32)
+    assert [values.shape for values in features] == [(4, 192), (4, 512), (4, 10)]
+    assert cifar10.CLASSIFIER.stat().st_size < 4_000_000
+    again = extractor.features(images[:1])
+    assert torch.allclose(again.pool, features.pool[:1], atol=1e-5)
+    with pytest.raises(UsageError, match="'cifar10' comes with its weights"):
+        load_extractor("cifar10", "other.pth")
+    with pytest.raises(HqdmError, match="takes only 32×32"):
+        extractor.features(images[:, :16])
+
+
+def test_samples_are_scored_against_an_archive_by_the_judge_with_their_classes(tmp_path):
+    """Random pixels stand for both sides: what is scored is that the figures are there and the reference counted."""
+    images = photographs(24)
+    archive = as_archive(tmp_path / "cifar10-test.tar.xz", as_folder(tmp_path / "test", images[12:]))
+    np.savez(tmp_path / "samples.npz", arr_0=images[:12], arr_1=np.arange(12) % 10)
+    stage, store = load("score"), Store(tmp_path / "workspace")
+    asked = dict(samples_path=str(tmp_path / "samples.npz"), extractor="cifar10")
+    against = {
+        name: str(path) for name, path in (("tar", archive), ("npz", reference.written(tmp_path, "test", tmp_path)))
+    }
+    found = {}
+    for name, path in against.items():
+        config = stage.with_hashes(stage.Config(reference_path=path, **asked))
+        found[name] = runner.make(store, "score", config, {}).artifact.figures
+    for name in ("fd_cifar10", "sfd_cifar10", "precision", "recall", "class_accuracy"):
+        assert np.isfinite(found["tar"][name]) and found["tar"][name] == found["npz"][name]
+    assert found["npz"]["reference_n"] == 12
+
+
+def test_a_classifier_is_not_taken_for_images_just_because_of_their_size(tmp_path):
+    """32×32 in colour may be of anything: without a name the extractor is Inception."""
+    stage = load("score")
+    assert (
+        stage.with_hashes(stage.Config()).extractor_sha256
+        != stage.with_hashes(stage.Config(extractor="cifar10")).extractor_sha256
+    )
+
+
+def test_the_dit_is_written_as_a_folder_that_is_taken_with_its_null_class_last(tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    class Narrow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dit = DiTTransformer2DModel(
+                sample_size=8, patch_size=4, in_channels=3, out_channels=3, num_layers=1, num_attention_heads=2,
+                attention_head_dim=16, num_embeds_ada_norm=10,
+            )  # fmt: skip
+
+    model = Narrow().eval().requires_grad_(False)
+    for value in model.parameters():
+        value.copy_(value.half())  # as the file has it
+    folder = teacher.write_dit(model, 3, tmp_path / "dit")
+    denoiser, _ = source.take(folder)
+    assert denoiser.info.conditions == 10 and denoiser.info.shape == (3, 8, 8)
+    assert denoiser.conditions.class_labels.tolist() == list(range(11))
+    x, classes = torch.randn(2, 3, 8, 8), torch.tensor([3, 7])
+    theirs = model.dit(x, timestep=torch.tensor([5, 5]), class_labels=classes).sample
+    with torch.no_grad():
+        assert torch.allclose(denoiser.predict(x, torch.tensor(5), classes, 1.0), theirs, atol=1e-5)
