@@ -18,6 +18,7 @@ import json
 import math
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,12 +28,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.size import measure
 from pipelines import runner
 from pipelines.digits import CHECKPOINT
 from pipelines.distillation import WEIGHT_DECAY
 from pipelines.events import Report
-from pipelines.memory import reuse_freed_memory
+from pipelines.memory import peak_bytes, reuse_freed_memory
 from pipelines.methods import METHODS
 from pipelines.models.denoiser import Denoiser, load_denoiser
 from pipelines.quant.affine import choose
@@ -369,16 +369,14 @@ def child(options: argparse.Namespace) -> None:
     if name == PLAIN:
         for _ in range(3):  # the optimiser's moments are there from the second on
             plain.update()
-        return
-    plan = plan_of(store, name, options.bits)
-    if what == "alone":
-        options.turns = 1
-        distil(store, plan, options, Watch())
-        return
-    watch = Watch(plain.update)
-    distil(store, plan, options, watch)
-    times = {"method": watch.taken[WARM_UP:], "plain": watch.other[WARM_UP:]}
-    (options.folder / "pair.json").write_text(json.dumps(times))
+        told = {}
+    else:
+        options.turns = options.turns if what == "pair" else 1
+        watch = Watch(plain.update if what == "pair" else None)
+        distil(store, plan_of(store, name, options.bits), options, watch)
+        told = {"method": watch.taken[WARM_UP:], "plain": watch.other[WARM_UP:]}
+    # The system's own figure for a child (ru_maxrss) has its parent's memory in it.
+    (options.folder / "child.json").write_text(json.dumps(told | {"peak_gb": peak_bytes() / 1e9}))
 
 
 def update_table(options: argparse.Namespace) -> list[dict]:
@@ -392,16 +390,19 @@ def update_table(options: argparse.Namespace) -> list[dict]:
     ]  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.training", "--folder", str(options.folder), "--bits", options.bits]
     command += ["--turns", str(options.turns), "--batch-of-images", str(options.batch_of_images), "--child"]
-    _, plain_peak = measure([*command, "alone", PLAIN])
+
+    def told(what: str, name: str) -> dict:
+        file = options.folder / "child.json"
+        file.unlink(missing_ok=True)
+        subprocess.run([*command, what, name], check=True, stdout=sys.stderr)
+        return json.loads(file.read_text())
+
+    plain_peak = told("alone", PLAIN)["peak_gb"]
     rows = []
     for name in names:
         plan_of(store, name, options.bits)  # outside the child, whose memory is to be that of training
-        _, peak = measure([*command, "alone", name])
-        pair = options.folder / "pair.json"
-        pair.unlink(missing_ok=True)
-        measure([*command, "pair", name])
-        times = json.loads(pair.read_text())
-        row = {"method": name, "peak_gb": peak, "plain_peak_gb": plain_peak}
+        row = {"method": name, "peak_gb": told("alone", name)["peak_gb"], "plain_peak_gb": plain_peak}
+        times = told("pair", name)
         if times["method"]:
             row |= {"seconds": statistics.median(times["method"]), "plain_seconds": statistics.median(times["plain"]),
                     "over_plain": ratio(times["method"], times["plain"])}  # fmt: skip

@@ -40,7 +40,7 @@ class MethodSpec:
 
     @classmethod
     def parse(cls, text: str) -> "MethodSpec":
-        """UsageError where the text cannot be read, or no such method or variant exists."""
+        """UsageError where the text cannot be read, or no such method, variant or option exists."""
         from pipelines.methods import find
 
         head, colon, tail = text.strip().partition(":")
@@ -54,8 +54,8 @@ class MethodSpec:
             )
         if len(set(names)) != len(names):
             raise UsageError(f"method {text!r} names an option twice", "give each option once")
-        find(method, variant or None)
         options = tuple(sorted((name, value.strip()) for name, (_, _, value) in zip(names, pairs, strict=True)))
+        find(method, variant or None, dict(options))
         return cls(method, variant or None, options)
 
     def __str__(self) -> str:
@@ -373,27 +373,22 @@ class _Pace:
         self._known: dict[tuple[str, str], list[float]] = {}
         if model is None:
             return
-        students = {}
-        for stage in ("plan", "distill", "export"):
+        made = {model.digest: TEACHER}  # digest of everything made from this model: its method
+        for stage in ("profile", "plan", "distill", "export"):
             for artifact in store.artifacts(stage):
-                if artifact.inputs.get("model", {}).get("digest") != model.digest:
+                if not any(link["digest"] in made for link in artifact.inputs.values()):
                     continue
-                method = artifact.figures.get("method") or ""
-                students[artifact.digest] = method
-                if (units := self._of(stage, artifact.figures.get("updates"))) is not None:
+                made[artifact.digest] = method = artifact.figures.get("method") or ""
+                units = artifact.figures.get("updates") if stage == "distill" else 1
+                if units:
                     self._known.setdefault((stage, method), []).append(artifact.manifest["seconds"] / units)
         for sample in store.artifacts("sample"):
-            digest = sample.inputs.get("source", {}).get("digest")
-            method = TEACHER if digest == model.digest else students.get(digest)
+            method = made.get(sample.inputs.get("source", {}).get("digest"))
             rate = sample.figures.get("images_per_second")
             steps = asked.options.get("sample", {}).get("steps", sample.config.get("steps"))
             same = sample.config.get("steps") == steps and sample.config.get("source") != "fake"
             if method is not None and rate and same:
                 self._known.setdefault(("sample", method), []).append(1 / rate)
-
-    @staticmethod
-    def _of(stage: str, updates: Any) -> int | None:
-        return (updates or None) if stage == "distill" else 1
 
     def add(self, stage: str, cell: Cell, seconds: float) -> None:
         method = cell.spec.method if cell.spec else TEACHER

@@ -216,12 +216,32 @@ def trajectory(
         yield step, timestep, x, epsilon
         extra = {}
         if eta:
-            extra = dict(eta=eta, variance_noise=noise_of(seed, indices, tuple(x.shape[1:]), f"step {step}"))
+            noise = noise_of(seed, indices, tuple(x.shape[1:]), f"step {step}")
+            if (correction := getattr(model, "correction", None)) is not None:
+                noise = noise * noise_left(scheduler, timestep, eta, correction.rest(timestep))
+            extra = dict(eta=eta, variance_noise=noise)
         elif "generator" in accepted:
             extra = dict(generator=[generator(seed, index, f"step {step}") for index in indices])
         with _blaming(name):
             x = scheduler.step(epsilon, timestep, x, **extra).prev_sample
     yield steps, scheduler.timesteps[-1], x, epsilon
+
+
+def noise_left(scheduler, timestep: torch.Tensor, eta: float, deviation: float) -> float:
+    """σ'/σ, by how much a DDIM step's own noise shrinks where the prediction carries noise of some deviation s already.
+
+    σ'² = σ² − c²·s², or 0, with c the prediction's factor in the step (PTQD; the direction to x_t keeps σ, with which
+    c was derived). Both σ and c are asked of the scheduler: its step is affine in prediction and noise near zero.
+    """
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    small = 1e-6  # nothing is clipped
+
+    def step(prediction: float, noise: float) -> float:
+        extra = dict(eta=eta, variance_noise=zero + noise)
+        return scheduler.step(zero + prediction, timestep, zero, **extra).prev_sample.item() / small
+
+    own, carried = abs(step(0.0, small)), abs(step(small, 0.0)) * deviation
+    return math.sqrt(max(0.0, 1 - (carried / own) ** 2)) if own > 0 else 1.0
 
 
 @torch.inference_mode()

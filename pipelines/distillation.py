@@ -13,36 +13,22 @@ moments and the x_t it stands at: saved now and then, and a run killed anywhere 
 import math
 import os
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 from pipelines.diffusion import conditions_of, noise_of, timesteps_of, trajectory, walker
-from pipelines.errors import NumericalFault
+from pipelines.errors import HqdmError, NumericalFault
 from pipelines.events import Report
 from pipelines.models.denoiser import Denoiser
-from pipelines.plans import Recipe
+from pipelines.plans import Course, Recipe
+from pipelines.quant.correction import Correction, Moments
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.tables import TimestepTables
 
+MOST_POSITIONS = 1024  # that are compared with each other
 WEIGHT_DECAY = 0.01  # of the adapters; scales have none
-
-
-@dataclass(frozen=True)
-class Course:
-    """How long and on what the student trains."""
-
-    trajectories: int
-    steps: int
-    batch: int  # images of a trajectory; guidance doubles what the denoisers see
-    guidance: float
-    eta: float
-    seed: int
-
-    @property
-    def updates(self) -> int:
-        return self.trajectories * self.steps
 
 
 def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
@@ -73,6 +59,61 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     if tables.factor is not None:
         groups.append({"params": list(tables.factor), "rate": recipe.activation_scale_rate})
     return [{"weight_decay": 0.0, "lr": 0.0} | group for group in groups if group["rate"] > 0 and group["params"]]
+
+
+class _Relation:
+    """MPQ-DM's second term: how alike positions are to each other in the last block's output, held to the teacher's.
+
+    F̄ is the mean of two consecutive steps' features, normalised over channels, S = F̄ᵀF̄; at every second step
+    weight·Σ KL(softmax S of the teacher ‖ softmax S of the student). The step before has no gradient: its graph is
+    gone.
+    """
+
+    def __init__(self, teacher: Denoiser, student: Denoiser, weight: float):
+        self.weight = weight
+        self.before: list[torch.Tensor] | None = None
+        self._now: list[torch.Tensor | None] = [None, None]
+
+        def keeps(place: int):
+            def hook(_module, _args, output):
+                self._now[place] = output[-1] if isinstance(output, tuple) else output
+
+            return hook
+
+        self._handles = [
+            _last_block(denoiser.network).register_forward_hook(keeps(place))
+            for place, denoiser in enumerate((teacher, student))
+        ]
+
+    def term(self, step: int) -> torch.Tensor | float:
+        """The term after both have predicted at a step; 0 at every first of two steps."""
+        now = [_positions(features) for features in self._now]
+        if step % 2 == 0:
+            self.before = [features.detach() for features in now]
+            return 0.0
+        unit = [F.normalize((a + b) / 2, dim=1) for a, b in zip(now, self.before, strict=True)]
+        true, mine = (F.log_softmax(features.mT @ features, -1) for features in unit)
+        return self.weight * F.kl_div(mine, true, reduction="sum", log_target=True)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _last_block(network: torch.nn.Module) -> torch.nn.Module:
+    """What the last layers read; HqdmError where the network has no such list of blocks."""
+    for name in ("up_blocks", "single_transformer_blocks", "transformer_blocks"):
+        if len(blocks := getattr(network, name, ())):
+            return blocks[-1]
+    raise HqdmError(
+        f"a {type(network).__name__} has no blocks whose relations could be distilled", "recipe: relation: 0"
+    )
+
+
+def _positions(features: torch.Tensor) -> torch.Tensor:
+    """Features (N, C, H, W) or (N, tokens, C) as (N, C, positions), at most MOST_POSITIONS of them."""
+    flat = features.flatten(2) if features.ndim == 4 else features.mT
+    return F.adaptive_avg_pool1d(flat, min(flat.shape[2], MOST_POSITIONS))
 
 
 def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
@@ -133,6 +174,7 @@ def distill(
     timesteps = timesteps_of(scheduler, schedule, course.steps)
     done, losses, x = 0, [], None
     means: dict[int, float] = {}  # running means of the loss, by step
+    relation = _Relation(teacher, student, recipe.relation) if recipe.relation else None
     averages = [parameter.detach().clone() for parameter in parameters] if recipe.ema else []
     threads = torch.get_num_threads()
     state = _read_state(state_file, report)
@@ -148,6 +190,8 @@ def distill(
         optimiser.load_state_dict(state["optimiser"])
         done, losses, x = state["done"], state["losses"], state["x"]
         means, averages = state["means"], state["averages"]
+        if relation is not None:
+            relation.before = state["features"]
         report.note(f"goes on after update {done} of {course.updates}")
 
     def save() -> None:
@@ -156,7 +200,8 @@ def distill(
         with open(part, "wb") as file:
             torch.save(
                 {"parameters": values, "optimiser": optimiser.state_dict(), "done": done, "losses": losses, "x": x,
-                 "means": means, "averages": averages, "threads": threads, "torch": str(torch.__version__)}, file,
+                 "means": means, "averages": averages, "features": relation and relation.before, "threads": threads,
+                 "torch": str(torch.__version__)}, file,
             )  # fmt: skip
             file.flush()
             os.fsync(file.fileno())
@@ -200,7 +245,11 @@ def distill(
                     group["lr"] = group["rate"] * (1 - done / course.updates)
                 if recipe.weighting == "timestep":
                     means[step] = value if step not in means else 0.8 * means[step] + 0.2 * value
-                    loss = loss / max(means[step], 1e-12)
+                    with torch.enable_grad():
+                        loss = loss / max(means[step], 1e-12)
+                if relation is not None:
+                    with torch.enable_grad():
+                        loss = loss + relation.term(step)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
@@ -211,11 +260,50 @@ def distill(
                 losses.append(value)
                 report.advance(done, loss=value)
     report.end()
+    if relation is not None:
+        relation.remove()
     check_finite(student, losses[-1], timesteps[-1])
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=bool(averages)):
             parameter.copy_(average)
     return losses
+
+
+@torch.no_grad()
+def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, images: int, report: Report) -> Correction:
+    """What can be taken out of a trained student's predictions at every timestep of the course.
+
+    Both predict at the same x_t of `images` trajectories of the teacher, without noise after the start (η = 0, as
+    PTQD's code), whose noise and conditions are their own. Some rows of images stand in memory at once: course.batch.
+    """
+    info, scheduler = teacher.info, walker(teacher.info.schedule)
+    layers = quant_layers(student.network)
+    for layer in layers.values():
+        layer.freeze()
+    moments: dict[float, Moments] = {}
+    starts = range(0, images, course.batch)
+    report.begin("correction", len(starts) * course.steps)
+    for done, start in enumerate(starts):
+        indices = list(range(start, min(start + course.batch, images)))
+        x = noise_of(course.seed, indices, info.shape, "correction")
+        conditions = conditions_of(course.seed, indices, info.conditions, "correction classes")
+        for step, timestep, x_t, target in trajectory(
+            teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed, indices
+        ):
+            if step == course.steps:
+                break
+            predicted = student.predict(x_t, timestep, conditions, course.guidance)
+            moments.setdefault(float(timestep), Moments()).add(target, predicted)
+            report.advance(done * course.steps + step + 1)
+    report.end()
+    for layer in layers.values():
+        layer._frozen = None
+    timesteps = sorted(moments)
+    fitted = zip(*(moments[step].fit() for step in timesteps), strict=True)
+    slope, bias, deviation = (torch.stack(values) for values in fitted)
+    return Correction(
+        torch.tensor(timesteps, dtype=torch.float64), slope, bias, deviation, torch.tensor(float(course.guidance))
+    )
 
 
 def _read_state(path: Path, report: Report) -> dict | None:

@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 
 
 class Measures:
-    """The files of a profile artifact. Rows of its tensors are `timesteps`, in sampling order."""
+    """The files of a profile artifact. Rows of its tensors are `timesteps`, in sampling order.
 
-    def __init__(self, folder: Path, sites: Sequence[Site]):
+    network: the teacher's, for methods that look at weights.
+    """
+
+    def __init__(self, folder: Path, sites: Sequence[Site], network: "torch.nn.Module | None" = None):
         from safetensors import safe_open
         from safetensors.torch import load_file
 
+        self.sites = sites
+        self._network = network
         self.summary = json.loads((folder / "profile.json").read_text())
         self.timesteps: list[float] = self.summary["timesteps"]
         self._tensors = load_file(folder / "candidates.safetensors")
@@ -41,6 +46,11 @@ class Measures:
         """What the profile measured and the site admits, the identity first."""
         name, _ = self._whole[site.name]
         return [transform for transform in self._transforms[name] if site.admits(transform)]
+
+    def weight(self, site: Site) -> "torch.Tensor":
+        """The teacher's weight (out, C, …)."""
+        name, span = self._whole[site.name]
+        return self._network.get_submodule(name).weight.detach()[:, span]
 
     def sample(self, site: Site) -> "torch.Tensor":
         """Some of the site's inputs: (T, rows, C, W) of a convolution (whole image rows), (T, rows, C) of a linear."""

@@ -15,6 +15,51 @@ TRAINABLE = (*TRAINED, "weights", "biases")
 
 
 @dataclass(frozen=True)
+class Reconstruction:
+    """How a student is calibrated and its blocks reconstructed: AdaRound's and BRECQ's settings.
+
+    A block gets as many iterations as distillation would make updates, `trajectories` × steps, which is the same work;
+    published are 20,000 of rounding and 5,000 of scales, at rates of 1e-3 and 4e-4. Few iterations need larger rates.
+    """
+
+    spread: Literal["even", "normal"] = "even"  # of the calibration's timesteps over a trajectory
+    timesteps: int = 20  # of the calibration (Q-Diffusion: 20)
+    images: int = 16  # at each of them, at most trajectories × batch (Q-Diffusion: 256)
+    normal_mean: float = 0.4  # of the spread `normal`, as a share of the trajectory, 0 at the image (PTQ4DM's code)
+    normal_deviation: float = 0.4
+    rescale: bool = False  # activation scales are found anew on the calibration, whatever the profile's sample gave
+    rounding_share: float = 0.8  # of the iterations, for the weights' rounding; 0: to the nearest
+    scale_share: float = 0.2  # of the iterations, for activation scales; 0: as they were calibrated
+    rounding_rate: float = 2e-2
+    rounding_weight: float = 0.01  # of what pushes a rounding to 0 or 1, a sum over a block's weights
+    beta_first: float = 20.0  # its exponent falls linearly from here …
+    beta_last: float = 2.0  # … to here
+    warm_up: float = 0.2  # share of the iterations without it
+    temporal_block: bool = False  # time embedding and all time projections are one block (TFMQ-DM)
+
+    def __post_init__(self):
+        for name in ("timesteps", "images"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"reconstruction: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+        for name in ("rounding_share", "scale_share", "warm_up"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"reconstruction: {name} cannot be {getattr(self, name)}", "it is a share, 0 to 1")
+        for name in ("normal_deviation", "rounding_rate", "rounding_weight"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"reconstruction: {name} cannot be {getattr(self, name)}", "it takes 0 or more")
+        if self.beta_last <= 0 or self.beta_first < self.beta_last:
+            raise UsageError(
+                f"reconstruction: beta cannot fall from {self.beta_first} to {self.beta_last}",
+                "20 and 2 are the published values",
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether it does more than calibrate."""
+        return self.rounding_share > 0 or self.scale_share > 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code."""
 
@@ -38,7 +83,10 @@ class Recipe:
     weight_rate: float = 1e-5
     ema: float = 0.0  # decay of an average of what is trained, which is then the student; 0: none
     weighting: Literal["none", "timestep"] = "none"  # a loss over its running mean at each timestep, or as it is
+    relation: float = 0.0  # weight of MPQ-DM's distillation of relations between positions; 0: none
     correction: bool = False  # PTQD's, of ε, measured after training
+    correction_images: int = 64  # that it is measured on, teacher's trajectories of their own
+    reconstruction: Reconstruction | None = None  # where updates is `reconstruct`
 
     def __post_init__(self):
         for name in self.trains:
@@ -51,11 +99,39 @@ class Recipe:
                 f"recipe: lora_rank {self.lora_rank} and lora_rate_divisor {self.lora_rate_divisor} must be positive",
                 "32 and 2500 are the published values",
             )
-        for name in ("weight_scale_rate", "activation_scale_rate", "zero_point_rate", "bias_rate", "weight_rate"):
+        if self.correction_images < 1:
+            raise UsageError(
+                f"recipe: correction_images cannot be {self.correction_images}",
+                "64 is usual; correction: false is none",
+            )
+        for name in (
+            "weight_scale_rate", "activation_scale_rate", "zero_point_rate", "bias_rate", "weight_rate", "relation",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UsageError(
                     f"recipe: {name} cannot be {getattr(self, name)}", "0 leaves those parameters as they are"
                 )
+        if (self.updates == "reconstruct") != (self.reconstruction is not None):
+            if self.reconstruction is not None:
+                what = f"recipe: updates is {self.updates}, which takes no reconstruction"
+                raise UsageError(what, "updates: reconstruct, or leave it out")
+            object.__setattr__(self, "reconstruction", Reconstruction())
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long and on what the student trains, or its blocks are reconstructed."""
+
+    trajectories: int
+    steps: int
+    batch: int  # images of a trajectory; guidance doubles what the denoisers see
+    guidance: float
+    eta: float
+    seed: int
+
+    @property
+    def updates(self) -> int:
+        return self.trajectories * self.steps
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ A fake student's files (of the distill stage): `student.safetensors` with
     nearest · <site>/weight, <site>/bias, where they were trained · <site>/gain, centre, taps, row_bits: see
     pipelines/quant/surroundings.py
 
-and the plan as `plan.yaml`. An integer model's files (of the export stage): `model.safetensors` with
+and the plan as `plan.yaml`, and `correction.safetensors` where one was measured. An integer model's files (of the
+export stage): `model.safetensors` with
 
     <site>.weight packed uint8 · <site>.weight_scale fp32 · <site>.weight_zero packed · <site>.bias · tables.* as above
     · <site>.gain, centre, taps, row_bits, where there are such
     float.<name>, what is not quantised
 
-with `config.json`, which holds all that a loader needs, and `conditions.safetensors` and `first_stage/` as a model's
-folder has them.
+with `config.json`, which holds all that a loader needs, and `conditions.safetensors`, `first_stage/` and
+`correction.safetensors` as a model's folder has them.
 """
 
 import copy
@@ -39,6 +40,7 @@ from pipelines.models.families import FAMILIES
 from pipelines.models.first_stage import FirstStage
 from pipelines.plans import Plan
 from pipelines.quant import layers as fake_layers
+from pipelines.quant.correction import Correction
 from pipelines.quant.hadamard import sign_diagonal
 from pipelines.quant.integers import PackedWeights
 from pipelines.quant.spec import HALVES, SitePlan, site_from_dict, site_to_dict
@@ -59,6 +61,9 @@ ARITHMETIC = {
     "epilogue": "y = ((sum(q·V) · (s_t/order)) · w[c]) + bias[c], each operation rounded to fp32; "
     "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order "
     "of `sites`)",
+    "correction": "where there is one, the guided prediction becomes (p - bias[c]) / (1 + slope), its rows by timestep "
+    "as below, all interpolated linearly; sampling with noise of deviation s shrinks it to sqrt(s^2 - (c·d)^2), or 0, "
+    "with d = deviation / (1 + slope) and c the prediction's factor in the sampler's step",
     "timesteps": "rows of the tables by the schedule's timestep, which is the network's argument times timestep_unit; "
     "one within 0.01 of a row's is that row's; between two rows scales and factors are interpolated linearly in "
     "their logarithm and zero-points linearly, then rounded; beyond the ends the end row holds",
@@ -173,6 +178,8 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
             layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
         if freeze:
             layer.freeze()
+    if plan.recipe.correction:
+        student.correction = Correction.load(path.parent)
     return student.requires_grad_(False).eval()
 
 
@@ -218,7 +225,8 @@ def merge_weights(student: Denoiser, teacher: Denoiser) -> None:
 def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
     """Write a fake student as packed integers, checked: NumericalFault where an accumulator could overflow.
 
-    Returns {site: {"bytes", "float_bytes", "weight_bits", "form"}}; the form is the one of the cpu back end.
+    Returns {site: {"bytes", "float_bytes", "weight_bits", "form"}}; the form is the one of the cpu back end, the bits
+    are `mixed` where outputs have widths of their own.
     """
     layers = fake_layers.quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
@@ -232,7 +240,7 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
         sizes[name] = {
             "bytes": sum(value.numel() * value.element_size() for value in packed.tensors.values()) + steps,
             "float_bytes": 4 * (layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())),
-            "weight_bits": layer.plan.weight_bits,
+            "weight_bits": "mixed" if layer.plan.mixed else layer.plan.weight_bits,
             "form": cpu.form_of(packed),
         }
     for name, value in student.network.state_dict().items():
@@ -242,7 +250,7 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
     config = {
         "format": FORMAT, "version": FORMAT_VERSION, "method": plan.method, "variant": plan.variant,
         "bits": str(plan.bits), "model": asdict(student.info), "arithmetic": ARITHMETIC,
-        "timestep_unit": student.family.timestep_unit,
+        "timestep_unit": student.family.timestep_unit, "corrected": student.correction is not None,
         "learned_on": {"scheduler": walker(student.info.schedule), "steps": len(tables.timesteps)},
         "sign_diagonals": _sign_diagonals(plan.quantised),
         "packing": "codes minus the smallest code, most significant bit first, rows one after another",
@@ -307,6 +315,8 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
         raise FileFault(f"{folder}: tensors and configuration disagree on {different}", "export again")
     network.load_state_dict(floats, strict=False, assign=True)
     denoiser = ready(Denoiser(network, _load(Path(folder) / CONDITIONS), info, FirstStage.load(Path(folder))))
+    if config.get("corrected"):
+        denoiser.correction = Correction.load(Path(folder))
     for value in floats.values():  # convolutions were copied
         let_go(value.data_ptr(), value.nbytes)
     give_back(sum(value.numel() for value in tensors.values()))

@@ -12,6 +12,8 @@ from pipelines.stages import load
 from pipelines.store import Store
 
 STEPS = 3
+# Options under which a method's search takes a moment; its own take longer than a test should.
+QUICK = {"dmq": {"steps": "3"}, "outlier_suppression": {"thresholds": "8"}}
 
 
 def tiny_store(root: Path, seed: int = 0) -> Store:
@@ -37,5 +39,5 @@ def make(store: Store, stage: str, chosen: dict | None = None, report=None, **op
 
 def tiny_student(store: Store, method="hqdm", variant=None, bits="w4a4", trajectories=1, **options):
     """Plan and distill; the distill artifact."""
-    plan = make(store, "plan", method=method, variant=variant, bits=bits)
+    plan = make(store, "plan", method=method, variant=variant, bits=bits, options=QUICK.get(method, {}))
     return make(store, "distill", {"plan": plan.id}, trajectories=trajectories, batch=2, save_every=2, **options)

@@ -12,8 +12,8 @@ from PIL import Image
 from roads import make
 from torch.nn import functional as F
 
-from benchmarks.cifar10 import reference, teacher
-from pipelines import cifar10, runner
+from benchmarks.cifar10 import reference, run, teacher
+from pipelines import cifar10, diffusion, runner
 from pipelines.cifar10.data import find_split, load_split
 from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.metrics.extractors import load_extractor
@@ -27,29 +27,33 @@ from pipelines.store import Store
 STEPS, BLOCK = 2, 2
 
 
-def tiny_checkpoint(folder, **changes):
-    """A narrow class-conditional UNet on 12×4×4, random, as the benchmark writes its teacher; `changes` to the first
-    stage's parameters.
-    """
-    from diffusers import UNet2DConditionModel
+class Narrow(torch.nn.Module):
+    """The teacher's UNet, narrow."""
 
-    class Narrow(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.unet = UNet2DConditionModel(
-                sample_size=4, in_channels=12, out_channels=12, layers_per_block=1, block_out_channels=(32, 64),
-                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-                cross_attention_dim=64, attention_head_dim=(1, 2), norm_num_groups=32,
-            )  # fmt: skip
-            self.embedding = torch.nn.Embedding(11, 64)
+    def __init__(self):
+        from diffusers import UNet2DConditionModel
 
+        super().__init__()
+        self.unet = UNet2DConditionModel(
+            sample_size=16, in_channels=12, out_channels=12, layers_per_block=1, block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=64, attention_head_dim=(1, 2), norm_num_groups=32,
+        )  # fmt: skip
+        self.embedding = torch.nn.Embedding(11, 64)
+
+
+def narrow():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        path = teacher.write_unet(Narrow(), 7, folder)
+        return Narrow().eval().requires_grad_(False)
+
+
+def tiny_checkpoint(folder, **changes):
+    """The narrow UNet as the benchmark writes its teacher; `changes` to the first stage's parameters."""
+    path = teacher.write_unet(narrow(), 7, folder)
     config = yaml.safe_load((folder / "model.yaml").read_text())
     params = config["model"]["params"]
-    params["image_size"] = params["unet_config"]["params"]["image_size"] = 4
     params["unet_config"]["params"]["model_channels"] = 32
     params["first_stage_config"]["params"].update(changes)
     (folder / "model.yaml").write_text(yaml.safe_dump(config))
@@ -57,21 +61,29 @@ def tiny_checkpoint(folder, **changes):
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory):
-    """Artifacts by stage of the tiny checkpoint, from file to scores."""
+def bench(tmp_path_factory):
+    """The benchmark's arguments on the tiny checkpoint and six images that stand for CIFAR-10's, after it has run."""
     folder = tmp_path_factory.mktemp("cifar10")
-    store = Store(folder / "workspace")
-    made = {"model": runner.make(store, "model", runner.model_config(tiny_checkpoint(folder / "model"))).artifact}
+    as_folder(folder / "data/test", photographs(6))
+    words = ["--teacher", str(tiny_checkpoint(folder / "model")), "--data", str(folder / "data")]
+    words += ["--work", str(folder), "--workspace", str(folder / "workspace"), "--results", str(folder / "results")]
+    words += ["--methods", "hqdm", "--bits", "w4a4", "--count", "5", "--batch", "3", "--steps", str(STEPS)]
+    words += ["--trajectories", "1"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(profile, "_draw", lambda *_: None)
-        made["profile"] = make(store, "profile", steps=STEPS, batch=1)
-    made["plan"] = make(store, "plan", bits="w4a4")
-    made["distill"] = make(store, "distill", trajectories=1, batch=1)
-    made["export"] = make(store, "export")
-    for name in ("teacher", "fake", "int"):
-        made[name] = make(store, "sample", source=name, count=3, batch=2, steps=STEPS)
-    made["score"] = make(store, "score", {"samples": made["int"].id}, extractor="none")
-    return made
+        run.main(words)
+    return folder, words
+
+
+@pytest.fixture(scope="module")
+def road(bench):
+    """Artifacts of the benchmark's one student by stage, the samples by source."""
+    store = Store(bench[0] / "workspace")
+    made = {stage: store.current(stage) for stage in ("model", "profile", "plan", "distill", "export", "score")}
+    with np.load(store.current("sample").file("samples.npz")) as drawn:
+        count = len(drawn["arr_0"])
+    made["fake"] = make(store, "sample", source="fake", count=count, batch=3, steps=STEPS, guidance=1.5)
+    return made | {sample.config["source"]: sample for sample in store.artifacts("sample")}
 
 
 def images_of(artifact):
@@ -88,17 +100,70 @@ def test_space_to_depth_is_undone_exactly_and_loses_nothing():
 
 
 def test_a_model_on_space_to_depth_goes_from_checkpoint_to_scored_integers(road):
-    assert road["model"].figures["info"]["shape"] == [12, 4, 4]
+    assert road["model"].figures["info"]["shape"] == [12, 16, 16]
     drawn = {name: images_of(road[name]) for name in ("teacher", "fake", "int")}
-    assert drawn["int"].shape == (3, 8, 8, 3) and drawn["int"].std() > 0
+    assert drawn["int"].shape == (5, 32, 32, 3) and drawn["int"].std() > 0
     assert np.array_equal(drawn["fake"], drawn["int"]) and not np.array_equal(drawn["teacher"], drawn["int"])
     assert road["score"].figures["psnr_of_mean_mse"] > 5
 
 
+def test_the_benchmarks_table_is_its_scores_and_names_no_place_of_this_machine(bench, road):
+    results = bench[0] / "results"
+    table = json.loads((results / "table.json").read_text())
+    teachers, students = table["rows"]
+    assert (teachers["method"], students["bits"]) == ("teacher", "w4a4")
+    assert students["fid"]["mean"] == road["score"].figures["fd_cifar10"]
+    assert table["about"]["n"] == 5 and table["about"]["reference_n"] == 6 and table["about"]["machine"]
+    assert str(bench[0].parent) not in (results / "table.md").read_text().replace(
+        str(bench[0] / "cifar10-test.npz"), ""
+    )
+    assert table["about"]["model_path"] == "model.ckpt"
+    pictures = {file.name for file in (results / "pictures").iterdir()}
+    assert "samples-w4a4.png" in pictures
+    assert all(f"(pictures/{name})" in (results / "table.md").read_text() for name in pictures)
+
+
+def test_a_benchmark_that_is_whole_is_only_printed_again(bench, road, capsys):
+    store = Store(bench[0] / "workspace")
+    before = [artifact.id for stage in ("plan", "distill", "sample", "score") for artifact in store.artifacts(stage)]
+    run.main(bench[1])
+    assert "| w4a4 | hqdm" in capsys.readouterr().out
+    after = [artifact.id for stage in ("plan", "distill", "sample", "score") for artifact in store.artifacts(stage)]
+    assert after == before
+    run.main([*bench[1], "--dry-run"])
+    assert "0 of 2 cells would be made" in capsys.readouterr().out
+
+
+def test_a_benchmark_without_its_teacher_or_images_says_what_to_type(tmp_path):
+    with pytest.raises(SystemExit, match="no such teacher(?s:.*)benchmarks.cifar10.teacher"):
+        run.main(["--teacher", str(tmp_path / "model.ckpt")])
+    with pytest.raises(SystemExit, match="--data FOLDER"):
+        run.main(["--teacher", str(tiny_checkpoint(tmp_path)), "--work", str(tmp_path)])
+
+
+def test_the_written_teacher_predicts_what_was_trained(tmp_path):
+    trained, denoiser = narrow(), load_checkpoint(tiny_checkpoint(tmp_path))[0]
+    for value in trained.parameters():
+        value.copy_(value.half())  # as the file has it
+    x, classes = torch.randn(2, 12, 16, 16), torch.tensor([3, 10])  # the last is the null class
+    context = trained.embedding(classes)[:, None]
+    with torch.no_grad():
+        theirs = trained.unet(x, torch.tensor(401), encoder_hidden_states=context).sample
+        assert torch.allclose(denoiser.predict(x, torch.tensor(401), classes, 1.0), theirs, atol=1e-5)
+
+
 def test_its_images_are_its_latents_rearranged(road):
     denoiser = load_denoiser(road["model"].path)
-    latents = torch.randn(2, 12, 4, 4)
+    latents = torch.randn(2, 12, 16, 16)
     assert torch.equal(denoiser.decode(latents), F.pixel_shuffle(latents, BLOCK).clamp(-1, 1))
+
+
+def test_the_estimated_image_is_clipped_to_the_range_of_pixels_at_every_step(road):
+    info = load_denoiser(road["model"].path).info
+    scheduler = diffusion.make_scheduler("DDIMScheduler", info.schedule, STEPS)
+    far = torch.full((1, 12, 16, 16), 3.0)
+    estimate = scheduler.step(torch.zeros_like(far), scheduler.timesteps[0], far).pred_original_sample
+    assert torch.equal(estimate, torch.ones_like(far))
 
 
 def test_a_first_stage_without_weights_is_saved_as_a_configuration_alone(road, tmp_path):
@@ -295,7 +360,7 @@ def test_a_classifier_is_not_taken_for_images_just_because_of_their_size(tmp_pat
 def test_the_dit_is_written_as_a_folder_that_is_taken_with_its_null_class_last(tmp_path):
     from diffusers import DiTTransformer2DModel
 
-    class Narrow(torch.nn.Module):
+    class NarrowDiT(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.dit = DiTTransformer2DModel(
@@ -303,7 +368,7 @@ def test_the_dit_is_written_as_a_folder_that_is_taken_with_its_null_class_last(t
                 attention_head_dim=16, num_embeds_ada_norm=10,
             )  # fmt: skip
 
-    model = Narrow().eval().requires_grad_(False)
+    model = NarrowDiT().eval().requires_grad_(False)
     for value in model.parameters():
         value.copy_(value.half())  # as the file has it
     folder = teacher.write_dit(model, 3, tmp_path / "dit")

@@ -14,7 +14,8 @@ from hqdm_cli.console import duration
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "profile", "plan", "distill", "export", "sample", "score", "run", "status", "show", "verify", "methods", "report",
+    "profile", "plan", "distill", "export", "sample", "score", "compare", "run", "status", "show", "verify", "methods",
+    "report",
 )  # fmt: skip
 ROAD = (("plan",), ("distill", "--bits", "w4a4"), ("export", "--format", "int"), ("sample",), ("score",))
 
@@ -323,6 +324,9 @@ def test_verify_names_a_damaged_file_and_fails(road, tmp_path):
 
 def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_path):
     method = types.SimpleNamespace(summary="rotates", source="a paper", default_variant="ours", variants={})
+    order = types.SimpleNamespace(default=32, summary="of the matrix", choices=(16, 32))
+    best = types.SimpleNamespace(default=True, summary="the best or all", choices=())
+    method.options = {"order": order, "best": best}
     method.variants = {
         name: types.SimpleNamespace(summary=line) for name, line in (("ours", "signs"), ("paper", "width"))
     }
@@ -340,8 +344,11 @@ def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, grids.__name__, grids)
     assert hqdm("methods")[1].splitlines() == [
         "hqdm: rotates", "  source: a paper", "  --variant ours   signs (default)", "  --variant paper  width",
+        "  --set order=32   of the matrix (16, 32)", "  --set best=true  the best or all",
     ]  # fmt: skip
-    assert json.loads(hqdm("methods", "--json")[1])["hqdm"]["variants"]["ours"] == "signs"
+    listed = json.loads(hqdm("methods", "--json")[1])["hqdm"]
+    assert listed["variants"]["ours"] == "signs"
+    assert listed["options"]["order"] == {"default": 32, "summary": "of the matrix", "choices": [16, 32]}
     assert hqdm("report")[1] == "source      fid  psnr\nteacher  1.2346\nint         2.5    30\n"
     assert hqdm("report", "--format", "markdown")[1].splitlines()[2] == "| teacher | 1.2346 |  |"
     assert hqdm("report", "--format", "csv")[1].splitlines()[1] == "teacher,1.23456789,"

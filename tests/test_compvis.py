@@ -186,8 +186,14 @@ def test_numbers_are_read_as_people_write_them_and_a_key_given_twice_is_refused(
 
 
 def test_a_model_that_predicts_something_else_than_noise_is_refused(tmp_path):
-    with pytest.raises(HqdmError, match="parameterization: v"):
-        load_checkpoint(CHECKPOINT, changed_config(tmp_path, lambda params: params.update(parameterization="v")))
+    with pytest.raises(HqdmError, match="parameterization: x0"):
+        load_checkpoint(CHECKPOINT, changed_config(tmp_path, lambda params: params.update(parameterization="x0")))
+
+
+def test_a_network_that_predicts_v_says_so_in_its_schedule(tmp_path):
+    v = load_checkpoint(CHECKPOINT, changed_config(tmp_path, lambda params: params.update(parameterization="v")))[0]
+    assert v.info.schedule["prediction_type"] == "v_prediction"
+    assert "prediction_type" not in load_checkpoint(CHECKPOINT)[0].info.schedule
 
 
 @pytest.mark.parametrize("schedule", [{"linear_end": 0.02}, {"timesteps": 500}])

@@ -25,6 +25,8 @@ FLOORS = {
     "pipelines.quant.layers": 2,
     "pipelines.quant.observe": 2,
     "pipelines.quant.candidates": 2,
+    "pipelines.quant.search": 2,
+    "pipelines.measures": 3,
     "pipelines.diffusion": 2,
     "pipelines.kernels": 3,
     "pipelines.models": 3,
@@ -33,6 +35,7 @@ FLOORS = {
     "pipelines.report": 3,
     "pipelines.students": 4,  # quantised denoisers: of models, kernels and quant together
     "pipelines.distillation": 4,
+    "pipelines.reconstruction": 4,
     "pipelines.digits.train": 4,
     "pipelines.cifar10.data": 4,
     "pipelines.stages": 5,

@@ -31,7 +31,7 @@ SITES = [
 class Measures:
     """Signs help, a larger order helps, and asymmetric helps by a little. Two timesteps; one channel stands out."""
 
-    timesteps = [951, 1]
+    timesteps, sites = [951, 1], SITES
 
     def transforms(self, site):
         every = [Transform("channels", order, signs) for order in (8, 16, 32, 64) for signs in (None, 1)]
@@ -43,6 +43,9 @@ class Measures:
         sample = torch.randn(shape, generator=torch.Generator().manual_seed(len(site.name)))
         sample[:, :, 0] = sample[:, :, 0] * 20 + 5
         return sample
+
+    def weight(self, site):
+        return torch.randn(site.weight, generator=torch.Generator().manual_seed(1))
 
     def statistic(self, site, name):
         values = self.sample(site).transpose(1, 2).flatten(2)  # (T, C, n)
@@ -80,8 +83,8 @@ def test_first_last_and_time_layers_have_eight_bits_and_the_others_those_asked_f
     for plan in decide(name, variant, "w3a4").values():
         if plan.quantised and plan.site.role in EIGHT_BIT_ROLES + FLOAT_ROLES:
             assert (plan.weight_bits, plan.activation_bits) == (8, 8)
-        elif plan.quantised:
-            assert (plan.weight_bits, plan.activation_bits) == (3, 4)
+        elif plan.quantised:  # with widths by output the widest is more; tests of the method bound their mean
+            assert plan.activation_bits == 4 and (plan.mixed or plan.weight_bits == 3)
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)

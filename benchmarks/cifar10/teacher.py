@@ -30,7 +30,7 @@ from pipelines.store import Artifact, Store
 HERE = Path(__file__).parent
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195,
-    "beta_schedule": "scaled_linear", "clip_sample": False, "prediction_type": "epsilon", "set_alpha_to_one": False,
+    "beta_schedule": "scaled_linear", "clip_sample": True, "prediction_type": "v_prediction", "set_alpha_to_one": False,
     "steps_offset": 1, "timestep_spacing": "leading",
 }  # fmt: skip
 KEYS = ("class_accuracy", "fd_cifar10", "sfd_cifar10", "is", "precision", "recall")

@@ -62,10 +62,11 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare methods on one model: every one at every width and seed, on the same work.
+    """Compare methods on one model and the same work.
 
-    Each cell is a chain of artifacts from plan to score; what is there already is not made again, and what was
-    interrupted goes on. A cell that fails leaves the others, and is listed at the end.
+    Every method at every bit width and seed. Each cell is a chain of artifacts from plan to score; what is there
+    already is not made again, and what was interrupted goes on. A cell that fails leaves the others, and is listed at
+    the end.
     """
     from pipelines import compare as engine
     from pipelines.errors import HqdmError, UsageError

@@ -7,9 +7,10 @@ EXAMPLE = "hqdm methods"
 
 
 def methods(as_json: Json = False, debug: Debug = False) -> None:
-    """List the quantisation methods and their variants.
+    """List the quantisation methods, their variants and options.
 
-    Each is one file that declares transforms, quantisers and what trains; the source says where it comes from.
+    Each is one file that declares transforms, quantisers and what trains; the source says where it comes from. An
+    option is set with `hqdm plan --set NAME=VALUE`.
     """
     from pipelines.methods import METHODS
 
@@ -20,6 +21,10 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
                 "source": m.source,
                 "default": m.default_variant,
                 "variants": {n: v.summary for n, v in m.variants.items()},
+                "options": {
+                    n: {"default": o.default, "summary": o.summary, "choices": list(o.choices)}
+                    for n, o in m.options.items()
+                },
             }
             for name, m in METHODS.items()
         }
@@ -29,6 +34,16 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
         print(f"{name}: {method.summary}")
         print(f"  source: {method.source}")
         width = max(map(len, method.variants), default=0)
-        for name, variant in method.variants.items():
-            default = " (default)" if name == method.default_variant else ""
-            print(f"  --variant {name:<{width}}  {variant.summary}{default}")
+        for variant, about in method.variants.items():
+            default = " (default)" if variant == method.default_variant else ""
+            print(f"  --variant {variant:<{width}}  {about.summary}{default}")
+        settings = {f"{option}={_word(about.default)}": about for option, about in method.options.items()}
+        width = max(map(len, settings), default=0)
+        for setting, about in settings.items():
+            choices = f" ({', '.join(map(_word, about.choices))})" if about.choices else ""
+            print(f"  --set {setting:<{width}}  {about.summary}{choices}")
+
+
+def _word(value: int | float | str | bool) -> str:
+    """A value as --set takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -19,7 +19,7 @@ def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug
     rows = [
         {"artifact": artifact.id, "made": artifact.manifest["finished"][:16].replace("T", " "),
          "seconds": round(artifact.manifest["seconds"]),
-         "from": " ".join(link["id"] for link in artifact.inputs.values()),
+         "from": _origin([link["id"] for link in artifact.inputs.values()]),
          "state": reasons[artifact.id] or "current"}
         for artifact in store.artifacts()
     ]  # fmt: skip
@@ -35,3 +35,8 @@ def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug
     for stage in unfinished:
         console.say(f"unfinished: a run of {stage}; the command that began it goes on")
     console.next_step(following, workspace)
+
+
+def _origin(ids: list[str]) -> str:
+    """The artifacts that one was made from; of a comparison, which has many, the first."""
+    return " ".join(ids) if len(ids) <= 4 else f"{' '.join(ids[:3])} and {len(ids) - 3} more"

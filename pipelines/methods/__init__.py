@@ -6,10 +6,47 @@ The contract tests read this table, so that they take a new method by themselves
 from collections.abc import Mapping
 
 from pipelines.errors import UsageError, did_you_mean
-from pipelines.methods import efficientdm, hqdm
+from pipelines.methods import (
+    apq_dm,
+    dmq,
+    double_hadamard,
+    efficientdm,
+    hadanorm,
+    hqdm,
+    lsq,
+    mpq_dm,
+    outlier_suppression,
+    ptq4dm,
+    ptqd,
+    q_diffusion,
+    quest,
+    rtn,
+    smoothquant,
+    tfmq,
+)  # fmt: skip
 from pipelines.methods.base import Method, Variant
 
-METHODS: dict[str, Method] = {method.name: method for method in (hqdm.METHOD, efficientdm.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        hqdm.METHOD,
+        efficientdm.METHOD,
+        rtn.METHOD,
+        smoothquant.METHOD,
+        outlier_suppression.METHOD,
+        dmq.METHOD,
+        hadanorm.METHOD,
+        double_hadamard.METHOD,
+        ptqd.METHOD,
+        quest.METHOD,
+        lsq.METHOD,
+        apq_dm.METHOD,
+        mpq_dm.METHOD,
+        q_diffusion.METHOD,
+        tfmq.METHOD,
+        ptq4dm.METHOD,
+    )
+}  # fmt: skip
 
 
 def find(name: str, variant: str | None, options: Mapping[str, str] | None = None) -> tuple[Method, str, Variant]:

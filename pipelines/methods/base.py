@@ -21,6 +21,7 @@ class Measured(Protocol):
     """What the profile measured, as methods ask for it; see `pipelines.measures.Measures`."""
 
     timesteps: Sequence[float]
+    sites: Sequence[Site]
 
     def sqnr(self, site: Site, transform: Transform, quantiser: str, bits: int) -> float: ...
 
@@ -31,6 +32,8 @@ class Measured(Protocol):
     def sample(self, site: Site) -> "torch.Tensor": ...
 
     def statistic(self, site: Site, name: str) -> "torch.Tensor": ...
+
+    def weight(self, site: Site) -> "torch.Tensor": ...
 
     def moved(self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"]) -> "torch.Tensor": ...
 
@@ -73,6 +76,7 @@ class Method:
         `centre` (C,), `row_bits` (out,) uint8, `weight_codes`. weight (out, in, …) is the teacher's.
     groups(measured, variant): which timesteps share one activation scale: a group number for each, in the profile's
         order. An empty list gives each its own.
+    allocate(plans, bits, measured, variant): the plans again, with what can only be decided over all of them.
     """
 
     name: str
@@ -84,6 +88,7 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     constants: Callable[[SitePlan, "torch.Tensor", Measured, Variant], dict[str, "torch.Tensor"]] | None = None
     groups: Callable[[Measured, Variant], list[int]] | None = None
+    allocate: Callable[[list[SitePlan], Bits, Measured, Variant], list[SitePlan]] | None = None
 
     def with_options(self, variant: Variant, given: Mapping[str, str]) -> Variant:
         """A variant with the method's defaults, its own options and those that a user gave, as values."""

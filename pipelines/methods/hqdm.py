@@ -8,12 +8,16 @@ Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and co
     alone.
     ours    every site along its channels, at every rank; order, ±1 signs before it and the activation quantiser are the
             measured best of each site; shortcut and downsampling convolutions are quantised too, at 8 bits.
+    auto    the placement of each site that costs its output least (`methods/auto.py`), and rates that were tried.
 
 Where the width is no multiple of 32 the paper's identity would leave most of a small model unrotated, so `paper` takes
 the largest power of two up to 32 that divides it. A weight factor per timestep multiplies the epilogue and leaves the
 integers alone; the paper's formula would need other integers at every timestep.
 """
 
+from typing import TYPE_CHECKING
+
+from pipelines.methods import auto
 from pipelines.methods.base import (
     EIGHT_BIT_ROLES,
     FLOAT_ROLES,
@@ -25,6 +29,9 @@ from pipelines.methods.base import (
     left_in_float,
 )  # fmt: skip
 from pipelines.quant.spec import IDENTITY, ORDERS, QUANTISERS, Bits, Site, SitePlan, Transform, largest_block
+
+if TYPE_CHECKING:
+    import torch
 
 ORDER = 32  # k = 5, the best of the paper's table 4
 ENOUGH_DB = 30.0  # above this a rotation buys nothing, and at 8 bits it costs a second int8 digit
@@ -61,11 +68,18 @@ def _best(site: Site, activation: int, measured: Measured) -> tuple[Transform, s
     return max(pairs, key=lambda pair: measured.sqnr(site, *pair, activation))
 
 
+def constants(plan: SitePlan, weight: "torch.Tensor", measured: Measured, variant: Variant) -> dict:
+    """Of `auto` alone."""
+    return auto.constants(plan, weight, measured, variant)
+
+
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """The plan of one site; see the module's text for the variants."""
     search = variant.options.get("search", False)
     if site.obstacle:
         return left_in_float(site, site.obstacle)
+    if search == "auto":
+        return auto.decide(site, bits, measured, variant)
     if site.role in FLOAT_ROLES and not search:
         return left_in_float(site, f"{site.role} convolutions stay in floating point (HQ-DM's code)")
     eight = site.role in EIGHT_BIT_ROLES + FLOAT_ROLES
@@ -90,6 +104,9 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     )  # fmt: skip
 
 
+AUTO = Recipe(base_weight="float")
+
+
 METHOD = Method(
     name="hqdm",
     summary="Single Hadamard: activations rotated, weights quantised unrotated, the rotation folded into integers",
@@ -105,11 +122,19 @@ METHOD = Method(
             Recipe(weight_factors=True),
             {"axis": "width", "ranks": (2, 3, 4)},
         ),
+        "auto": Variant(
+            "every site's placement by its output's error: transform, signs, inverse, centring, scaling; own rates",
+            AUTO,
+            {"search": "auto"},
+        ),
         "code": Variant(
             "as published: channels of order 32, linears of rank 2 alone", Recipe(), {"axis": "channels", "ranks": (2,)}
         ),
     },
     default_variant="ours",
-    options={"order": Option(ORDER, "Hadamard order of the published variants (table 4: k = 3 … 6)", ORDERS)},
+    options={"order": Option(ORDER, "Hadamard order of the published variants (table 4: k = 3 … 6)", ORDERS)}
+    | auto.OPTIONS,
     decide=decide,
+    constants=constants,
+    allocate=auto.allocate,
 )

@@ -10,6 +10,7 @@ from torch import nn
 from pipelines.errors import FileFault
 from pipelines.models.checkpoint import read_tensors
 from pipelines.models.compvis_config import (
+    PREDICTIONS,
     SPACE,
     ClassConfig,
     Params,
@@ -84,13 +85,18 @@ def load_checkpoint(checkpoint: Path, config: Path | None = None, ema: bool = Tr
         table = state[CLASSES].float()
         _check_finite({CLASSES: table}, checkpoint)
         conditions, rows = {"encoder_hidden_states": table[:, None]}, len(table)
+    schedule = dict(
+        num_train_timesteps=params.timesteps, beta_start=params.linear_start, beta_end=params.linear_end,
+        beta_schedule="scaled_linear",
+    )  # fmt: skip
+    if params.parameterization != "eps":
+        schedule["prediction_type"] = PREDICTIONS[params.parameterization]
+    if isinstance(fitted.first_stage, SpaceToDepth):  # pixels, whose estimates are clipped to their range as DDPM does
+        schedule["clip_sample"] = True
     info = ModelInfo(
         family=fitted.family, shape=(params.unet.in_channels, params.side, params.side), conditions=rows - 1,
         guidance=CLASSIFIER_FREE if conditions else NONE, strength=GUIDANCE if conditions else 1.0,
-        schedule=dict(
-            num_train_timesteps=params.timesteps, beta_start=params.linear_start, beta_end=params.linear_end,
-            beta_schedule="scaled_linear",
-        ),
+        schedule=schedule,
         source=f"{source}, {'moving averages' if fitted.averaged else 'raw weights'}", options=fitted.options,
     )  # fmt: skip
     return Denoiser(fitted.network, conditions, info, first_stage).eval(), left_out

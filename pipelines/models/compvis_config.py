@@ -12,6 +12,7 @@ from pipelines.errors import FileFault, HqdmError, UsageError
 
 _GROUPS = 32  # of every group norm in CompVis's networks
 _MOST = 1 << 16  # of any count, width or side: what is larger is a slip, and would take memory before it is refused
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}  # parameterization, in diffusers' words
 UNCONDITIONAL = "__is_unconditional__"  # what stands in cond_stage_config's place
 # First stages, by their class. The last is this project's own.
 IDENTITY, VQ, KL, SPACE = "IdentityFirstStage", "VQModelInterface", "AutoencoderKL", "SpaceToDepth"
@@ -287,8 +288,8 @@ def check_supported(params: Params, where: str) -> None:
         refused.append(f"num_heads_upsample: {unet.num_heads_upsample}")
     if unet.in_channels != unet.out_channels:
         refused.append(f"in_channels: {unet.in_channels} with out_channels: {unet.out_channels}")
-    for key, value in (("parameterization", "eps"), ("beta_schedule", "linear")):
-        if getattr(params, key) != value:
+    for key, known in (("parameterization", PREDICTIONS), ("beta_schedule", ("linear",))):
+        if getattr(params, key) not in known:
             refused.append(f"{key}: {getattr(params, key)}")
     if first.kind not in (IDENTITY, VQ, KL, SPACE):
         refused.append(f"first_stage_config: {first.target}")

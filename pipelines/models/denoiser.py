@@ -14,6 +14,7 @@ from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.models.families import FAMILIES
 from pipelines.models.families.base import CLASSIFIER_FREE, NONE, Family
 from pipelines.models.first_stage import FirstStage
+from pipelines.quant.correction import Correction
 from pipelines.quant.spec import Site
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -52,7 +53,7 @@ class Denoiser(nn.Module):
     """A network of some family with its conditions: ε (or v, or a velocity) of x at t under condition c, guided.
 
     network: as diffusers has it. conditions: what it can be told, by name, (n, …) or, for classifier-free guidance,
-    (n + 1, …) with the null condition last.
+    (n + 1, …) with the null condition last. correction: of a student's predictions, where one was measured.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Denoiser(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.network, self.info, self.first_stage = network, info, first_stage
+        self.correction: Correction | None = None
         self.conditions = nn.Module()
         for name, value in conditions.items():
             self.conditions.register_buffer(name, value)
@@ -76,11 +78,17 @@ class Denoiser(nn.Module):
     def predict(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
     ) -> torch.Tensor:
-        """The guided prediction at x (N, C, H, W) for conditions (N,) int64: p_∅ + guidance·(p_c − p_∅).
+        """The guided prediction at x (N, C, H, W) for conditions (N,) int64: p_∅ + guidance·(p_c − p_∅), corrected.
 
         `timestep` is the schedule's, a number or (N,). The conditional and unconditional halves are one batch of 2N
         (guidance 1 needs the conditional half alone).
         """
+        guided = self._guided(x, timestep, conditions, guidance)
+        return guided if self.correction is None else self.correction.corrected(guided, timestep)
+
+    def _guided(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
+    ) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         if self.info.guidance != CLASSIFIER_FREE or guidance == 1.0:
             return self.family.call(self.network, x, timestep, self.given(conditions), guidance)
@@ -199,10 +207,14 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
 
 
 def save_beside(denoiser: Denoiser, folder: Path) -> None:
-    """Write what goes with a network whatever form it has: `conditions.safetensors` and `first_stage/`."""
+    """Write what goes with a network whatever form it has: `conditions.safetensors`, `first_stage/` and, where there is
+    one, `correction.safetensors`.
+    """
     save_file({name: value.contiguous() for name, value in denoiser.conditions.named_buffers()}, folder / CONDITIONS)
     if denoiser.first_stage is not None:
         denoiser.first_stage.save(folder)
+    if denoiser.correction is not None:
+        denoiser.correction.save(folder)
 
 
 def read_info(folder: Path) -> ModelInfo:

@@ -105,6 +105,7 @@ class QuantLayer(nn.Module):
         self.register_buffer("base_scale", None, persistent=False)
         self.lora_a = self.lora_b = None
         self.soft_codes: Callable[[], torch.Tensor] | None = None  # codes − zero-points while their rounding is learned
+        self.float_inputs = False  # whether inputs are left unrounded, while weights alone are reconstructed
         self._tables = [tables]  # in a list, so that the shared tables are not a child of every layer
         self._frozen: tuple[torch.Tensor, torch.dtype] | None = None
 
@@ -286,7 +287,8 @@ class QuantLayer(nn.Module):
     def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """What V is multiplied with: x rotated and quantised, centred, and rotated back where that is the plan."""
         plan, spatial = self.plan, self.plan.site.kind == "conv"
-        codes = centred_codes(rotate_activation(x, plan.transform, spatial), scale, zero, *plan.activation_range)
+        codes = rotate_activation(x, plan.transform, spatial)
+        codes = codes / scale if self.float_inputs else centred_codes(codes, scale, zero, *plan.activation_range)
         if plan.inverse == "activation":
             codes = rotate_activation(codes, plan.transform, spatial, inverse=True)
         return codes

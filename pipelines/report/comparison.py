@@ -63,7 +63,7 @@ def mean_and_deviation(values: Iterable[float | None]) -> dict[str, float | None
     if not known:
         return None
     finite = all(map(math.isfinite, known))
-    mean = statistics.fmean(known) if finite else sum(known)
+    mean = statistics.fmean(known) if finite else sum(known) / len(known)
     return {"mean": mean, "sd": statistics.stdev(known) if finite and len(known) > 1 else None}
 
 
@@ -91,7 +91,7 @@ def best_of(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
     for bits in dict.fromkeys(row["bits"] for row in rows if row["spec"] != TEACHER):
         for column in (column for column in COLUMNS if column.better):
             mine = {
-                row["spec"]: round(row[column.key]["mean"] * column.scale, column.digits)
+                row["spec"]: round(float(row[column.key]["mean"]) * column.scale, column.digits)
                 for row in rows
                 if row["bits"] == bits and row[column.key] is not None
             }
@@ -102,11 +102,11 @@ def best_of(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
     return found
 
 
-def _text(column: Column, figure: Mapping[str, float | None] | None) -> str:
+def _text(column: Column, figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return ""
-    text = f"{figure['mean'] * column.scale:.{column.digits}f}"
-    return text if figure["sd"] is None else f"{text} ± {figure['sd'] * column.scale:.{column.digits}f}"
+    text = f"{float(figure['mean']) * column.scale:.{column.digits}f}"
+    return text if not figure["sd"] else f"{text} ± {figure['sd'] * column.scale:.{column.digits}f}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ class Shown:
 
 
 def shown(table: Mapping[str, Any]) -> Shown:
-    """The rows of a table as texts; columns without any figure are left out, seeds where there is one."""
+    """The rows of a table, or of its JSON (in which infinity is a word), as texts; columns without any figure are left
+    out, and seeds where there is one.
+    """
     rows, extractor = table["rows"], table["about"]["extractor"]
     used = [column for column in COLUMNS if any(row[column.key] is not None for row in rows)]
     several = len(table["about"]["seeds"]) > 1
@@ -154,9 +156,11 @@ def note(about: Mapping[str, Any]) -> str:
         sentences.append(f"One seed ({seeds[0]}).")
     sentences.append(
         "Seconds are of the whole stage, loading included; peak MB is the largest resident memory of the process while "
-        "it distilled; MB is the export's weights; last loss is ‖Δε‖² per image over the last trajectory. "
-        "The best of each width is marked, of the digits shown."
+        "it distilled, with what earlier cells left; MB is the export's weights; last loss is ‖Δε‖² per image over "
+        "the last trajectory. The best of each width is marked, of the digits shown."
     )
+    if about.get("untrained"):
+        sentences.append("Methods of 0 updates are not distilled: their seconds are of calibration and reconstruction.")
     if about["machine"]:
         sentences.append(f"Machine: {about['machine']}.")
     return " ".join(sentences)

@@ -11,11 +11,12 @@ import numpy as np
 
 from pipelines.report.comparison import COLUMNS, QUALITY, TEACHER, Column, heading
 from pipelines.report.grids import GAP, SCALE_TO
-from pipelines.report.pictures import COLOURS, figure_file, wrapped
+from pipelines.report.pictures import COLOURS, MUTED, figure_file, wrapped
 
 LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHOWN = 10  # images a row
+MOST_BANDS = 6
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -28,12 +29,25 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _legend(figure, names: Sequence[str], styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """One legend of all methods below the panels."""
+def _legend(figure, names: Sequence[str], styles: Mapping[str, Mapping[str, Any]], caption: str) -> None:
+    """One legend of all methods below the panels, under the picture's caption."""
     from matplotlib.lines import Line2D
 
-    entries = [Line2D([], [], **styles[name]) for name in names]
-    figure.legend(entries, names, loc="outside lower left", ncols=4)
+    width = figure.get_size_inches()[0]
+    legend = figure.legend(
+        [Line2D([], [], **styles[name]) for name in names], names, loc="outside lower left", ncols=_per_line(width),
+        title=wrapped(caption, width), title_fontsize=7, alignment="left", borderaxespad=0.2,
+    )  # fmt: skip
+    legend.get_title().set_color(MUTED)
+
+
+def _per_line(width: float) -> int:
+    """Methods in one line of a legend under a picture of that many inches."""
+    return max(1, int(width / 1.8))
+
+
+def _legend_height(names: Sequence[str], width: float) -> float:
+    return 0.4 + 0.16 * -(-len(names) // _per_line(width))  # inches
 
 
 def _finite(figure: Mapping[str, float | None] | None) -> tuple[float, float]:
@@ -96,12 +110,13 @@ def _against(path, table, title, rows, place, name_of, places, label, keys=QUALI
     across = min(4, len(columns))
     down = -(-len(columns) // across)
     teacher = next((row for row in table["rows"] if row["spec"] == TEACHER), None)
-    caption = "Dashed grey: the fp32 teacher."
+    caption = []
+    if teacher and any(np.isfinite(_finite(teacher[column.key])[0]) for column in columns):
+        caption.append("Dashed grey: the fp32 teacher.")
     if len(table["about"]["seeds"]) > 1:
-        caption += " Bars: ± one standard deviation over the seeds."
+        caption.append("Bars: ± one standard deviation over the seeds.")
     width = max(5.6, 0.5 + 2.3 * across)
-    height = 1.1 + 2.0 * down + 0.16 * (-(-len(names) // 4))
-    with figure_file(path, width, height, title, wrapped(caption, width)) as figure:
+    with figure_file(path, width, 0.7 + 2.0 * down + _legend_height(names, width), title) as figure:
         axes = figure.subplots(down, across, squeeze=False)
         spread = np.linspace(-0.16, 0.16, len(names)) if len(names) > 1 else [0.0]  # bars of methods beside each other
         for axis, column in zip(axes.flat, columns, strict=False):
@@ -120,7 +135,7 @@ def _against(path, table, title, rows, place, name_of, places, label, keys=QUALI
             axis.grid(axis="y", linewidth=0.4, color="#dddddd")
         for axis in list(axes.flat)[len(columns) :]:
             axis.set_axis_off()
-        _legend(figure, names, styles)
+        _legend(figure, names, styles, " ".join(caption))
     return True
 
 
@@ -128,15 +143,17 @@ def losses(path: Path, curves: Mapping[str, Mapping[str, Sequence[np.ndarray]]])
     """Losses over updates: width -> method -> one (trajectories, steps) for each seed.
 
     Above, the mean of each trajectory; below, the last timestep of sampling alone, which is the paper's figure 4. A
-    band is ± one standard deviation over the seeds.
+    band is ± one standard deviation over the seeds; where more methods than MOST_BANDS would hide each other, none.
     """
     names = list(dict.fromkeys(name for named in curves.values() for name in named))
     styles = {name: style | {"marker": None} for name, style in _styles(names).items()}
     width = max(5.6, 0.6 + 2.4 * len(curves))
-    with figure_file(
-        path, width, 5.0 + 0.16 * (-(-len(names) // 4)), "Distillation loss over updates",
-        wrapped("‖Δε‖² of the guided ε per image. Bands: ± one standard deviation over the seeds.", width),
-    ) as figure:  # fmt: skip
+    several = any(len(runs) > 1 for named in curves.values() for runs in named.values())
+    banded = len(names) <= MOST_BANDS
+    caption = "‖Δε‖² of the guided ε per image."
+    if several:
+        caption += " Bands: ± one standard deviation over the seeds." if banded else " Means over the seeds."
+    with figure_file(path, width, 4.6 + _legend_height(names, width), "Distillation loss over updates") as figure:
         axes = figure.subplots(2, len(curves), squeeze=False, sharex="col")
         for column, (bits, named) in enumerate(curves.items()):
             for line, reduce in ((0, lambda table: table.mean(1)), (1, lambda table: table[:, -1])):
@@ -147,16 +164,17 @@ def losses(path: Path, curves: Mapping[str, Mapping[str, Sequence[np.ndarray]]])
                     updates = (np.arange(shortest) + 1) * runs[0].shape[1]
                     style = styles[name]
                     axis.plot(updates, values.mean(0), **style)
-                    if len(values) > 1:
+                    if len(values) > 1 and banded:
                         low, high = values.mean(0) - values.std(0, ddof=1), values.mean(0) + values.std(0, ddof=1)
                         axis.fill_between(updates, low, high, color=style["color"], alpha=0.18, linewidth=0)
                 axis.set_title(bits if line == 0 else f"{bits}, last timestep of sampling", loc="left")
                 axis.set_ylim(bottom=0)
                 axis.grid(axis="y", linewidth=0.4, color="#dddddd")
             axes[1, column].set_xlabel("updates")
+            axes[1, column].xaxis.get_major_locator().set_params(integer=True)
         for line in axes:
             line[0].set_ylabel("loss per image")
-        _legend(figure, names, styles)
+        _legend(figure, names, styles, caption)
 
 
 def weight_outliers(path: Path, layers: Sequence[Mapping[str, float]], order: str) -> None:

@@ -176,7 +176,7 @@ def _number(value: Any) -> float | None:
 
 def _only(values: Sequence[Any]) -> Any:
     """The value that all have, or the different ones as a text."""
-    known = list(dict.fromkeys(str(value) if isinstance(value, dict | list) else value for value in values))
+    known = list(dict.fromkeys(values))
     return known[0] if len(known) == 1 else ", ".join(map(str, known)) or None
 
 
@@ -199,9 +199,11 @@ def _about(
         "reference": _only([figures.get("reference") for figures in scores]),
         "reference_n": _only([figures.get("reference_n") for figures in scores]),
         "extractor": _only([figures.get("extractor") or "none" for figures in scores]) or "none",
+        "untrained": any(student.figures.get("updates") == 0 for student in distilled),
         "machine": _only([f"{a.manifest['machine']['cpu']}, {a.manifest['machine']['threads']} threads"
                           for a in [*samples, *distilled]]),
-        "libraries": _only([artifact.manifest["libraries"] for artifact in [*samples, *distilled]]),
+        "libraries": _only([", ".join(f"{name} {version}" for name, version in a.manifest["libraries"].items())
+                            for a in [*samples, *distilled]]),
     }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Train the quantised student against its full-precision teacher, without data.
 
 Writes `student.safetensors` (scales, timestep tables, adapters: see pipelines/students.py), `plan.yaml` as it was used,
-`adapters/` in peft's format, `losses.csv` and `loss.png`.
+`adapters/` in peft's format, `losses.csv` and `loss.png`, and `correction.safetensors` where the recipe asks for one.
+Where the recipe reconstructs blocks instead, `reconstruction.csv` has each block's error before and after.
 """
 
 import csv
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.plans import read_plan, write_plan
+from pipelines.plans import Course, read_plan, write_plan
 from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
@@ -25,7 +26,7 @@ class Config:
     steps: int | None = None  # of a trajectory; the plan's by default
     batch: int = 8  # images of a trajectory; guidance doubles what the denoisers see
     guidance: float | None = None  # the model's
-    eta: float | None = None  # 1 where the scheduler has it
+    eta: float | None = None  # 1 where the scheduler has it; of a reconstruction's calibration 0, as in sampling
     seed: int = 0
     save_every: int = field(default=100, metadata={"key": False})  # updates between two saved states
 
@@ -45,38 +46,53 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
-    """Distill; figures: updates, first and last loss (means over the first and last trajectory), parameters trained."""
+    """Distill; figures: updates, first and last loss (means over the first and last trajectory), parameters trained,
+    blocks reconstructed.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
     from pipelines.diffusion import eta_or, timesteps_of, walker
-    from pipelines.distillation import Course, distill
+    from pipelines.distillation import distill, measure_correction
     from pipelines.models.denoiser import load_denoiser
     from pipelines.quant.layers import quant_layers
+    from pipelines.reconstruction import calibration, reconstruct, rescaled
     from pipelines.report.curves import loss_curve
-    from pipelines.students import new_student, student_tensors
+    from pipelines.students import groups_at, new_student, student_tensors
 
     sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
     plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
     scales = load_file(inputs["plan"].file("scales.safetensors"))
     teacher = load_denoiser(inputs["model"].path)
+    anew = plan.recipe.reconstruction
     steps = config.steps or len(plan.timesteps)
     scheduler = walker(teacher.info.schedule)
     timesteps = timesteps_of(scheduler, teacher.info.schedule, steps)
-    guidance, eta = teacher.info.guidance_or(config.guidance), eta_or(config.eta, scheduler, 1.0)
+    guidance, eta = teacher.info.guidance_or(config.guidance), eta_or(config.eta, scheduler, 0.0 if anew else 1.0)
     scales = at_timesteps(scales, timesteps)
     if sorted(timesteps) != sorted(plan.timesteps):
         report.note(f"the plan's scales are for {len(plan.timesteps)} timesteps; those of {steps} are interpolated")
-    student = new_student(teacher, plan, scales, config.seed)
     course = Course(config.trajectories, steps, config.batch, guidance, eta, config.seed)
-    losses = []
+    if anew:
+        calls = calibration(teacher, anew, course, out.work, report)
+        if anew.rescale:
+            groups, by = groups_at(plan, scales["timesteps"].tolist()), plan.recipe.activation_scale_by
+            scales = rescaled(teacher, plan.quantised, scales, groups, calls, course, by)
+    student = new_student(teacher, plan, scales, config.seed)
+    losses, blocks, learned = [], [], 0
     if plan.recipe.updates == "distill":
         losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
+        learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
+    elif anew and anew.learns:
+        result = reconstruct(teacher, student, plan.recipe, course, calls, out.work, report)
+        scales, blocks, learned = scales | result.codes, result.rows, result.parameters
     else:
         report.note(f"{plan.method} trains nothing: the student is as it was calibrated")
 
     save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
     (out.path / "plan.yaml").write_text(write_plan(plan))
+    if plan.recipe.correction:
+        measure_correction(teacher, student, course, plan.recipe.correction_images, report).save(out.path)
     layers = quant_layers(student.network)
     if any(layer.lora_a is not None for layer in layers.values()):
         write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
@@ -85,13 +101,17 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         rows.writerow(["update", "trajectory", "timestep", "loss_per_image"])
         for update, loss in enumerate(losses):
             rows.writerow([update + 1, update // steps + 1, f"{timesteps[update % steps]:g}", repr(loss)])
+    if blocks:
+        with open(out.path / "reconstruction.csv", "w", newline="") as file:
+            rows = csv.DictWriter(file, list(blocks[0]))
+            rows.writeheader()
+            rows.writerows(blocks)
     if losses:
         loss_curve({"student": losses}, timesteps, out.path / "loss.png")
-    trained = sum(value.numel() for value in student.parameters() if value.requires_grad)
     return {
         "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "updates": len(losses),
-        "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": trained,
-        "threads": torch.get_num_threads(),
+        "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": learned,
+        "blocks": len({row["block"] for row in blocks}), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

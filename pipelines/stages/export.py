@@ -51,9 +51,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     sizes = save_integer(student, plan, out.path)
     forms = dict(sorted(Counter(size["form"] for size in sizes.values()).items()))
     shares = {}
-    for bits in sorted({size["weight_bits"] for size in sizes.values()}):
+    for bits in sorted({size["weight_bits"] for size in sizes.values()}, key=str):
         mine = [size for size in sizes.values() if size["weight_bits"] == bits]
-        shares[f"w{bits}"] = {
+        shares[bits if bits == "mixed" else f"w{bits}"] = {
             "layers": len(mine),
             "of_fp32": round(sum(size["bytes"] for size in mine) / sum(size["float_bytes"] for size in mine), 4),
             "largest": round(max(size["bytes"] / size["float_bytes"] for size in mine), 4),

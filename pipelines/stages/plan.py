@@ -54,7 +54,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.quant.surroundings import taps_of, weight_bounds
 
     sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
-    measured = Measures(inputs["profile"].path, sites)
+    network = load_denoiser(inputs["model"].path).network
+    measured = Measures(inputs["profile"].path, sites, network)
     if config.edited is not None:
         plan = read_plan(Path(config.edited), sites)
         if sorted(plan.timesteps) != sorted(measured.timesteps):
@@ -75,6 +76,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             decided += made if isinstance(made, tuple) else (made,)
             report.advance(done)
         report.end()
+        if method.allocate:
+            decided = method.allocate(decided, bits, measured, variant)
         groups = method.groups(measured, variant) if method.groups else []
         shown = {name: variant.options[name] for name in method.options}
         plan = Plan(
@@ -83,7 +86,6 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     recipe = plan.recipe
     tensors = {"timesteps": torch.tensor(sorted(measured.timesteps), dtype=torch.float64)}
-    network = load_denoiser(inputs["model"].path).network
     divide(network, [site.site for site in plan.quantised])
     (out.path / "plan.yaml").write_text(write_plan(plan))
     report.begin("scales", len(plan.quantised), unit="sites")

@@ -98,6 +98,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             f"the scales were learned at {len(tables.timesteps)} timesteps; "
             f"{interpolated} of these {len(timesteps)} are interpolated between them"
         )
+    if model.correction is not None and abs((measured := model.correction.guidance.item()) - guidance) > 1e-6:
+        report.warn(f"the correction was measured at guidance {measured:g}, and this is {guidance:g}")
 
     starts = list(range(0, config.count, config.batch))
     conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)

@@ -1,0 +1,111 @@
+"""Every method at every bit width on the CIFAR-10 teacher: the benchmark's table.
+
+    python -m benchmarks.cifar10.run --data DATA
+    python -m benchmarks.cifar10.run --count 500 --methods hqdm efficientdm --bits w4a4,w4a3
+
+It is one comparison (`hqdm compare` in pipelines/compare.py) of the shipped teacher, scored by the classifier against
+CIFAR-10's 10,000 test images. Every cell is a chain of artifacts in the workspace: what is there is not computed twice,
+so it can be stopped and gone on with at any moment, and a table that is whole is only printed again. DATA is needed
+until WORK has the test images. The table, its pictures, the machine and the versions go to RESULTS.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from benchmarks.cifar10 import reference
+from hqdm_cli import console
+from pipelines import compare
+from pipelines.errors import FileFault, HqdmError
+from pipelines.report import comparison
+from pipelines.store import Artifact, Store
+
+HERE = Path(__file__).parent
+TEACHERS = {"unet": HERE / "unet/model.ckpt", "dit": HERE / "dit"}
+BITS = "w8a8,w4a8,w8a4,w4a4,w4a3,w3a3,w2a4"
+IMAGES = 10_000
+
+
+def write_results(table: dict, artifact: Artifact, folder: Path) -> None:
+    """The comparison's table and pictures, with nothing in them that is true of the workspace alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "pictures", ignore_errors=True)
+    shutil.copytree(artifact.path / "pictures", folder / "pictures")
+    shutil.copyfile(artifact.file("table.csv"), folder / "table.csv")
+    path = Path(table["about"]["model_path"])
+    about = table["about"] | {"model_path": path.name if HERE not in path.parents else str(path.relative_to(HERE))}
+    text = json.dumps(table | {"about": about}, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "table.json").write_text(text + "\n", encoding="utf-8")
+    lines = ["# CIFAR-10", "", *comparison.markdown(table), ""]
+    lines += [f"Libraries: {about['libraries']}. Options: {json.dumps(about['options'])}.", ""]
+    if table["failed"]:
+        lines += ["Cells without figures:", ""]
+        lines += [f"- {f['spec']} {f['bits']} seed {f['seed']}: {f['stage']}: {f['error']}" for f in table["failed"]]
+        lines.append("")
+    for picture in sorted((folder / "pictures").iterdir()):
+        lines += [f"![{picture.stem}](pictures/{picture.name})", ""]
+    lines += ["`make benchmark-cifar10 DATA=FOLDER` makes all of it; docs/cifar10.md says what is measured.", ""]
+    (folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare, print the table and write it to the results' folder; HqdmError where cells failed."""
+    teacher = TEACHERS.get(options.teacher, Path(options.teacher))
+    if not teacher.exists():
+        hint = f"known: {', '.join(TEACHERS)}; python -m benchmarks.cifar10.teacher writes one of a training"
+        raise FileFault(f"{teacher}: no such teacher", hint)
+    against = reference.written(options.data, "test", options.work)
+    drawn = {"steps": options.steps, "guidance": options.guidance}
+    asked = compare.comparison(
+        options.methods, options.bits.split(","), options.seeds,
+        {
+            "profile": drawn,
+            "distill": {"trajectories": options.trajectories, "guidance": options.guidance},
+            "sample": drawn | {"count": options.count, "batch": options.batch},
+            "score": {"extractor": "cifar10", "reference_path": str(against)},
+        },
+    )  # fmt: skip
+    store = Store(options.workspace)
+    with console.Progress() as progress:
+        taken = compare.model_of(store, str(teacher), progress, options.dry_run)
+        result = compare.compare(store, asked, taken.artifact, progress, dry_run=options.dry_run)
+    if options.dry_run:
+        missing = [cell.name for cell in result.cells if not cell.ended]
+        print("\n".join(missing))
+        left = f", about {console.duration(result.seconds)}" if missing and result.seconds else ""
+        print(f"{len(missing)} of {len(result.cells)} cells would be made{left}")
+        return
+    artifact = result.outcome.artifact
+    table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
+    print("\n".join(comparison.markdown(table)))
+    write_results(table, artifact, options.results)
+    print(f"\n{options.results}/table.md, table.json, table.csv and pictures/")
+    if result.failed:
+        names = ", ".join(cell.name for cell in result.failed)
+        raise HqdmError(f"{len(result.failed)} of {len(result.cells)} cells failed: {names}", "table.md says of what")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
+    parser.add_argument("--teacher", default="unet", help=f"{', '.join(TEACHERS)}, or a checkpoint's path")
+    parser.add_argument("--methods", nargs="+", default=[], help="method/variant:option=value …; all by default")
+    parser.add_argument("--bits", default=BITS, help="with commas")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of distillation and images")
+    parser.add_argument("--count", type=int, default=IMAGES, help="images of each cell")
+    parser.add_argument("--steps", type=int, default=20, help="of DDIM, in distillation and sampling")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--trajectories", type=int, default=20, help="of each distillation")
+    parser.add_argument("--batch", type=int, default=100, help="images sampled at a time")
+    parser.add_argument("--work", type=Path, default=reference.WORK, help="folder for the test images")
+    parser.add_argument("--workspace", type=Path, default=reference.WORK / "benchmark")
+    parser.add_argument("--results", type=Path, default=reference.WORK / "results", help="folder of the table")
+    parser.add_argument("--dry-run", action="store_true", help="say which cells are missing")
+    options = parser.parse_args(arguments)
+    with reference.told():
+        run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The search behind `hqdm --variant auto`: for every site, the placement that costs its output least.
+
+Over transform (none; along the channels at every order, without signs and with several diagonals of them), where its
+inverse goes (single, double), activation quantiser (symmetric, asymmetric), static centring and scaling, it minimises
+
+    noise of the activation + `bias` · its part that is the same for all tokens + noise of the weight,
+
+each as a share of the output's energy (see `quant.search.SiteSearch`). What a clipped or badly centred quantiser does
+to all tokens alike is not averaged out over a sampler's steps, hence the factor. With a byte budget the bit widths are
+chosen too: the width is lowered, site after site, where it costs least for the bytes it saves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipelines.methods.base import EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Option, Variant
+from pipelines.quant.spec import IDENTITY, ORDERS, QUANTISERS, WEIGHT_BITS, Bits, Site, SitePlan, Transform
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.quant.search import Cost, SiteSearch
+
+SIGNS = (None, 1, 2, 3)  # seeds of the diagonals that are tried
+ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
+ENOUGH = 1e-3  # noise of a share of this is not worth a transform (30 dB)
+# Scores of students before training were best with about the number of steps that add it up.
+OPTIONS = {
+    "bias": Option(10.0, "auto: weight of an activation's systematic error against its noise"),
+    "centring": Option(False, "auto: try static centring, whose constants join the biases"),
+    "scaling": Option(False, "auto: try a gain of each channel"),
+    "budget": Option(0.0, "auto: bytes of the quantised weights as a share of what the bits asked for take; 0: as asked"),
+}
+
+
+def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
+    """The cheapest placement of one site at its bits."""
+    eight = site.role in EIGHT_BIT_ROLES + FLOAT_ROLES
+    weight, activation = (8, 8) if eight else (bits.weight, bits.activation)
+    search = _search(site, measured)
+    plain = SitePlan(
+        site, True, weight_bits=weight, activation_bits=activation,
+        weight_quantiser="symmetric" if weight == 8 else "asymmetric",
+    )  # fmt: skip
+    unrotated = {quantiser: _cost(search, replace(plain, activation_quantiser=quantiser), measured)
+                 for quantiser in QUANTISERS}  # fmt: skip
+    factor = variant.options["bias"]
+    quantiser = min(unrotated, key=lambda each: unrotated[each].total(factor))
+    best, least = replace(plain, activation_quantiser=quantiser), unrotated[quantiser]
+    first = least
+    if least.activation + factor * least.bias > ENOUGH:
+        for plan in _placements(plain, variant):
+            cost = _cost(search, plan, measured)
+            if cost.total(factor) < least.total(factor):
+                best, least = plan, cost
+    words = f"{_db(least)} dB of the output kept from noise"
+    if best.transform.is_identity and best.centring == "none" and not best.scaling:
+        why = f"{words} unrotated ({quantiser}), the best of those tried"
+    else:
+        why = f"{words}, {_db(first)} unrotated ({quantiser})"
+    known = measured.sqnrs(site, best.activation_quantiser, activation)
+    return replace(best, why=why, sqnr=known)
+
+
+def _placements(plain: SitePlan, variant: Variant) -> Iterator[SitePlan]:
+    transforms = [Transform("channels", order, signs) for order in ORDERS for signs in SIGNS]
+    rotations = [(IDENTITY, "none")]
+    for transform in transforms:
+        if plain.site.admits(transform):
+            rotations += [(transform, "single"), (transform, "double")]
+    centrings = ["none", "static"] if variant.options["centring"] and not plain.site.role.startswith("time") else ["none"]
+    scalings = [False, True] if variant.options["scaling"] else [False]
+    for transform, inverse in rotations:
+        for quantiser in QUANTISERS:
+            for centring in centrings:
+                for scaling in scalings:
+                    yield replace(
+                        plain, transform=transform, inverse=inverse, activation_quantiser=quantiser, centring=centring,
+                        scaling=scaling,
+                    )  # fmt: skip
+
+
+def constants(plan: SitePlan, weight: "torch.Tensor", measured: Measured, variant: Variant) -> dict:
+    """The centre (means of the channels) and the gain (absolute maxima to the power −α) of a site."""
+    found = {}
+    if plan.centring == "static":
+        found["centre"] = measured.statistic(plan.site, "mean").mean(0)
+    if plan.scaling:
+        largest = measured.statistic(plan.site, "absmax").amax(0).clamp(min=1e-5)
+        if "centre" in found:
+            largest = (largest - found["centre"].abs()).clamp(min=1e-5)
+        gain = largest.pow(-ALPHA)
+        found["gain"] = gain / gain.log().mean().exp()
+    return found
+
+
+def _search(site: Site, measured: Measured) -> "SiteSearch":
+    from pipelines.quant.search import SiteSearch
+
+    return SiteSearch(measured.sample(site), measured.weight(site))
+
+
+def _cost(search: "SiteSearch", plan: SitePlan, measured: Measured) -> "Cost":
+    tensors = constants(plan, search.weight, measured, None)
+    return search.cost(plan, tensors.get("centre"), tensors.get("gain"))
+
+
+def _db(cost: "Cost") -> str:
+    import math
+
+    return f"{-10 * math.log10(max(cost.activation + cost.weight, 1e-20)):.1f}"
+
+
+def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Variant) -> list[SitePlan]:
+    """The plans with weight widths of their own, so that all weights fit the budget at the least added noise.
+
+    Every site that has the bits asked for starts at 8; then, as long as the budget is exceeded, the width of the site
+    is lowered that adds the least noise for each byte saved. Noise is a share of each site's own output, as in `decide`.
+    """
+    share = variant.options["budget"]
+    chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.weight_bits == bits.weight]
+    if not share or not chosen:
+        return plans
+    sizes = {index: _size(plans[index].site) for index in chosen}
+    budget = share * bits.weight * sum(sizes.values())
+    noise = {}
+    for index in chosen:
+        search = _search(plans[index].site, measured)
+        for width in WEIGHT_BITS:
+            noise[index, width] = search.weight_noise(replace(plans[index], weight_bits=width))
+    width = dict.fromkeys(chosen, WEIGHT_BITS[-1])
+    while sum(width[index] * sizes[index] for index in chosen) > budget:
+        steps = []
+        for index in chosen:
+            below = [bits for bits in WEIGHT_BITS if bits < width[index]]
+            if below:
+                added = noise[index, below[-1]] - noise[index, width[index]]
+                steps.append((added / ((width[index] - below[-1]) * sizes[index]), index, below[-1]))
+        if not steps:
+            break
+        _, index, narrower = min(steps)
+        width[index] = narrower
+    return [
+        replace(plan, weight_bits=width[index], why=f"{plan.why}; {width[index]} bits within the budget")
+        if index in width
+        else plan
+        for index, plan in enumerate(plans)
+    ]
+
+
+def _size(site: Site) -> int:
+    size = 1
+    for length in site.weight:
+        size *= length
+    return size

@@ -1,0 +1,53 @@
+"""Double Hadamard: activation and weight are both rotated before their quantisers, y ≈ Q(xH)·Q(W·H)ᵀ, HHᵀ = I.
+
+Sources: QuaRot (Ashkboos et al., NeurIPS 2024, arXiv 2404.00456; spcl/QuaRot); Xi et al., NeurIPS 2023 (arXiv
+2306.11987); HQ-DM (Mao et al.), which names the pair so and compares with it.
+
+    quarot     post-training: the widest block that divides the channels (64 at most), every rank and convolutions,
+               symmetric weights and activations, ranges by least error, no signs. QuaRot's scales are those of each
+               token; by tensor, one for every timestep is what comes nearest. A UNet's norms work on fixed groups
+               of channels, so that no rotation can be carried along its residual stream: all are made before
+               quantisers, as QuaRot's online ones are, which have no signs either. Its table of orders that are no
+               powers of two is not used: blocks divide what it divides. GPTQ is not part of it here; its weights can
+               be rounded to the nearest too (--w_rtn).
+    distilled  HQ-DM's comparison: all as in `hqdm --variant code`, recipe and placement, with the weight rotated
+               before its quantiser instead of after it. Nothing else is published about it.
+
+Xi et al. train at blocks of 32 with LSQ's steps: `distilled` has blocks of 32 and learned scales, but adapters.
+"""
+
+from dataclasses import replace
+
+from pipelines.methods import hqdm
+from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
+from pipelines.methods.equivalent import plan_of, widest
+from pipelines.quant.spec import ORDERS, Bits, Site, SitePlan
+
+
+def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
+    """Rotations on both sides; see the module's text for the variants."""
+    if "ranks" in variant.options:
+        plan = hqdm.decide(site, bits, measured, variant)
+        return plan if plan.transform.is_identity else replace(plan, inverse="double", why=f"double {plan.why}")
+    transform = widest(site, variant.options["order"])
+    words = "no block divides its channels" if transform.is_identity else f"double {transform.name}"
+    placement = {} if transform.is_identity else {"inverse": "double"}
+    return plan_of(site, bits, measured, "symmetric", words, transform, "symmetric", **placement)
+
+
+METHOD = Method(
+    name="double_hadamard",
+    summary="activations and weights both rotated before they are quantised (QuaRot; HQ-DM's comparison)",
+    source="Ashkboos et al., NeurIPS 2024 (arXiv 2404.00456); Xi et al., NeurIPS 2023; Mao et al., HQ-DM",
+    variants={
+        "quarot": Variant("post-training, the widest block, nothing trained", Recipe(updates="none", trains=[])),
+        "distilled": Variant(
+            "HQ-DM's code with the weight rotated before its quantiser",
+            Recipe(),
+            {"axis": "channels", "ranks": (2,), "order": hqdm.ORDER},
+        ),
+    },
+    default_variant="quarot",
+    options={"order": Option(64, "largest Hadamard block; distilled starts from 32", ORDERS)},
+    decide=decide,
+)

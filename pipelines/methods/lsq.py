@@ -1,0 +1,46 @@
+"""LSQ: weights and step sizes train together, by the gradient of the loss through the quantiser.
+
+v̂ = clamp(⌊v/s⌉, −Q, Q)·s with ∂v̂/∂s = ⌊v/s⌉ − v/s inside the range and its bound outside, ∂v̂/∂v = 1 inside and 0
+outside. Symmetric, no zero-points, one static activation scale a layer for all timesteps.
+
+Source: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153). It has no method for diffusion:
+the loss is the distance to the teacher's ε along its trajectories, as for the other distilled methods here.
+Otherwise than in the paper: weights have a step for each output channel, not one a layer; both start where the squared
+error is least (there 2·mean|v|/√Q). The paper scales a step's gradient by 1/√(N·Q) to bring its relative updates to
+those of the weights under SGD; AdamW divides every gradient by its own size, so that the factor cancels, and the rates
+say it instead: activation steps learn by their logarithm, weight steps at 1e-5. Activations are signed (after SiLU),
+where the paper's are unsigned after ReLU. First, last and time layers at 8 bits; shortcut and downsampling convolutions
+in floating point, as for the other methods here.
+"""
+
+from pipelines.methods.base import Measured, Method, Recipe, Variant, one_for_all
+from pipelines.methods.equivalent import plan_of
+from pipelines.quant.spec import Bits, Site, SitePlan
+
+
+def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
+    """Symmetric on both sides, no transform."""
+    return plan_of(site, bits, measured, "symmetric", "weight and steps train", weight_quantiser="symmetric")
+
+
+METHOD = Method(
+    name="lsq",
+    summary="all weights and step sizes train; symmetric, one static activation scale a layer",
+    source="Esser et al., ICLR 2020 (arXiv 1902.08153)",
+    variants={
+        "published": Variant(
+            "the paper's quantiser, distilled",
+            Recipe(
+                trains=["weights", "biases", "weight_scales", "activation_scales"],
+                relative_scales=True,
+                weight_rate=1e-5,
+                bias_rate=1e-5,
+                weight_scale_rate=1e-5,
+                activation_scale_rate=1e-3,
+            ),
+        )
+    },  # fmt: skip
+    default_variant="published",
+    decide=decide,
+    groups=one_for_all,
+)

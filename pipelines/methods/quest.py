@@ -1,0 +1,57 @@
+"""QuEST: of the weights only those train that low bits hurt: time embedding, attention and feed-forward layers.
+
+The student follows its teacher's ε along teacher trajectories: weights and biases of the chosen layers learn, and every
+activation scale does; all other weights stay rounded to the nearest. Timesteps in `groups` equal spans share scales.
+
+Source: Wang et al., "QuEST", ICCV 2025 (arXiv 2402.03666), and hatchetProject/QuEST. From the code: Adam at 1e-5 for
+weights and biases, 1e-4 for activation scales, 20 groups of 10 timesteps; layers by name, not by a computed
+sensitivity.
+Otherwise than in the code: one stage with the loss on ε for all chosen layers (there the time projections learn first,
+with their own outputs as a further target); the weights start from the error search (there from AdaRound); a span's
+scales hold for its timesteps and are not looked up by a fixed count; per-tensor activations at every width (there per
+channel at 4 bits, which no integer product can use). Feed-forward layers are those of transformer blocks; in a network
+without any, attention and time layers are all that trains. First, last and time layers at 8 bits, shortcut and
+downsampling convolutions in floating point: as for the other methods here.
+"""
+
+from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
+from pipelines.methods.equivalent import plan_of
+from pipelines.quant.spec import Bits, Site, SitePlan
+
+TIME = ("time", "time-projection", "modulation")  # what a transformer modulates its blocks by is its time projection
+SENSITIVE = ("attention", "feed-forward")
+
+
+def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
+    """No transform anywhere; the reason says whether the weight trains."""
+    words = f"{site.role} weight trains" if site.role in variant.recipe.roles else f"{site.role} weight stays"
+    return plan_of(site, bits, measured, "asymmetric", words)
+
+
+def groups(measured: Measured, variant: Variant) -> list[int]:
+    """Equal spans of the timesteps in sampling order; each its own where there are no more than groups."""
+    count, most = len(measured.timesteps), variant.options["groups"]
+    return [] if count <= most else [index * most // count for index in range(count)]
+
+
+METHOD = Method(
+    name="quest",
+    summary="selective fine-tuning: time embedding, attention and feed-forward weights, and all activation scales",
+    source="Wang et al., ICCV 2025 (arXiv 2402.03666); hatchetProject/QuEST",
+    variants={
+        "published": Variant(
+            "one stage, the loss on ε",
+            Recipe(
+                trains=["weights", "biases", "activation_scales"],
+                roles=[*TIME, *SENSITIVE],
+                weight_rate=1e-5,
+                bias_rate=1e-5,
+                activation_scale_rate=1e-4,
+            ),
+        )
+    },  # fmt: skip
+    default_variant="published",
+    options={"groups": Option(20, "spans of timesteps that share activation scales")},
+    decide=decide,
+    groups=groups,
+)

@@ -1,0 +1,112 @@
+"""What a placement costs at a site's output: quantisation noise of both operands, through the weight and the input.
+
+With y = x·Wᵀ and x̂ = x + e, Ŵ = W + f the error of y is e·Wᵀ + x·fᵀ + e·fᵀ; the last is small and left out. Over
+samples, E‖e·Wᵀ‖² = tr(G·E[eᵀe]) with G = WᵀW, and E‖x·fᵀ‖² = tr(H·Σ fᵀf) with H = E[xᵀx]. A convolution is the sum of
+such products over the places of its kernel, whose inputs are taken for uncorrelated.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.quant.affine import choose, dequantise, quantise
+from pipelines.quant.candidates import measure, rotated_rows
+from pipelines.quant.hadamard import rotate_last, rotate_weight
+from pipelines.quant.spec import SitePlan, Transform, integer_range
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Shares of the output's energy, means over the timesteps: `activation` and `weight` noise, and of the former what
+    is the same for all tokens (`bias`), which the steps of a sampler add up instead of averaging out.
+    """
+
+    activation: float
+    weight: float
+    bias: float
+
+    def total(self, bias_weight: float) -> float:
+        return self.activation + self.weight + bias_weight * self.bias
+
+
+class SiteSearch:
+    """One site's sample and weight, ready to price placements.
+
+    sample: (T, rows, C, W) or (T, rows, C), before anything is done to it. weight: (out, C, …), the teacher's.
+    """
+
+    def __init__(self, sample: torch.Tensor, weight: torch.Tensor):
+        self.sample, self.weight = sample, weight.detach()
+        tokens = sample.transpose(2, 3).flatten(1, 2) if sample.ndim == 4 else sample
+        self.tokens = tokens  # (T, n, C)
+        self.rows = self.weight.flatten(2).movedim(2, 1).flatten(0, 1) if weight.ndim == 4 else self.weight
+        self.gram = self.rows.T @ self.rows  # (C, C)
+        self.moment = tokens.transpose(1, 2) @ tokens / tokens.shape[1]  # (T, C, C)
+        self.energy = torch.einsum("tij,ij->t", self.moment, self.gram).clamp(min=1e-12)  # (T,)
+        self._weights: dict[tuple, float] = {}
+        self._activations: dict[tuple, tuple[float, float]] = {}
+
+    def cost(self, plan: SitePlan, centre: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Cost:
+        """The cost of a placement with a quantiser for each timestep, scales by least error. A site has one centre and
+        one gain, or none.
+        """
+        key = (plan.transform, plan.activation_quantiser, plan.activation_bits, centre is not None, gain is not None)
+        if key not in self._activations:  # the same for an inverse that goes elsewhere
+            self._activations[key] = self._activation(plan, centre, gain)
+        activation, bias = self._activations[key]
+        return Cost(activation, self.weight_noise(plan, gain), bias)
+
+    def _activation(self, plan: SitePlan, centre, gain) -> tuple[float, float]:
+        shape = (1, 1, -1, 1) if self.sample.ndim == 4 else (1, 1, -1)
+        moved = self.sample if centre is None else self.sample - centre.view(shape)
+        moved = moved if gain is None else moved * gain.view(shape)
+        rows = rotated_rows(moved, plan.transform)
+        bits, quantiser = plan.activation_bits, plan.activation_quantiser
+        scale, zero, _ = measure(rows, bits, quantiser)
+        low, high = integer_range(bits, quantiser == "symmetric")
+        error = dequantise(quantise(rows, scale[:, None], zero[:, None], low, high), scale[:, None], zero[:, None]) - rows
+        error = self._back(error, plan.transform)  # (T, n, C), as the input's own coordinates have it
+        if gain is not None:
+            error = error / gain
+        noise = torch.einsum("tni,ij,tnj->t", error, self.gram, error) / error.shape[1]
+        mean = error.mean(1)
+        bias = torch.einsum("ti,ij,tj->t", mean, self.gram, mean)
+        return (noise / self.energy).mean().item(), (bias / self.energy).mean().item()
+
+    def _back(self, rows: torch.Tensor, transform: Transform) -> torch.Tensor:
+        """The inverse of `rotated_rows`: (T, rows·positions·C) to tokens (T, n, C)."""
+        timesteps, channels = len(rows), self.tokens.shape[2]
+        if self.sample.ndim == 4:
+            width = self.sample.shape[3]
+            laid = rows.view(timesteps, -1, channels, width)
+            if transform.axis == "width":
+                laid = rotate_last(laid.contiguous(), transform, inverse=True) / transform.order
+            tokens = laid.transpose(2, 3).flatten(1, 2)
+        else:
+            tokens = rows.view(timesteps, -1, channels)
+        if transform.axis == "channels":
+            tokens = rotate_last(tokens.contiguous(), transform, inverse=True) / transform.order
+        return tokens
+
+    def weight_noise(self, plan: SitePlan, gain: torch.Tensor | None = None) -> float:
+        """The weight's part of the cost."""
+        double = plan.inverse == "double"
+        key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, gain is not None)
+        if key not in self._weights:
+            weight = self.weight
+            if gain is not None:
+                weight = weight / gain.view(1, -1, *[1] * (weight.ndim - 2))
+            turned = rotate_weight(weight, plan.transform) if double else weight
+            low, high = plan.weight_range
+            scale, zero = choose(turned.flatten(1), low, high)
+            shape = (-1, *[1] * (weight.ndim - 1))
+            codes = quantise(turned, scale.view(shape), zero.view(shape), low, high)
+            error = dequantise(codes, scale.view(shape), zero.view(shape)) - turned
+            if double:
+                error = rotate_weight(error, plan.transform, inverse=True) / plan.transform.order
+            if gain is not None:
+                error = error * gain.view(1, -1, *[1] * (weight.ndim - 2))
+            rows = error.flatten(2).movedim(2, 1).flatten(0, 1) if error.ndim == 4 else error
+            noise = torch.einsum("tij,ij->t", self.moment, rows.T @ rows)
+            self._weights[key] = (noise / self.energy).mean().item()
+        return self._weights[key]

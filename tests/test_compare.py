@@ -1,0 +1,450 @@
+"""Comparisons: every method at every width and seed on the same work, and a table that says what the scores say."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import shlex
+
+import numpy as np
+import pytest
+from fake_stages import PlanConfig, checkpoint, install
+
+from hqdm_cli.app import main
+from pipelines import compare, runner
+from pipelines.config import to_dict
+from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
+from pipelines.report import comparison, comparison_pictures
+from pipelines.stages import compare as stage
+from pipelines.store import Store
+
+DRAW = stage._draw
+PSNR = {("efficientdm", "w4a4"): 25.0, ("hqdm", "w4a4"): 24.5, ("efficientdm", "w4a3"): 21.0, ("hqdm", "w4a3"): 24.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionedPlanConfig(PlanConfig):
+    variant: str | None = None
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """The fake stages, with the figures and files of which a comparison is made; PSNR by method, width and seed."""
+    modules = install(monkeypatch)
+    modules["plan"].Config = OptionedPlanConfig
+    monkeypatch.setattr(stage, "_draw", lambda *_: {})  # which takes most of the time
+    for name in ("plan", "distill", "export", "sample", "score"):
+        _tell(modules[name], name)
+    return modules
+
+
+def _tell(module, name):
+    run = module.run
+
+    def told(config, inputs, out, report):
+        about = {}
+        for artifact in inputs.values():
+            about |= {key: artifact.figures[key] for key in ("method", "bits", "seed") if key in artifact.figures}
+        if name == "plan":
+            about = {"method": config.method, "variant": config.variant or "usual", "bits": config.bits}
+        if name == "distill" and module.__dict__.get("fails_at") == (about["method"], about["bits"]):
+            report.begin("distill", 3)
+            raise NumericalFault("the loss is nan at timestep 951", "distill with lower rates")
+        figures = run(config, inputs, out, report) | about
+        if name == "distill":
+            (out.path / "losses.csv").write_text(
+                "update,trajectory,timestep,loss_per_image\n1,1,501,4.0\n2,1,1,1.0\n3,2,501,3.0\n4,2,1,0.5\n"
+            )
+            figures |= {"updates": 4, "last_loss": 1.75, "seed": config.seed}
+        if name == "export":
+            figures |= {"bytes": 1000}
+        if name == "sample":
+            np.savez(out.path / "samples.npz", arr_0=np.full((4, 8, 8, 1), 40 + config.seed, np.uint8))
+            figures |= {"images_per_second": 10.0, "bytes": 4000, "guidance": 1.5, "seed": config.seed}
+        if name == "score":
+            figures |= {"extractor": "digits", "reference": "digits", "reference_n": 1797, "n": 8, "fd_digits": 1.25}
+            if "method" in about:
+                figures["psnr_of_mean_mse"] = PSNR[about["method"], about["bits"]] + about["seed"]
+        return figures
+
+    module.run = told
+
+
+@pytest.fixture
+def store(tmp_path, fakes):
+    store = Store(tmp_path / "ws")
+    runner.make(store, "model", runner.model_config(checkpoint(tmp_path)))
+    return store
+
+
+def asked(methods=("hqdm", "efficientdm"), bits=("w4a4", "w4a3"), seeds=(0, 1), options=None):
+    return compare.comparison(methods, bits, seeds, options)
+
+
+def made(store, *arguments, **options):
+    return compare.compare(store, asked(*arguments, **options), store.current("model"))
+
+
+def table_of(result):
+    return json.loads(result.outcome.artifact.file("table.json").read_text())
+
+
+def ids(store):
+    return [artifact.id for artifact in store.artifacts()]
+
+
+def test_a_method_is_written_with_its_variant_and_options():
+    spec = compare.MethodSpec.parse("hqdm/paper: order = 16")
+    assert (spec.method, spec.variant, dict(spec.options)) == ("hqdm", "paper", {"order": "16"})
+    assert str(spec) == "hqdm/paper:order=16" and str(compare.MethodSpec.parse("hqdm")) == "hqdm"
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("hqdn", "did you mean 'hqdm'?"),
+        ("hqdm/papre", "did you mean 'paper'?"),
+        ("hqdm:ordre=16", "did you mean 'order'?"),
+        ("hqdm/", "write method/variant:option=value, as in hqdm/paper:order=16"),
+        ("hqdm:order", "write method/variant:option=value, as in hqdm/paper:order=16"),
+        ("hqdm:order=", "write method/variant:option=value, as in hqdm/paper:order=16"),
+        ("hqdm:order=1,order=2", "give each option once"),
+    ],
+)
+def test_a_method_that_cannot_be_read_is_refused_with_a_way_out(text, hint):
+    with pytest.raises(UsageError) as fault:
+        compare.MethodSpec.parse(text)
+    assert fault.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"bits": ("w5a4",)}, "not supported"),
+        ({"bits": ()}, "nothing to compare"),
+        ({"seeds": (-1,)}, "seeds cannot be -1"),
+        ({"options": {"export": {"format": "int"}}}, "no options to 'export'"),
+        ({"options": {"distill": {"trajectorys": 2}}}, "no option 'trajectorys'"),
+        ({"options": {"distill": {"seed": 2}}}, "distill.seed is what a comparison sets itself"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_before_anything_runs(store, wrong, what):
+    with pytest.raises(UsageError, match=what) as fault:
+        asked(**wrong)
+    assert fault.value.hint and ids(store) == ["model/0001"]
+
+
+def test_without_methods_every_one_of_the_table_is_compared():
+    from pipelines.methods import METHODS
+
+    assert [str(spec) for spec in asked(methods=()).methods] == list(METHODS)
+
+
+def test_a_method_named_twice_in_other_words_is_one():
+    assert [str(spec) for spec in asked(methods=("hqdm", "hqdm/ours", "efficientdm")).methods] == [
+        "hqdm",
+        "efficientdm",
+    ]
+
+
+def test_the_tables_cells_are_the_scores_figures(store, fakes):
+    table = table_of(made(store))
+    students = [cell for cell in table["cells"] if cell["spec"] != "teacher"]
+    assert len(students) == 8
+    for cell in students:
+        score = store.get(cell["score"])
+        assert cell["psnr"] == score.figures["psnr_of_mean_mse"] == PSNR[cell["spec"], cell["bits"]] + cell["seed"]
+        assert cell["fid"] == 1.25 and cell["updates"] == 4 and cell["bytes"] == 1000 and cell["last_loss"] == 1.75
+        for above, below in (("sample", "score"), ("export", "sample"), ("distill", "export"), ("plan", "distill")):
+            assert cell[above] in [link["id"] for link in store.get(cell[below]).inputs.values()]
+        assert cell["distill_seconds"] == store.get(cell["distill"]).manifest["seconds"]
+
+
+def test_a_row_is_the_mean_and_the_deviation_over_the_seeds(store, fakes):
+    rows = {(row["spec"], row["bits"]): row for row in table_of(made(store))["rows"]}
+    assert rows["hqdm", "w4a3"]["psnr"] == {"mean": 24.5, "sd": pytest.approx(math.sqrt(0.5))}
+    assert rows["hqdm", "w4a3"]["seeds"] == [0, 1] and rows["teacher", "fp32"]["psnr"] is None
+    one = {(row["spec"], row["bits"]): row for row in table_of(made(store, seeds=(1,)))["rows"]}
+    assert one["hqdm", "w4a3"]["psnr"] == {"mean": 25.0, "sd": None}
+
+
+def test_a_deviation_is_the_sample_deviation_and_an_infinite_figure_has_none():
+    assert comparison.mean_and_deviation([1.0, None, 3.0]) == {"mean": 2.0, "sd": math.sqrt(2)}
+    assert comparison.mean_and_deviation([math.inf, 3.0]) == {"mean": math.inf, "sd": None}
+    assert comparison.mean_and_deviation([None, None]) is None
+
+
+def test_images_equal_to_the_teachers_have_an_infinite_psnr_in_every_form_of_the_table(store, fakes, monkeypatch):
+    monkeypatch.setitem(PSNR, ("hqdm", "w4a4"), math.inf)
+    artifact = made(store, seeds=(0,)).outcome.artifact
+    read = json.loads(artifact.file("table.json").read_text())
+    assert read["rows"][1]["psnr"] == {"mean": "inf", "sd": None}
+    assert "**inf**" in artifact.file("table.md").read_text() and "**inf**" in "".join(comparison.markdown(read))
+
+
+def test_the_best_of_each_width_is_marked_and_a_tie_marks_none(store, fakes):
+    result = made(store)
+    assert {bits: best["PSNR dB"] for bits, best in result.outcome.artifact.figures["best"].items()} == {
+        "w4a4": ["efficientdm (usual)"], "w4a3": ["hqdm (usual)"]
+    }  # fmt: skip
+    assert "FD(digits)" not in result.outcome.artifact.figures["best"]["w4a4"]
+    page = result.outcome.artifact.file("table.md").read_text()
+    assert "**25.50 ± 0.71**" in page and "**25.00 ± 0.71**" not in page
+
+
+def test_profile_and_teacher_are_made_once_whatever_is_compared(store, fakes):
+    made(store)
+    made(store, ("hqdm/paper",))
+    assert len(store.artifacts("profile")) == 1
+    assert [s.config["seed"] for s in store.artifacts("sample") if s.config["source"] == "teacher"] == [0, 1]
+
+
+def test_a_second_time_nothing_is_made(store, fakes):
+    first = made(store)
+    before = ids(store)
+    second = made(store)
+    assert ids(store) == before and second.outcome.artifact == first.outcome.artifact and not second.outcome.ran
+
+
+def test_a_wider_comparison_makes_only_what_is_new(store, fakes):
+    made(store, seeds=(0,))
+    before = len(store.artifacts("distill"))
+    made(store, seeds=(0, 1))
+    assert (before, len(store.artifacts("distill"))) == (4, 8) and len(store.artifacts("plan")) == 4
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(store, fakes, tmp_path):
+    whole = Store(tmp_path / "whole")
+    runner.make(whole, "model", runner.model_config(tmp_path / "model.ckpt"))
+    undisturbed = table_of(made(whole))
+    made(store, seeds=(0,), bits=("w4a4",))
+    fakes["distill"].interrupt_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        made(store)
+    fakes["distill"].interrupt_at = None
+    assert [stage for stage, _ in store.drafts()] == ["distill"] and len(store.artifacts("distill")) == 2
+    result = made(store)
+    assert store.get("distill/3").figures["resumed"] is True and not result.failed
+    same = [[{k: v for k, v in cell.items() if k in ("spec", "bits", "seed", "psnr", "fid")} for cell in table["cells"]]
+            for table in (table_of(result), undisturbed)]  # fmt: skip
+    assert same[0] == same[1]
+
+
+def test_a_cell_that_fails_leaves_the_others_and_is_tried_again(store, fakes):
+    fakes["distill"].fails_at = ("hqdm", "w4a3")
+    result = made(store)
+    assert [(cell.name, cell.failed) for cell in result.failed] == [
+        ("hqdm w4a3 seed 0", "distill"), ("hqdm w4a3 seed 1", "distill")
+    ]  # fmt: skip
+    table = table_of(result)
+    assert len(table["cells"]) == 2 + 6 and len(table["failed"]) == 2
+    assert table["failed"][0]["error"] == "the loss is nan at timestep 951"
+    assert "hqdm w4a3 seed 0: distill: the loss is nan" in result.outcome.artifact.file("table.md").read_text()
+    fakes["distill"].fails_at = None
+    again = made(store)
+    assert not again.failed and len(table_of(again)["cells"]) == 10 and len(store.artifacts("distill")) == 8
+
+
+def test_a_fault_of_the_program_is_kept_with_its_kind_and_place(store, fakes):
+    def broken(config, inputs, out, report):
+        raise ValueError("shapes do not fit\nat all")
+
+    fakes["export"].run = broken
+    failed = made(store, ("hqdm",), ("w4a4",), (0,)).failed
+    assert failed[0].error.startswith("ValueError: shapes do not fit (test_compare.py:")
+
+
+def test_a_comparison_of_which_a_score_is_missing_is_not_made(store, fakes):
+    made(store)
+    config = runner.stages.load("compare").Config(["hqdm"], ["w4a4"], [0])
+    with pytest.raises(HqdmError, match="2 are missing") as fault:
+        runner.make(store, "compare", config)
+    assert fault.value.hint == "hqdm compare makes them first"
+
+
+def test_a_newer_model_makes_the_comparison_stale(store, fakes, tmp_path):
+    result = made(store)
+    assert set(runner.stale(store).values()) == {None}
+    runner.make(store, "model", runner.model_config(checkpoint(tmp_path, "other weights")))
+    assert runner.stale(store)[result.outcome.artifact.id].startswith("input ")
+
+
+def test_a_dry_run_tells_what_is_missing_and_makes_nothing(store, fakes):
+    made(store, seeds=(0,))
+    before = ids(store)
+    result = compare.compare(store, asked(), store.current("model"), dry_run=True)
+    assert ids(store) == before and result.outcome is None
+    assert [cell.name for cell in result.cells if not cell.ended] == [
+        "teacher seed 1", "hqdm w4a4 seed 1", "efficientdm w4a4 seed 1", "hqdm w4a3 seed 1", "efficientdm w4a3 seed 1"
+    ]  # fmt: skip
+    assert set(result.cells[-1].chain) == {"plan"} and result.seconds >= 0
+
+
+@pytest.fixture
+def hqdm(fakes, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HQDM_WORKSPACE", raising=False)
+    checkpoint(tmp_path)
+
+    def type_command(*words):
+        code = main(list(words))
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return type_command
+
+
+WORDS = ("compare", "hqdm", "efficientdm", "--bits", "w4a4,w4a3", "--seeds", "0,1", "--count", "4")
+
+
+def test_the_command_takes_a_model_and_prints_one_table(hqdm):
+    code, out, err = hqdm(*WORDS, "--model", "model.ckpt")
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 1 + 5 and lines[0].split()[:3] == ["bits", "method", "seeds"]
+    assert "25.50 ± 0.71*" in out and "cell 10 of 10: efficientdm w4a3 seed 1" in err
+    assert err.splitlines()[-1] == "next: hqdm show compare/0001"
+    assert hqdm("show", "compare")[0] == 0 and hqdm("status")[1].count("\ncompare/0001") == 1
+
+
+def test_json_markdown_and_csv_are_the_artifacts_files(hqdm):
+    hqdm(*WORDS, "--model", "model.ckpt")
+    table = json.loads(hqdm(*WORDS, "--json")[1])
+    rows = list(csv.DictReader(io.StringIO(hqdm(*WORDS, "--csv")[1])))
+    assert len([row for row in rows if row["kind"] == "mean"]) == len(table["rows"]) == 5
+    assert [float(row["psnr"]) for row in rows if row["kind"] == "cell" and row["psnr"]] == [
+        cell["psnr"] for cell in table["cells"] if cell["psnr"]
+    ]
+    assert "| w4a3 | hqdm (usual) |" in hqdm(*WORDS, "--markdown")[1]
+    assert hqdm(*WORDS, "--json", "--csv")[0] == 2
+
+
+def test_every_cells_command_finds_that_cell(hqdm, tmp_path):
+    hqdm(*WORDS, "--model", "model.ckpt", "--option", "distill.trajectories=7")
+    store = Store(tmp_path / "workspace")
+    before = len(store.artifacts("distill"))
+    cells = json.loads(store.get("compare").file("table.json").read_text())["cells"]
+    command = next(cell["command"] for cell in cells if (cell["spec"], cell["seed"]) == ("hqdm", 1))
+    code, _, err = hqdm(*shlex.split(command)[1:])
+    assert code == 0 and "cells: goes on at 2 of 2 cells" in err
+    assert before == 4 + 4 == len(store.artifacts("distill"))
+
+
+def test_a_failed_cell_ends_the_command_with_1_and_the_list(hqdm, fakes):
+    fakes["distill"].fails_at = ("hqdm", "w4a3")
+    code, out, err = hqdm(*WORDS, "--model", "model.ckpt")
+    assert code == 1 and "24.50" not in out and "25.50 ± 0.71" in out
+    assert "error: 2 of 10 cells failed: hqdm w4a3 seed 0, hqdm w4a3 seed 1" in err
+    assert "failed: hqdm w4a3 seed 0: distill: the loss is nan at timestep 951" in err
+
+
+def test_the_dry_run_of_the_command_lists_the_cells(hqdm, tmp_path):
+    code, out, err = hqdm(*WORDS, "--model", "model.ckpt", "--dry-run")
+    assert code == 0 and "hqdm w4a4 seed 0" in out and not (tmp_path / "workspace").exists()
+    assert "10 of 10 cells would be made; nothing like them was made yet to tell how long" in err
+
+
+def test_force_makes_the_students_afresh_and_nothing_above_them(hqdm, tmp_path):
+    hqdm("compare", "hqdm", "--model", "model.ckpt")
+    hqdm("compare", "hqdm", "--force")
+    store = Store(tmp_path / "workspace")
+    assert [len(store.artifacts(stage)) for stage in ("model", "profile", "plan", "distill", "sample")] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+    ]
+
+
+def test_a_recipe_is_the_same_comparison_and_what_is_typed_goes_before_it(hqdm, tmp_path):
+    (tmp_path / "there").mkdir()
+    checkpoint(tmp_path / "there")
+    recipe = tmp_path / "there" / "comparison.yaml"
+    recipe.write_text(
+        "{model: model.ckpt, methods: [hqdm, efficientdm], bits: [w4a4, w4a3], seeds: [0, 1], sample: {count: 4}}"
+    )
+    hqdm(*WORDS, "--model", "model.ckpt")
+    assert "compare: up to date" in hqdm("compare", "--from", str(recipe))[2]
+    assert json.loads(hqdm("compare", "--from", str(recipe), "--bits", "w4a4", "--json")[1])["about"]["bits"] == [
+        "w4a4"
+    ]
+    recipe.write_text("{method: [hqdm]}")
+    code, _, err = hqdm("compare", "--from", str(recipe))
+    assert code == 2 and "unknown key 'method'" in err and "did you mean 'methods'?" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--seeds", "0,x"), "--seeds '0,x' cannot be read"),
+        (("--option", "batch=4"), "--option 'batch=4' cannot be read"),
+        (("--option", "distill.bach=4"), "has no option 'bach'"),
+        (("--model", "nowhere.ckpt"), "--model nowhere.ckpt: neither a file or folder nor a model artifact"),
+        ((), "workspace holds no model to compare on"),
+    ],
+)
+def test_what_is_typed_wrongly_is_named_with_a_way_out(hqdm, words, what):
+    code, _, err = hqdm("compare", "hqdm", *words)
+    assert code in (1, 2) and "error: " in err and what in err and "hint: " in err
+
+
+def test_a_model_is_a_file_or_an_artifact_and_never_mistaken_for_a_method(store, tmp_path):
+    checkpoint(tmp_path, "other weights")
+    other = compare.model_of(store, str(tmp_path / "model.ckpt")).artifact
+    assert (other.id, compare.model_of(store, "model/1").artifact.id) == ("model/0002", "model/0001")
+    assert compare.model_of(store, None).artifact.id == "model/0002"
+    with pytest.raises(FileFault):
+        compare.model_of(store, str(tmp_path / "elsewhere"))
+
+
+def test_pictures_are_drawn_of_what_there_is(store, fakes, monkeypatch):
+    monkeypatch.setattr(stage, "_draw", DRAW)
+    artifact = made(store, ("hqdm:order=16", "hqdm:order=32")).outcome.artifact
+    pictures = {name for name in artifact.manifest["files"] if name.startswith("pictures/")}
+    drawn = {f"pictures/{name}.png" for name in ("widths", "orders", "loss", "samples-w4a4", "samples-w4a3")}
+    assert pictures == drawn  # no picture of weights: the fake model has none
+    page = artifact.file("table.md").read_text()
+    assert all(f"({name})" in page for name in drawn)
+
+
+def test_orders_are_drawn_only_where_methods_differ_in_nothing_else(store, fakes, tmp_path):
+    table = table_of(made(store, ("hqdm:order=16", "hqdm/paper:order=32")))
+    assert comparison_pictures.against_orders(tmp_path / "orders.png", table) is False
+    assert not (tmp_path / "orders.png").exists()
+
+
+def test_the_weights_picture_is_of_the_models_weights_and_their_rotation(tmp_path):
+    import torch
+    from tiny import tiny_denoiser
+
+    from pipelines.models.denoiser import find_sites, save_denoiser
+    from pipelines.quant.hadamard import rotate_weight
+    from pipelines.quant.spec import Transform, site_to_dict
+
+    store, denoiser = Store(tmp_path), tiny_denoiser(0)
+    sites = find_sites(denoiser)
+    with store.begin("model", "tiny", {}) as draft:
+        save_denoiser(denoiser, draft.path)
+        (draft.path / "sites.json").write_text(json.dumps([site_to_dict(site) for site in sites]))
+        model = draft.commit({})
+    layers = stage._weights(model)
+    fit = [site for site in sites if not site.obstacle and site.channels % 2 == 0]
+    assert len(layers) == len(fit) > 20
+    weight = denoiser.network.get_submodule(fit[0].name).weight.detach()
+    order = min(32, fit[0].channels & -fit[0].channels)
+    rotated = rotate_weight(weight, Transform("channels", order)) / math.sqrt(order)
+    assert layers[0]["peak_rotated"] == pytest.approx(
+        (rotated.abs().max() / rotated.std(correction=0)).item(), rel=1e-4
+    )
+    assert layers[0]["peak"] == pytest.approx((weight.abs().max() / weight.std(correction=0)).item(), rel=1e-4)
+    normal = stage._shape_of(torch.randn(200_000, generator=torch.Generator().manual_seed(0)))
+    assert normal["kurtosis"] == pytest.approx(3.0, abs=0.1)
+
+
+def test_the_configuration_reads_back_from_its_manifest(store, fakes):
+    fakes["distill"].fails_at = ("hqdm", "w4a4")
+    artifact = made(store, ("hqdm",), ("w4a4",), (0,)).outcome.artifact
+    cls = runner.stages.load("compare").Config
+    assert to_dict(compare.from_dict(cls, artifact.config, "manifest")) == artifact.config

@@ -1,0 +1,341 @@
+"""What methods claim that shift, scale or rotate channels before rounding them; and they change nothing else."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipelines.errors import UsageError
+from pipelines.measures import Measures as RealMeasures
+from pipelines.methods import METHODS, dmq, find
+from pipelines.methods.equivalent import extremes, few, outputs
+from pipelines.quant.affine import choose, cover, dequantise, quantise
+from pipelines.quant.candidates import rotated_rows
+from pipelines.quant.hadamard import rotate_activation, rotate_weight
+from pipelines.quant.spec import Bits, Site, SitePlan, Transform
+from pipelines.quant.surroundings import Surroundings, taps_of
+
+TOKENS = Site("tokens", "linear", "attention", (48, 64), rank=3)
+VECTORS = Site("vectors", "linear", "time-projection", (48, 64))
+CONV = Site("conv", "conv", "residual", (24, 32, 3, 3), padding=(1, 1), rank=4, positions=(8, 8))
+STRIDED = Site("strided", "conv", "residual", (24, 20, 3, 3), (2, 2), (1, 1), rank=4, positions=(8, 8))
+SHORTCUT = Site("shortcut", "conv", "skip", (24, 48, 1, 1), rank=4, positions=(8, 8), joint=16)
+MINE = ("rtn", "smoothquant", "outlier_suppression", "dmq", "hadanorm", "double_hadamard")
+QUICK = {"dmq": {"steps": "30"}, "outlier_suppression": {"thresholds": "20"}}
+
+
+class Sampled:
+    """A profile of one site whose sample is all that was ever seen: (T, rows, C) or (T, rows, C, W)."""
+
+    def __init__(self, sample):
+        self._sample, self.timesteps = sample, list(range(len(sample), 0, -1))
+
+    def sample(self, site):
+        return self._sample
+
+    def statistic(self, site, name):
+        values = self._sample.transpose(1, 2).flatten(2)
+        return values.abs().amax(2) if name == "absmax" else values.mean(2)
+
+    def sqnrs(self, site, quantiser, bits):
+        return {"none": 20.0}
+
+    def sqnr(self, site, transform, quantiser, bits):
+        return 20.0
+
+    def transforms(self, site):
+        return [Transform()]
+
+    moved = RealMeasures.moved
+
+
+def drawn(site, timesteps=3, rows=40, seed=0):
+    """A random input of a site, of channels that differ in mean and in size; and a random weight."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (timesteps, rows, site.channels, *([8] if site.kind == "conv" else []))
+    by_channel = (-1, 1) if site.kind == "conv" else (-1,)
+    size = torch.randn(site.channels, generator=generator).exp().view(by_channel)
+    mean = torch.randn(site.channels, generator=generator).view(by_channel)
+    return torch.randn(shape, generator=generator) * size + mean, torch.randn(site.weight, generator=generator)
+
+
+def planned(name, site, sample, weight, bits="w4a4", variant=None, **options):
+    """(plan, constants, profile, variant) of a site by a method."""
+    method, _, chosen = find(name, variant, QUICK.get(name, {}) | {key: str(value) for key, value in options.items()})
+    measured = Sampled(sample)
+    plan = method.decide(site, Bits.parse(bits), measured, chosen)
+    constants = method.constants(plan, weight, measured, chosen) if method.constants else {}
+    return plan, constants, measured, chosen
+
+
+def in_quantiser(weight, plan, constants):
+    """The weight as it is rounded: over the gain, and rotated where the plan says so."""
+    if "gain" in constants:
+        weight = weight / constants["gain"].view(1, -1, *[1] * (weight.ndim - 2))
+    return rotate_weight(weight, plan.transform) if plan.inverse == "double" else weight
+
+
+def rounded_error(name, site, sample, weight, **options):
+    """Relative squared error of the layer's outputs, quantised as a method plans it, activations by maxima."""
+    plan, constants, measured, chosen = planned(name, site, sample, weight, **options)
+    method = METHODS[name]
+    rows = rotated_rows(measured.moved(plan, constants), plan.transform)
+    static = bool(method.groups and method.groups(measured, chosen))
+    scale, zero = cover(rows.reshape(1, -1) if static else rows, *plan.activation_range)
+    x = dequantise(quantise(rows, scale[:, None], zero[:, None], *plan.activation_range), scale[:, None], zero[:, None])
+    large = in_quantiser(weight, plan, constants)
+    true = rows.view(len(sample), -1, large.shape[1]) @ large.T
+    scale, zero = choose(large, *plan.weight_range)
+    large = dequantise(
+        quantise(large, scale[:, None], zero[:, None], *plan.weight_range), scale[:, None], zero[:, None]
+    )
+    found = x.view(len(sample), -1, large.shape[1]) @ large.T
+    before = sample @ weight.T  # a rotation multiplies the product with its order
+    return ((found - true).square().sum() / plan.transform.order**2 / before.square().sum()).item()
+
+
+@pytest.mark.parametrize(
+    "name, variant, options",
+    [(name, variant, {}) for name in MINE for variant in METHODS[name].variants]
+    + [("hadanorm", None, {"convolutions": "rotated"})],
+)
+@pytest.mark.parametrize("site", [TOKENS, VECTORS, CONV, STRIDED], ids=lambda site: site.name)
+def test_without_rounding_a_layer_computes_what_it_did(name, variant, options, site):
+    sample, weight = drawn(site)
+    plan, constants, *_ = planned(name, site, sample, weight, variant=variant, **options)
+    if "centre" in constants:
+        constants["taps"] = taps_of(constants["centre"], weight, site)
+    x = torch.randn((2, site.channels, 8, 8) if site.kind == "conv" else (2, *[5] * (site.rank - 2), site.channels)) + 3
+    around = Surroundings(plan, constants)
+    moved, mean = around.before(x)
+    turned = rotate_activation(moved, plan.transform, site.kind == "conv")
+    large = in_quantiser(weight, plan, constants)
+    if plan.inverse == "single":
+        large = rotate_weight(large, plan.transform)
+
+    def product(x, weight):
+        if site.kind == "linear":
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, None, site.stride, site.padding)
+
+    y = product(turned, large) / plan.transform.order
+    y = around.after(y, x, mean, lambda: large, torch.ones(site.outputs))
+    true = product(x, weight)
+    assert (y - true).abs().max() < 1e-5 * true.abs().max()
+
+
+def test_rounding_to_the_nearest_has_one_range_for_all_timesteps_and_nothing_around_it():
+    sample, weight = drawn(TOKENS)
+    plan, constants, measured, chosen = planned("rtn", TOKENS, sample, weight)
+    assert not constants and not plan.scaling and plan.centring == "none" and plan.transform.is_identity
+    assert set(METHODS["rtn"].groups(measured, chosen)) == {0} and chosen.recipe.updates == "none"
+
+
+def test_smoothing_shares_an_outlying_channel_with_the_weight_and_lowers_the_error():
+    sample, weight = drawn(TOKENS)
+    sample = torch.randn_like(sample)
+    sample[:, :, 5] *= 50
+    plan, constants, measured, _ = planned("smoothquant", TOKENS, sample, weight)
+    moved = measured.moved(plan, constants).abs().amax((0, 1))
+    assert moved.max() / moved.median() < 0.2 * sample.abs().amax((0, 1)).max() / sample.abs().amax((0, 1)).median()
+    columns = in_quantiser(weight, plan, constants).abs().amax(0)
+    assert torch.allclose(moved, columns, rtol=1e-4)  # at α = 0.5 both have √(max|x|·max|w|)
+    assert rounded_error("smoothquant", TOKENS, sample, weight) < 0.6 * rounded_error("rtn", TOKENS, sample, weight)
+
+
+def test_a_smoothing_of_nought_leaves_the_weight_flat_and_of_one_the_activation():
+    sample, weight = drawn(TOKENS)
+    plan, constants, measured, _ = planned("smoothquant", TOKENS, sample, weight, alpha=1)
+    assert torch.allclose(measured.moved(plan, constants).abs().amax((0, 1)), torch.ones(64))
+    plan, constants, *_ = planned("smoothquant", TOKENS, sample, weight, alpha=0)
+    assert torch.allclose(in_quantiser(weight, plan, constants).abs().amax(0), torch.ones(64))
+
+
+def test_a_channel_that_is_always_zero_is_left_alone():
+    sample, weight = drawn(TOKENS)
+    sample[:, :, 3] = 0
+    for name in ("smoothquant", "outlier_suppression", "hadanorm", "dmq"):
+        _, constants, *_ = planned(name, TOKENS, sample, weight)
+        assert torch.isfinite(constants["gain"]).all() and 0 < constants["gain"][3] < 100
+
+
+def test_outlier_suppression_puts_a_lopsided_channel_in_the_middle_and_lowers_the_error():
+    sample, weight = drawn(TOKENS)
+    sample = torch.randn_like(sample)
+    sample[:, :, 7] = sample[:, :, 7] + 30
+    plan, constants, measured, _ = planned("outlier_suppression", TOKENS, sample, weight)
+    moved = measured.moved(plan, constants)
+    assert torch.allclose(moved.amax((0, 1)), -moved.amin((0, 1)), atol=1e-4)
+    assert moved[:, :, 7].abs().max() < 6 < sample[:, :, 7].abs().max()
+    assert rounded_error("outlier_suppression", TOKENS, sample, weight) < 0.1 * rounded_error(
+        "rtn", TOKENS, sample, weight
+    )
+
+
+def test_outlier_suppression_squeezes_outlying_channels_to_one_threshold_and_no_others():
+    sample, weight = drawn(TOKENS)
+    sample = torch.randn_like(sample).clamp(-3, 3)
+    sample[:, :, [2, 9]] *= torch.tensor([20.0, 40.0])
+    plan, constants, measured, _ = planned("outlier_suppression", TOKENS, sample, weight, thresholds=100)
+    largest = measured.moved(plan, constants).abs().amax((0, 1))
+    squeezed = constants["gain"] < 1
+    assert squeezed[[2, 9]].all() and torch.allclose(largest[squeezed], largest.max())
+    assert (largest[~squeezed] <= largest.max()).all() and (constants["gain"][~squeezed] == 1).all()
+
+
+def test_a_channels_range_takes_in_what_the_sample_missed():
+    sample, _ = drawn(TOKENS)
+    measured = Sampled(sample)
+    farthest = sample.abs().amax((0, 1)) * 2
+    measured.statistic = lambda site, name: farthest.expand(3, -1)
+    low, high = extremes(TOKENS, measured)
+    assert torch.equal(torch.maximum(-low, high), farthest)
+    assert (low <= sample.amin((0, 1))).all() and (high >= sample.amax((0, 1))).all()
+
+
+def test_learned_scales_lower_the_layers_error_at_the_widths_they_were_learned_for():
+    """And further than no updates do, which is rounding to the nearest."""
+    sample, weight = drawn(TOKENS)
+    sample[:, :, 5] *= 20
+    errors = [rounded_error("dmq", TOKENS, sample, weight, steps=steps, variant="scaling") for steps in (0, 100)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_convolutions_scales_are_learned_too():
+    sample, weight = drawn(CONV)
+    sample[:, :, 5] *= 20
+    plan, constants, measured, _ = planned("dmq", CONV, sample, weight, steps=60)
+    gain = constants["gain"]
+    assert gain.shape == (32,) and (gain > 0).all() and gain[5] < 0.5 * gain.median()
+
+
+def test_the_weighting_keeps_timesteps_of_large_error_from_ruling_the_scales():
+    """One timestep has an outlier of its own, far larger than all else."""
+    sample, weight = drawn(TOKENS, timesteps=8)
+    sample = torch.randn_like(sample)
+    sample[:7, :, 3] *= 8
+    sample[7, :, 40] *= 400
+
+    def error_elsewhere(power):
+        plan, constants, *_ = planned("dmq", TOKENS, sample, weight, power=power, steps=100)
+        few_steps = sample[:7]
+        x = few_steps.flatten(0, 1)[None]
+        low, high = x.amin(1), x.amax(1)
+        return dmq.scaled_error(x, weight, 1 / constants["gain"], low, high, plan).square().mean().item()
+
+    assert error_elsewhere(20.0) < error_elsewhere(0.0)
+
+
+def shortcut_sample():
+    """Channels of the whole range, of a half, a quarter and an eighth, and one that is small at every other row."""
+    sample = torch.rand(4, 20, 5, 8) * 2 - 1
+    sample[..., 0, :], sample[..., -1] = sample[..., 0, :] * 16, 0.01
+    sample[:, :, 0, 0] = 16
+    sample[:, :, 1], sample[:, :, 2], sample[:, :, 3] = (sample[:, :, i] * f for i, f in ((1, 7.5), (2, 3.5), (3, 1.5)))
+    sample[:, ::2, 4] *= 15
+    return sample
+
+
+def test_powers_of_two_are_voted_for_and_a_divided_vote_counts_for_none():
+    site = Site("shortcut", "conv", "skip", (8, 5, 1, 1), rank=4, positions=(8, 8))
+    plan = SitePlan(site, activation_bits=4, scaling=True)
+    assert dmq.powers(shortcut_sample(), plan, 0.85).tolist() == [0, 1, 2, 3, 0]
+    assert dmq.powers(shortcut_sample(), plan, 0.45)[4] == 3
+
+
+def test_a_shortcut_that_joins_two_inputs_is_divided_and_has_powers_of_two_alone():
+    sample, weight = drawn(SHORTCUT)
+    method, _, chosen = find("dmq", None, QUICK["dmq"])
+    halves = method.decide(SHORTCUT, Bits(4, 4), Sampled(sample), chosen)
+    assert [half.site.name for half in halves] == ["shortcut.first", "shortcut.second"]
+    for half, span in zip(halves, (slice(16), slice(16, None)), strict=True):
+        constants = method.constants(half, weight[:, span], Sampled(sample[:, :, span]), chosen)
+        assert set(constants["gain"].tolist()) <= {1.0, 2.0, 4.0, 8.0} and len(constants["gain"]) == half.site.channels
+        assert (half.weight_bits, half.activation_bits) == (8, 8)
+
+
+def test_centring_before_a_hadamard_transform_pays_where_channels_have_large_means():
+    """A mean of all channels goes into the first coordinate of every block, and sets the range there."""
+    sample, weight = drawn(TOKENS)
+    sample = torch.randn_like(sample)
+    sample[:, :, ::2] += 10
+    errors = {
+        name: rounded_error(name, TOKENS, sample, weight, bits="w8a4") for name in ("hadanorm", "double_hadamard")
+    }
+    assert errors["hadanorm"] < 0.1 * errors["double_hadamard"]
+
+
+def test_hadanorm_centres_linears_by_image_and_leaves_convolutions_as_they_are_unless_told():
+    measured = Sampled(drawn(TOKENS)[0])
+    _, _, chosen = find("hadanorm", None)
+    _, _, rotated = find("hadanorm", None, {"convolutions": "rotated"})
+    decide = METHODS["hadanorm"].decide
+    assert decide(TOKENS, Bits(4, 4), measured, chosen).centring == "dynamic"
+    assert decide(VECTORS, Bits(4, 4), measured, chosen).centring == "static"
+    plain, turned = (decide(CONV, Bits(4, 4), measured, variant) for variant in (chosen, rotated))
+    assert plain.transform.is_identity and plain.centring == "none" and not plain.scaling
+    assert turned.transform == Transform("channels", 32) and turned.inverse == "double" and turned.centring == "static"
+
+
+def test_full_normalisation_gives_all_channels_one_deviation():
+    sample, weight = drawn(TOKENS, rows=400)
+    plan, constants, measured, _ = planned("hadanorm", TOKENS, sample, weight, alpha=1)
+    assert torch.allclose(measured.moved(plan, constants).flatten(0, 1).std(0), torch.ones(64), atol=0.01)
+
+
+def test_rotating_the_weight_before_its_quantiser_amplifies_what_rotating_its_integers_does_not():
+    """HQ-DM's figure 3: a smooth row of one sign goes into one coordinate of a block, and sets the range."""
+    weight = 1 + 0.2 * torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    transform = Transform("channels", 64)
+    rotated = rotate_weight(weight, transform) / 8
+
+    def outlying(rows):
+        return (rows.abs().amax(1) / rows.square().mean(1).sqrt()).mean()
+
+    def error(rows):
+        scale, zero = choose(rows, 0, 15)
+        back = dequantise(quantise(rows, scale[:, None], zero[:, None], 0, 15), scale[:, None], zero[:, None])
+        return (back - rows).square().mean()
+
+    assert outlying(rotated) > 5 * outlying(weight)
+    assert error(rotated) > 4 * error(weight)  # the rotation is orthonormal: both are errors of the same layer
+
+
+def test_double_hadamard_distilled_is_the_published_code_but_for_the_side_of_the_inverse():
+    measured = Sampled(drawn(CONV)[0])
+    theirs, ours = find("hqdm", "code"), find("double_hadamard", "distilled")
+    assert theirs[2].recipe == ours[2].recipe
+    for site in (TOKENS, VECTORS, CONV, STRIDED, SHORTCUT):
+        single, double = (method.decide(site, Bits(4, 4), measured, variant) for method, _, variant in (theirs, ours))
+        assert (single.transform, single.weight_quantiser) == (double.transform, double.weight_quantiser)
+        assert double.inverse == {"single": "double"}.get(single.inverse, single.inverse)
+
+
+def test_quarot_takes_the_widest_block_that_divides_the_channels():
+    measured = Sampled(drawn(CONV)[0])
+    _, _, chosen = find("double_hadamard", "quarot")
+    orders = [
+        METHODS["double_hadamard"].decide(site, Bits(4, 4), measured, chosen).transform.order
+        for site in (TOKENS, CONV, STRIDED)
+    ]
+    assert orders == [64, 32, 1]
+
+
+def test_some_of_a_sample_is_spread_over_its_timesteps_and_outputs_are_the_layers_own():
+    sample, weight = drawn(CONV)
+    assert few(sample, 80).shape == (10, 32, 8) and few(sample, 10**6).shape == (120, 32, 8)
+    flat = Site("flat", "conv", "residual", (24, 32, 1, 3), padding=(0, 1), rank=4, positions=(1, 8))
+    rows = few(sample, 80)
+    whole = F.conv2d(rows[:, :, None], weight[:, :, :1], None, padding=(0, 1))[:, :, 0]
+    assert torch.allclose(outputs(rows, weight[:, :, :1], flat), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [("smoothquant", "alpha", "1.5"), ("hadanorm", "alpha", "-1"), ("outlier_suppression", "thresholds", "0"),
+     ("dmq", "rate", "0"), ("dmq", "steps", "-1"), ("dmq", "share", "2"), ("rtn", "quantiser", "odd")],
+)  # fmt: skip
+def test_an_option_out_of_its_range_is_refused_with_what_it_takes(name, option, value):
+    with pytest.raises(UsageError, match=f"{option} cannot be") as caught:
+        method, _, chosen = find(name, None, {option: value})
+        method.decide(TOKENS, Bits(4, 4), Sampled(drawn(TOKENS)[0]), chosen)
+    assert caught.value.hint
