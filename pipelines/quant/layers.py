@@ -180,33 +180,44 @@ class QuantLayer(nn.Module):
         return from_rows(torch.cat([rows for _, rows in self._merged()]), self.weight.shape)
 
     @torch.no_grad()
-    def _relative(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Some rows of the weight over its scale, in its quantiser's coordinates, and the bounds (rows, 1) between
-        which it is rounded: clamp(⌊x/s⌉ + z, low, high) − z is clamp(⌊x/s⌉, low − z, high − z), a pass less.
+    def rounded(self) -> torch.Tensor:
+        """⌊W/s⌉ + z of the merged weight in its quantiser's coordinates, (out, …·in), cut off one beyond the codes: so
+        that it tells what was clipped in a byte a weight (two at 8 bits).
         """
+        shape = len(self.weight), self.weight[0].numel()
+        result = torch.empty(shape, dtype=torch.int8 if self.plan.weight_bits < 8 else torch.int16)
         for span, rows in self._merged():
             low, high = self.surroundings.bounds(span)
-            zero = self.weight_zero[span, None]
-            yield span, self._turned(rows).div_(self.weight_scale[span, None]), low - zero, high - zero
+            zero = None if self.plan.weight_quantiser == "symmetric" else self.weight_zero[span, None]
+            rows = self._turned(rows)
+            result[span] = quantise(rows, self.weight_scale[span, None], zero, low - 1, high + 1, overwrite=True)
+        return result
 
     @torch.no_grad()
-    def _integers(self, dtype: torch.dtype, fold: bool) -> torch.Tensor:
-        """Codes − zero-points (out, in, …), or V."""
-        rows = torch.empty(len(self.weight), self.weight[0].numel(), dtype=dtype)
-        for span, relative, low, high in self._relative():
-            codes = relative.round_().clamp_(low, high)
-            rows[span] = rotate_last(codes, self.plan.transform) if fold and self.plan.inverse == "single" else codes
-        return from_rows(rows, self.weight.shape)
+    def centred(self, rounded: torch.Tensor, dtype: torch.dtype, fold: bool) -> torch.Tensor:
+        """Codes − zero-points (out, in, …) from what `rounded` gave, or V."""
+        result = torch.empty(rounded.shape, dtype=dtype)
+        for span in row_spans(*rounded.shape):
+            low, high = self.surroundings.bounds(span)
+            part = result[span] if dtype == torch.float32 and not fold else torch.empty(rounded[span].shape)
+            part.copy_(rounded[span]).clamp_(low, high)
+            if self.plan.weight_quantiser == "asymmetric":
+                part.sub_(self.weight_zero[span, None])
+            if fold:
+                result[span] = rotate_last(part, self.plan.transform)
+            elif part.data_ptr() != result[span].data_ptr():
+                result[span] = part
+        return from_rows(result, self.weight.shape)
 
     def folded(self) -> torch.Tensor:
         """V (out, in, …) fp32, integer-valued: quantise W + BA, then fold the inverse transform in."""
-        return self._integers(torch.float32, fold=True)
+        return self.centred(self.rounded(), torch.float32, self.plan.inverse == "single")
 
     def integers(self) -> IntegerWeights:
         """The integers that this layer computes with."""
         return IntegerWeights(
             self.plan,
-            self._integers(torch.int16, fold=False),
+            self.centred(self.rounded(), torch.int16, fold=False),
             self.weight_zero.to(torch.int16),
             self.weight_scale.detach().clone(),
             None if self.bias is None else self.bias.detach().float().clone(),
@@ -215,30 +226,45 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def gradients(
-        self, grad: torch.Tensor
+        self, grad: torch.Tensor, rounded: torch.Tensor, by_row: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """What dV, a gradient of V (out, in, …), comes to: the sums Σ V·dV (out,), and the gradients of weight_scale,
-        lora_a, lora_b and the weight, None where those are not there or not trained. dV is overwritten.
+        """What by_row·G, a gradient of the codes (out, in, …), comes to: the sums Σ code·by_row·G (out,), and the
+        gradients of weight_scale, lora_a, lora_b and the weight, None where those are not there or not trained. G is
+        overwritten; `rounded` is what `rounded()` gives.
 
-        Straight through the quantiser inside its range, nothing outside; for the scale see `affine._CentredCodes`.
+        Straight through the quantiser inside its range, nothing outside. With dW that gradient of W = base + BA, the
+        scale's −Σ x/s²·∂L/∂code is −Σ W·dW/s (see `affine._CentredCodes`), and of BA's part there Σ B·dB, so that BA
+        need not be computed again. by_row (out,) never multiplies what has a weight's size.
         """
         inverse, transform = self.plan.inverse, self.plan.transform
         grad = as_rows(grad)
-        sums, scale_grad = torch.empty(len(grad)), torch.empty(len(grad))
-        for span, relative, low, high in self._relative():
-            part = rotate_last(grad[span], transform, inverse=True) if inverse == "single" else grad[span]
-            rounded = relative.round()
-            codes = rounded.clamp(low, high)
-            sums[span] = (part * codes).sum(1)  # Σ (C·M)·dV = Σ C·(dV·Mᵀ)
-            part = part.masked_fill(rounded != codes, 0.0).div_(self.weight_scale[span, None])
-            scale_grad[span] = (part * relative).sum(1).neg_()
-            part = rotate_last(part, transform, inverse=True) if inverse == "double" else part
-            grad[span] = self.surroundings.to_quantiser(part)
-        weight_grad = from_rows(grad, self.weight.shape) if self.weight.requires_grad else None
+        sums, base_sums = torch.empty(len(grad)), torch.empty(len(grad))
+        for span in row_spans(*grad.shape):
+            low, high = self.surroundings.bounds(span)
+            part, found = grad[span], rounded[span].float()
+            codes = found.clamp(low, high)
+            if self.plan.weight_quantiser == "asymmetric":
+                sums[span] = (part * codes.sub(self.weight_zero[span, None])).sum(1)
+            else:
+                sums[span] = (part * codes).sum(1)
+            part.mul_(found.eq_(codes))  # as a float: passes that read or write booleans take several times as long
+            if inverse == "double":
+                part = rotate_last(part, transform, inverse=True)
+            part = self.surroundings.to_quantiser(part)
+            base_sums[span] = (part * self._base(span)).sum(1)
+            if part.data_ptr() != grad[span].data_ptr():
+                grad[span] = part
+        sums *= by_row
+        by_row = by_row / self.weight_scale
+        weight_grad = None
+        if self.weight.requires_grad:
+            weight_grad = from_rows(grad * by_row[:, None], self.weight.shape)
         if self.lora_a is None:
-            return sums, scale_grad, None, None, weight_grad
-        a_grad = from_rows(self.lora_b.T @ grad, self.lora_a.shape)
-        return sums, scale_grad, a_grad, grad @ as_rows(self.lora_a).T, weight_grad
+            return sums, (base_sums * by_row).div_(self.weight_scale).neg_(), None, None, weight_grad
+        a_grad = from_rows((self.lora_b * by_row[:, None]).T @ grad, self.lora_a.shape)
+        b_grad = (grad @ as_rows(self.lora_a).T).mul_(by_row[:, None])
+        scale_grad = (base_sums * by_row).add_((self.lora_b * b_grad).sum(1)).div_(self.weight_scale).neg_()
+        return sums, scale_grad, a_grad, b_grad, weight_grad
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -306,50 +332,92 @@ class QuantLayer(nn.Module):
 class _Trained(torch.autograd.Function):
     """A layer's forward pass that keeps its input and its parameters for the backward pass, and nothing else.
 
-    With dV = ∂L/∂V the sums Σ V·dV of the rows are what the scales of the epilogue need, ∂L/∂s_w = Σ V·dV/s_w and
-    ∂L/∂s_x = Σ V·dV/s_x over all rows, so that the accumulator need not be kept.
+    A single transform is undone on the side with fewer entries, the weight's integers (V) or the activation's: the
+    accumulators are the same integers. With dC the gradient of the weight's codes, the rows' sums Σ C·dC are what the
+    scales of the epilogue need, ∂L/∂s_w = Σ C·dC/s_w and ∂L/∂s_x = Σ C·dC/s_x over all rows, so that the accumulator
+    need not be kept.
     """
 
     @staticmethod
     def forward(ctx, layer, x, scale, zero, output_scale, weight_scale, lora_a, lora_b, weight, bias):
-        ctx.layer = layer
+        ctx.layer, plan = layer, layer.plan
+        single = plan.inverse == "single"
+        ctx.folds = single and x.numel() >= layer.weight.numel()
+        ctx.undoes = plan.inverse == "activation" or (single and not ctx.folds)
         ctx.save_for_backward(x, scale, zero, output_scale, weight_scale, lora_a, lora_b, weight, bias)
-        return layer.output(layer.codes(x, scale, zero), scale, output_scale)
+        spatial = plan.site.kind == "conv"
+        codes = centred_codes(rotate_activation(x, plan.transform, spatial), scale, zero, *plan.activation_range)
+        if ctx.undoes:
+            codes = rotate_activation(codes, plan.transform, spatial, inverse=True)
+        accumulator = product(codes, layer.centred(layer.rounded(), torch.float32, ctx.folds), plan.site)
+        return epilogue(accumulator, scale / plan.transform.order, output_scale, layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         layer, (x, scale, zero, output_scale, *_) = ctx.layer, ctx.saved_tensors  # checks that none was written to
-        plan = layer.plan
-        site, spatial, order = plan.site, plan.site.kind == "conv", plan.transform.order
-        by_output = output_scale.view(-1, 1, 1) if spatial else output_scale
+        plan, transform = layer.plan, layer.plan.transform
+        site, spatial, order = plan.site, plan.site.kind == "conv", transform.order
+        low, high = plan.activation_range
         bias_grad = None
         if layer.bias is not None and layer.bias.requires_grad:
             bias_grad = grad.sum((0, 2, 3)) if spatial else grad.flatten(0, -2).sum(0)
-        grad = grad * (by_output * (scale / order))
-        with torch.enable_grad():
-            inputs = [value.detach().requires_grad_(True) for value in (x, scale, zero) if value is not None]
-            codes = layer.codes(inputs[0], inputs[1], None if zero is None else inputs[2])
-        folded = layer.folded()
+
+        found = torch.div(rotate_activation(x, transform, spatial), scale).round_()
+        if zero is not None:
+            found.add_(zero)
+        codes = found.clamp(low, high)
+        if zero is not None:
+            codes.sub_(zero)
+        if ctx.undoes:
+            codes = rotate_activation(codes, transform, spatial, inverse=True)
+
+        rounded = layer.rounded()
+        # The epilogue's factors go to the smaller of the two.
+        weight = layer.centred(rounded, torch.float32, ctx.folds)
+        by_output = output_scale * (scale / order)
+        if grad.numel() < weight.numel():
+            grad = grad * (by_output.view(-1, 1, 1) if spatial else by_output)
+            by_row = torch.ones_like(by_output)
+        else:
+            weight.mul_(by_output.view(-1, *[1] * (weight.ndim - 1)))
+            by_row = by_output
         if spatial:
             grad = grad.contiguous(memory_format=torch.channels_last)
-            codes_grad, folded_grad, _ = torch.ops.aten.convolution_backward(
-                grad, codes.detach(), folded, None, site.stride, site.padding, site.dilation, False, (0, 0),
+            x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+                grad, codes, weight, None, site.stride, site.padding, site.dilation, False, (0, 0),
                 site.groups, (True, True, False),
             )  # fmt: skip
         else:
-            codes_grad = grad @ folded
-            folded_grad = grad.flatten(0, -2).T @ codes.detach().flatten(0, -2)
-        given = torch.autograd.grad(codes, inputs, codes_grad)
-        del codes, codes_grad, grad, folded
-        sums, scale_grad, a_grad, b_grad, weight_grad = layer.gradients(folded_grad)
-        zero_grad = None if zero is None else given[2]
-        del folded_grad
+            x_grad = grad @ weight
+            weight_grad = grad.flatten(0, -2).T @ codes.flatten(0, -2)
+        del codes, weight, grad
+
+        if ctx.undoes:
+            x_grad = rotate_activation(x_grad, transform, spatial)
+        total = None if zero is None else x_grad.sum()
+        x_grad = inside(x_grad, found, low, high)
+        del found
+        zero_grad = None if zero is None else x_grad.sum() - total
+        x_grad = rotate_activation(x_grad, transform, spatial, inverse=True).div_(scale)
+        through = (x_grad * x).sum()  # Σ x̃·∂L/∂x̃ = Σ x·∂L/∂x
+
+        if ctx.folds:
+            rows = as_rows(weight_grad)
+            weight_grad = from_rows(rotate_last(rows, transform, inverse=True), weight_grad.shape)
+        sums, scale_grad, a_grad, b_grad, weight_grad = layer.gradients(weight_grad, rounded, by_row)
         give_back(layer.weight.numel() // 3)  # a walk takes long while much is in use: after the largest alone
         return (
-            None, given[0], given[1] + (sums.sum() / scale), zero_grad, sums / output_scale, scale_grad, a_grad, b_grad,
+            None, x_grad, (sums.sum() - through) / scale, zero_grad, sums / output_scale, scale_grad, a_grad, b_grad,
             weight_grad, bias_grad,
         )  # fmt: skip
+
+
+def inside(grad: torch.Tensor, rounded: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """The gradient where `rounded` lies within its codes, zeros elsewhere; overwrites it. One pass, and without
+    booleans, which torch is slow with.
+    """
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, rounded, low - 0.5, high + 0.5, grad_input=grad)
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
