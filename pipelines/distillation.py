@@ -42,8 +42,8 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     groups: list[dict] = []
     if "adapters" in recipe.trains:
         groups += [
-            {"params": [layer.lora_a, layer.lora_b], "rate": layer.weight_scale.mean().item() / recipe.lora_rate_divisor,
-             "weight_decay": WEIGHT_DECAY}
+            {"params": [layer.lora_a, layer.lora_b], "weight_decay": WEIGHT_DECAY,
+             "rate": layer.weight_scale.mean().item() / recipe.lora_rate_divisor}
             for layer in chosen
         ]  # fmt: skip
     if "weights" in recipe.trains:
@@ -131,7 +131,8 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
             ("a weight", layer.weight if layer.weight.requires_grad else None, False),
             ("a bias", layer.bias, False),
         )
-        if values is not None and not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
+        if values is not None
+        and not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
     ]
     known_tensors = tables.raw()
     if not bool((known_tensors["scale"] > 0).all()):  # NaN is not above zero either

@@ -83,7 +83,7 @@ class Measures:
             from pipelines.quant.candidates import measure, rotated_rows
 
             values = measure(rotated_rows(self.sample(site), transform), bits, quantiser)
-            self._tensors |= {f"{key}/{name}": value for name, value in zip(("scale", "zero", "sqnr"), values)}
+            self._tensors |= {f"{key}/{name}": value for name, value in zip(("scale", "zero", "sqnr"), values, strict=True)}
         return self._tensors[f"{key}/{what}"]
 
     @cached_property
@@ -117,7 +117,9 @@ class Measures:
             if by == "max":
                 from pipelines.quant.affine import cover
 
-                scale[mine], zero[mine] = (value[0] for value in cover(joined, *integer_range(bits, quantiser == "symmetric")))
+                scale[mine], zero[mine] = (
+                    value[0] for value in cover(joined, *integer_range(bits, quantiser == "symmetric"))
+                )
             else:
                 scale[mine], zero[mine] = (value[0] for value in measure(joined, bits, quantiser)[:2])
         return scale[self._order].contiguous(), zero[self._order].contiguous()
@@ -133,5 +135,3 @@ class Measures:
         elif "centre" in constants:
             sample = sample - constants["centre"].view(shape)
         return sample * constants["gain"].view(shape) if "gain" in constants else sample
-
-

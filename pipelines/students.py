@@ -50,9 +50,9 @@ FORMAT = "hqdm-int"
 FORMAT_VERSION = 3
 # What a loader has to compute, in words that go into config.json.
 ARITHMETIC = {
-    "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum of "
-    "the taps whose input lies in the image); dynamic centring: centre is the image's mean over its tokens, and "
-    "y' = y + (mean·gain·blockdiag(D·H, …)·V)·(w/order) in fp32; row_bits: the bits of each output, rows packed by them",
+    "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum "
+    "of the taps whose input lies in the image); dynamic centring: centre is the image's mean over its tokens, and "
+    "y' = y + (mean·gain·blockdiag(D·H, …)·V)·(w/order) in fp32; row_bits: bits of each output, rows packed by them",
     "prologue": "x~ = x'·blockdiag(D·H, …) in fp32 (H: Sylvester's ±1 matrix of `order`; D: `sign_diagonals`); "
     "q = clamp(round_half_even(x~ / s_t) + z_t, low, high) - z_t",
     "ranges": "symmetric: ±(2^(bits-1) - 1), no zero-point; asymmetric: 0 … 2^bits - 1, zero-point clamped to it",

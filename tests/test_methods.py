@@ -22,8 +22,17 @@ SITES = [
     Site("skip", "conv", "skip", (64, 96, 1, 1), rank=4, positions=(16, 16)),
     Site("down", "conv", "downsample", (64, 64, 3, 3), (2, 2), (1, 1), rank=4, positions=(16, 16)),
     Site("query", "linear", "attention", (64, 64), rank=3),
-    Site("grouped", "conv", "residual", (64, 2, 3, 3), padding=(1, 1), groups=32, rank=4, positions=(16, 16),
-         obstacle="32 groups"),
+    Site(
+        "grouped",
+        "conv",
+        "residual",
+        (64, 2, 3, 3),
+        padding=(1, 1),
+        groups=32,
+        rank=4,
+        positions=(16, 16),
+        obstacle="32 groups",
+    ),
     Site("conv_out", "conv", "last", (1, 64, 3, 3), padding=(1, 1), rank=4, positions=(16, 16)),
 ]
 

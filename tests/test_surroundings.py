@@ -73,9 +73,7 @@ def test_centred_and_scaled_a_layer_computes_what_it_did_at_an_images_borders_to
     ],
 )
 def test_fake_and_integer_layers_give_the_same_bits(transform, inverse, kind, placement):
-    plan = SitePlan(
-        site(kind, 32), True, transform, inverse, **dict(weight_bits=4, activation_bits=4) | placement
-    )
+    plan = SitePlan(site(kind, 32), True, transform, inverse, **dict(weight_bits=4, activation_bits=4) | placement)
     x = input_for(plan.site, 4)
     fake = placed(plan, x)
     with torch.no_grad():

@@ -27,7 +27,9 @@ def score(
     ] = None,
     extractor: Annotated[
         str | None,
-        typer.Option(help="Features to measure on: inception, digits, cifar10, or none for pairs alone.", metavar="NAME"),
+        typer.Option(
+            help="Features to measure on: inception, digits, cifar10, or none for pairs alone.", metavar="NAME"
+        ),
     ] = None,
     pair: Annotated[
         str | None,

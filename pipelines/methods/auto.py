@@ -30,7 +30,9 @@ OPTIONS = {
     "bias": Option(10.0, "auto: weight of an activation's systematic error against its noise"),
     "centring": Option(False, "auto: try static centring, whose constants join the biases"),
     "scaling": Option(False, "auto: try a gain of each channel"),
-    "budget": Option(0.0, "auto: bytes of the quantised weights as a share of what the bits asked for take; 0: as asked"),
+    "budget": Option(
+        0.0, "auto: bytes of the quantised weights as a share of what the bits asked for take; 0: as asked"
+    ),
 }
 
 
@@ -69,7 +71,9 @@ def _placements(plain: SitePlan, variant: Variant) -> Iterator[SitePlan]:
     for transform in transforms:
         if plain.site.admits(transform):
             rotations += [(transform, "single"), (transform, "double")]
-    centrings = ["none", "static"] if variant.options["centring"] and not plain.site.role.startswith("time") else ["none"]
+    centrings = (
+        ["none", "static"] if variant.options["centring"] and not plain.site.role.startswith("time") else ["none"]
+    )
     scalings = [False, True] if variant.options["scaling"] else [False]
     for transform, inverse in rotations:
         for quantiser in QUANTISERS:
@@ -116,7 +120,7 @@ def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Var
     """The plans with weight widths of their own, so that all weights fit the budget at the least added noise.
 
     Every site that has the bits asked for starts at 8; then, as long as the budget is exceeded, the width of the site
-    is lowered that adds the least noise for each byte saved. Noise is a share of each site's own output, as in `decide`.
+    is lowered that adds the least noise for each byte saved. Noise is a share of each site's output, as in `decide`.
     """
     share = variant.options["budget"]
     chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.weight_bits == bits.weight]

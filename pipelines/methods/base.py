@@ -52,7 +52,9 @@ class Option:
         try:
             value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise UsageError(f"option {name} cannot be {text!r}", f"it takes a {kind.__name__}: {self.summary}") from None
+            raise UsageError(
+                f"option {name} cannot be {text!r}", f"it takes a {kind.__name__}: {self.summary}"
+            ) from None
         if self.choices and value not in self.choices:
             raise UsageError(f"option {name} cannot be {text!r}", f"it takes {', '.join(map(str, self.choices))}")
         return value

@@ -64,7 +64,9 @@ class SiteSearch:
         bits, quantiser = plan.activation_bits, plan.activation_quantiser
         scale, zero, _ = measure(rows, bits, quantiser)
         low, high = integer_range(bits, quantiser == "symmetric")
-        error = dequantise(quantise(rows, scale[:, None], zero[:, None], low, high), scale[:, None], zero[:, None]) - rows
+        error = (
+            dequantise(quantise(rows, scale[:, None], zero[:, None], low, high), scale[:, None], zero[:, None]) - rows
+        )
         error = self._back(error, plan.transform)  # (T, n, C), as the input's own coordinates have it
         if gain is not None:
             error = error / gain

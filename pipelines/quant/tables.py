@@ -47,8 +47,8 @@ class TimestepTables(nn.Module):
     scale, zero: (T, n) fp32. factor: (T, m) fp32 or None, where m is the sum of the sites' outputs; see `factors_of`.
     unit: (n,) fp32, what every scale is multiplied with when it is looked up; ones where it is None.
     groups: for each timestep as given, which group it is in; timesteps of a group share one parameter, whose value is
-        that of the group's smallest timestep. None: every timestep has its own. relative: what is trained is log(scale / initial
-        scale), so that one rate suits scales of every size.
+        that of the group's smallest timestep. None: every timestep has its own.
+    relative: what is trained is log(scale / initial scale), so that one rate suits scales of every size.
     """
 
     def __init__(

@@ -130,7 +130,12 @@ def observe(config: Config, denoiser: "Denoiser", sites: list[Site], report: Rep
     with (
         torch.inference_mode(),
         Observer(
-            denoiser.network, sites, list(dict.fromkeys(visited)), shown, config.seed, denoiser.family.timestep_unit,
+            denoiser.network,
+            sites,
+            list(dict.fromkeys(visited)),
+            shown,
+            config.seed,
+            denoiser.family.timestep_unit,
             config.sample,
         ) as observer,
     ):
