@@ -83,7 +83,8 @@ class Measures:
             from pipelines.quant.candidates import measure, rotated_rows
 
             values = measure(rotated_rows(self.sample(site), transform), bits, quantiser)
-            self._tensors |= {f"{key}/{name}": value for name, value in zip(("scale", "zero", "sqnr"), values, strict=True)}
+            names = (f"{key}/{name}" for name in ("scale", "zero", "sqnr"))
+            self._tensors |= dict(zip(names, values, strict=True))
         return self._tensors[f"{key}/{what}"]
 
     @cached_property

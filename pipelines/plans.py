@@ -80,6 +80,7 @@ class Recipe:
         "error"  # how initial scales are found: least squared error, or range
     )
     weight_scale_by: Literal["error", "max"] = "error"
+    headroom: float = 1.3  # of 8-bit activations beyond the range found in a sample, whose rare values show when clipped
     relative_scales: bool = False  # activation scales learn by their logarithm, so the rate is a share of them
     bias_rate: float = 1e-4
     weight_rate: float = 1e-5
@@ -94,6 +95,8 @@ class Recipe:
         for name in self.trains:
             if name not in TRAINABLE:
                 raise UsageError(f"recipe: trains cannot name {name!r}", did_you_mean(name, TRAINABLE))
+        if self.headroom < 1:
+            raise UsageError(f"recipe: headroom cannot be {self.headroom}", "it takes 1 or more; 1.3 is ample")
         if not 0 <= self.ema < 1:
             raise UsageError(f"recipe: ema cannot be {self.ema}", "it takes 0 or a decay below 1, such as 0.99")
         if self.lora_rank < 1 or self.lora_rate_divisor <= 0:

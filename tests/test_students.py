@@ -41,8 +41,11 @@ def students(store, distilled, backend="cpu"):
     return fake, load_integer(exported.path, backend)
 
 
-@pytest.mark.parametrize("method, variant", VARIANTS)
-@pytest.mark.parametrize("bits", ["w4a4", "w4a3", "w8a8"])
+@pytest.mark.parametrize(
+    "method, variant, bits",
+    [(*pair, "w4a3") for pair in VARIANTS]
+    + [(*pair, bits) for pair in (("hqdm", "ours"), ("efficientdm", "published")) for bits in ("w4a4", "w8a8")],
+)
 def test_images_from_integers_equal_those_of_fake_quantisation_bit_for_bit(store, method, variant, bits):
     distilled = tiny_student(store, method, variant, bits)
     fake, integer = students(store, distilled)

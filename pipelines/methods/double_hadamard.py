@@ -5,11 +5,11 @@ Sources: QuaRot (Ashkboos et al., NeurIPS 2024, arXiv 2404.00456; spcl/QuaRot); 
 
     quarot     post-training: the widest block that divides the channels (64 at most), every rank and convolutions,
                symmetric weights and activations, ranges by least error, no signs. QuaRot's scales are those of each
-               token; by tensor, one for every timestep is what comes nearest. A UNet's norms work on fixed groups
-               of channels, so that no rotation can be carried along its residual stream: all are made before
-               quantisers, as QuaRot's online ones are, which have no signs either. Its table of orders that are no
-               powers of two is not used: blocks divide what it divides. GPTQ is not part of it here; its weights can
-               be rounded to the nearest too (--w_rtn).
+               token and know no timesteps; here one static scale a tensor stands for them. A UNet's norms work on
+               fixed groups of channels, so that no rotation can be carried along its residual stream: all are made
+               before quantisers, as QuaRot's online ones are, which have no signs either. Its table of orders that
+               are no powers of two is not used: blocks divide what it divides. GPTQ is not part of it here; its
+               weights can be rounded to the nearest too (--w_rtn).
     distilled  HQ-DM's comparison: all as in `hqdm --variant code`, recipe and placement, with the weight rotated
                before its quantiser instead of after it. Nothing else is published about it.
 
@@ -19,7 +19,7 @@ Xi et al. train at blocks of 32 with LSQ's steps: `distilled` has blocks of 32 a
 from dataclasses import replace
 
 from pipelines.methods import hqdm
-from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
+from pipelines.methods.base import Measured, Method, Option, Recipe, Variant, one_for_all
 from pipelines.methods.equivalent import plan_of, widest
 from pipelines.quant.spec import ORDERS, Bits, Site, SitePlan
 
@@ -33,6 +33,11 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     words = "no block divides its channels" if transform.is_identity else f"double {transform.name}"
     placement = {} if transform.is_identity else {"inverse": "double"}
     return plan_of(site, bits, measured, "symmetric", words, transform, "symmetric", **placement)
+
+
+def groups(measured: Measured, variant: Variant) -> list[int]:
+    """Timesteps share a scale, but for `distilled`, which learns one for each."""
+    return [] if "ranks" in variant.options else one_for_all(measured, variant)
 
 
 METHOD = Method(
@@ -50,4 +55,5 @@ METHOD = Method(
     default_variant="quarot",
     options={"order": Option(64, "largest Hadamard block; distilled starts from 32", ORDERS)},
     decide=decide,
+    groups=groups,
 )

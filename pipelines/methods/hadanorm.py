@@ -9,18 +9,18 @@ Gaussian only where they share mean and scale, hence the two.
 
 The paper as far as it could be read does not give S, the granularity of activations or its blocks. Here
 S_j = σ_j^α·(max|W_j|)^(α−1) with σ_j the deviation from the mean in the profile's sample (α = 1: equal scales), H has
-the widest blocks that divide the channels (64 at most), the activation is symmetric by tensor with one scale for each
-timestep, the weight asymmetric per output channel; ranges are those of least error. Nothing is trained.
+the widest blocks that divide the channels (64 at most), the activation is symmetric by tensor with one static scale,
+the weight asymmetric per output channel; ranges are those of least error. Nothing is trained.
 
 Linears whose input has no tokens take their channels' means over the profile, a constant. Convolutions are beyond the
-paper: `plain` rounds them to the nearest as `rtn --variant search` does, at scales of each timestep; `rotated` gives
-them a static centre, S and H along their channels.
+paper: `plain` rounds them to the nearest as `rtn --variant search` does; `rotated` gives them a static centre, S and H
+along their channels.
 """
 
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UsageError
-from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
+from pipelines.methods.base import Measured, Method, Option, Recipe, Variant, one_for_all
 from pipelines.methods.equivalent import columns_max, plan_of, widest
 from pipelines.quant.spec import ORDERS, Bits, Site, SitePlan
 
@@ -75,4 +75,5 @@ METHOD = Method(
     },
     decide=decide,
     constants=constants,
+    groups=one_for_all,
 )

@@ -60,8 +60,8 @@ class PackedWeights:
     """A layer's integers as a file holds them, maybe still in it: a mapped file's pages come and go with reading.
 
     tensors: `weight` packed uint8, `weight_scale` (out,) fp32, `weight_zero` packed uint8 (asymmetric only), `bias`,
-    and those of `surroundings.Surroundings`. Where outputs have widths of their own (`row_bits`), `weight` holds the rows of
-    the narrowest first, in their order, then those of the next width.
+    and those of `surroundings.Surroundings`. Where outputs have widths of their own (`row_bits`), `weight` holds the
+    rows of the narrowest first, in their order, then those of the next width.
     """
 
     plan: SitePlan

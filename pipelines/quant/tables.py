@@ -66,7 +66,9 @@ class TimestepTables(nn.Module):
         order = sorted(range(len(timesteps)), key=lambda index: timesteps[index])
         self.timesteps = [float(timesteps[index]) for index in order]
         sorted_groups = list(range(len(order))) if groups is None else [groups[index] for index in order]
-        first = {group: index for group, index in reversed(list(zip(sorted_groups, order, strict=True)))}
+        first: dict[int, int] = {}
+        for group, index in zip(sorted_groups, order, strict=True):
+            first.setdefault(group, index)
         self._place = [list(first).index(group) for group in sorted_groups]  # of each timestep's parameter
         heads = list(first.values())
         self.relative = relative

@@ -96,6 +96,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         if "centre" in constants:
             constants["taps"] = taps_of(constants["centre"], weight, site.site)
         scale, zero = measured.activation_scales(site, constants, plan.groups, recipe.activation_scale_by)
+        if site.activation_bits == 8:
+            scale = scale * recipe.headroom
         mine = {"activation_scale": scale, "activation_zero": zero}
         if "weight_scale" not in constants:
             if "gain" in constants:
