@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from pipelines.diffusion import conditions_of, noise_of, timesteps_of, trajectory, walker
-from pipelines.errors import HqdmError, NumericalFault
+from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.models.denoiser import Denoiser
 from pipelines.plans import Course, Recipe
@@ -167,6 +167,11 @@ def distill(
     schedule, info = teacher.info.schedule, teacher.info
     groups = parameter_groups(student, recipe)
     parameters = [parameter for group in groups for parameter in group["params"]]
+    if not parameters:
+        raise UsageError(
+            "the recipe trains nothing: no rate is above 0 among what it trains",
+            "name something in trains and roles, or set updates: none",
+        )
     student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)

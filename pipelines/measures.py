@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.errors import FileFault
 from pipelines.quant.spec import Site, SitePlan, Transform, integer_range
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Measures:
         self.summary = json.loads((folder / "profile.json").read_text())
         self.timesteps: list[float] = self.summary["timesteps"]
         self._tensors = load_file(folder / "candidates.safetensors")
+        if not (folder / "samples.safetensors").is_file():
+            raise FileFault(f"{folder}: the profile has no samples of the sites' inputs", "hqdm profile --force")
         self._samples = safe_open(folder / "samples.safetensors", "pt")
         self._statistics = safe_open(folder / "statistics.safetensors", "pt")
         self._transforms = {
@@ -76,9 +79,18 @@ class Measures:
             transform.name: round(self.sqnr(site, transform, quantiser, bits), 2) for transform in self.transforms(site)
         }
 
+    def record(self, plan: SitePlan) -> dict[str, float]:
+        """`sqnrs` at a plan's quantiser and bits, its own transform's under that one's name."""
+        quantiser, bits = plan.activation_quantiser, plan.activation_bits
+        own = {plan.transform.name: round(self.sqnr(plan.site, plan.transform, quantiser, bits), 2)}
+        return self.sqnrs(plan.site, quantiser, bits) | own
+
     def _measured(self, site: Site, transform: Transform, quantiser: str, bits: int, what: str) -> "torch.Tensor":
         """`scale`, `zero` or `sqnr` (T,): the profile's own figure, or computed from the sample."""
-        key = f"{site.name}/{transform.name}/{quantiser}/{bits}"
+        from pipelines.quant.candidates import SIGN_SEED
+
+        other = "" if transform.signs in (None, SIGN_SEED) else f"-{transform.signs}"  # than the diagonal of the names
+        key = f"{site.name}/{transform.name}{other}/{quantiser}/{bits}"
         if f"{key}/{what}" not in self._tensors:
             from pipelines.quant.candidates import measure, rotated_rows
 

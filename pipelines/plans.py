@@ -75,7 +75,8 @@ class Recipe:
     updates: Literal["distill", "reconstruct", "none"] = "distill"  # how the student learns; none: as it was calibrated
     # Of: adapters, weights, biases, weight_scales, activation_scales, zero_points.
     trains: list[str] = field(default_factory=lambda: list(TRAINED))
-    roles: list[str] = field(default_factory=list)  # of the sites whose weights or adapters train; empty: of all
+    # Of the sites whose adapters, weights, biases and weight scales train; empty: of all.
+    roles: list[str] = field(default_factory=list)
     activation_scale_by: Literal["error", "max"] = (
         "error"  # how initial scales are found: least squared error, or range
     )

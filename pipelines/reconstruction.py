@@ -137,11 +137,12 @@ def rescaled(
     calls: Sequence[Call],
     course: Course,
     by: str,
+    headroom: float,
 ) -> dict[str, torch.Tensor]:
     """A plan's tensors with activation scales and zero-points found on the calibration instead of on the profile.
 
     groups: of each of the tensors' timesteps, ascending; None: each its own. A group that no call is of keeps what it
-    has. by: `error` minimises the squared error, `max` covers the range.
+    has. by: `error` minimises the squared error, `max` covers the range. headroom: of 8-bit scales beyond that.
     """  # fmt: skip
     timesteps = scales["timesteps"].tolist()
     groups = list(range(len(timesteps))) if groups is None else groups
@@ -190,7 +191,8 @@ def rescaled(
             else:
                 found = measure(values, plan.activation_bits, plan.activation_quantiser)
             mine = torch.tensor([other == group for other in groups])
-            scale[mine], zero[mine] = found[0][0], found[1][0]
+            scale[mine] = found[0][0] * (headroom if plan.activation_bits == 8 else 1.0)
+            zero[mine] = found[1][0]
         result |= {f"{name}/activation_scale": scale, f"{name}/activation_zero": zero}
     return result
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from pipelines.config import from_dict, to_dict
 from pipelines.diffusion import walker
-from pipelines.errors import FileFault
+from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.kernels import cpu, reference
 from pipelines.kernels import layers as integer_layers
 from pipelines.memory import give_back, let_go
@@ -92,7 +92,10 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
     factor = None
     if plan.recipe.weight_factors:
         factor = torch.ones(scale.shape[0], sum(site.site.outputs for site in plans))
-    recipe = plan.recipe
+    recipe, known = plan.recipe, {site.site.role for site in plans}
+    for role in recipe.roles:
+        if role not in known:
+            raise UsageError(f"recipe: no quantised site has the role {role!r}", did_you_mean(role, known))
     groups = groups_at(plan, scales["timesteps"].tolist())
     tables = TimestepTables(
         scales["timesteps"].tolist(), scale / unit, zero, factor, unit, groups, recipe.relative_scales
@@ -103,10 +106,10 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
             layer.set_codes(scales[f"{name}/weight_codes"], scales[f"{name}/weight_scale"])
         elif recipe.base_weight == "quantised" and "weights" not in recipe.trains:
             layer.set_base(scales[f"{name}/weight_scale"])
-        if "adapters" in recipe.trains and recipe.updates == "distill":
-            layer.add_lora(recipe.lora_rank, torch.Generator().manual_seed(seed * 100_003 + index))
         if recipe.roles and layer.plan.site.role not in recipe.roles:
             continue
+        if "adapters" in recipe.trains and recipe.updates == "distill":
+            layer.add_lora(recipe.lora_rank, torch.Generator().manual_seed(seed * 100_003 + index))
         if "weights" in recipe.trains:
             layer.train_weight()
         if "biases" in recipe.trains:
@@ -118,8 +121,8 @@ def groups_at(plan: Plan, timesteps: list[float]) -> list[int] | None:
     """The plan's groups for other timesteps: each is in the group of the plan's timestep that is nearest."""
     if not plan.groups:
         return None
-    nearest = [min(range(len(plan.timesteps)), key=lambda i: abs(plan.timesteps[i] - step)) for step in timesteps]
-    return [plan.groups[index] for index in nearest]
+    known = dict(sorted(zip(plan.timesteps, plan.groups, strict=True)))  # ascending, so that ties fall as in the scales
+    return [known[min(known, key=lambda other: abs(other - step))] for step in timesteps]
 
 
 def _swap_in(student: Denoiser, plans: list[SitePlan], tables: TimestepTables, tensors: dict[str, torch.Tensor]):
@@ -146,7 +149,7 @@ def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tenso
         if layer.lora_a is not None:
             tensors[f"{name}/lora_a"] = layer.lora_a.detach().clone().contiguous()
             tensors[f"{name}/lora_b"] = layer.lora_b.detach().clone().contiguous()
-        if f"{name}/weight_codes" in scales:
+        if f"{name}/weight_codes" in scales and layer.base_codes is not None:
             tensors[f"{name}/weight_codes"] = scales[f"{name}/weight_codes"].clone()
         if layer.base_scale is not None:
             tensors[f"{name}/base_scale"] = layer.base_scale.clone()
@@ -203,23 +206,22 @@ def merge_weights(student: Denoiser, teacher: Denoiser) -> None:
     """Give the teacher the floats that the student's integers stand for, in place of its own weights, one layer after
     another. The student, which shared them, is of no use afterwards.
     """
-    halves: dict[str, torch.Tensor] = {}
     for name, layer in fake_layers.quant_layers(student.network).items():
-        weight = layer.integers().dequantised()
+        weight, bias = layer.integers().dequantised(), layer.bias
         layer.weight = layer.base_codes = None
         whole, _, half = name.rpartition(".")
-        if half == HALVES[0]:
-            halves[whole] = weight
-            target = teacher.network.get_submodule(whole)
-        elif half == HALVES[1]:
-            target = teacher.network.get_submodule(whole)
-            weight = torch.cat([halves.pop(whole), weight], 1)
-        else:
-            target = teacher.network.get_submodule(name)
-        if half != HALVES[0]:
-            target.weight = nn.Parameter(weight, requires_grad=False)
-        if isinstance(layer.bias, nn.Parameter) or (layer.bias is not None and target.bias is None):
-            target.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+        target = teacher.network.get_submodule(whole if half in HALVES else name)
+        if half in HALVES:
+            joined = target.weight.detach().clone()
+            part = slice(weight.shape[1]) if half == HALVES[0] else slice(joined.shape[1] - weight.shape[1], None)
+            joined[:, part] = weight
+            weight = joined
+            if half == HALVES[1]:  # a bias of its own comes beside the first half's
+                known = [value for value in (target.bias, bias) if value is not None]
+                bias = sum(known) if known else None
+        target.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            target.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 
 
 def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
@@ -284,7 +286,7 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
         raise FileFault(
             f"{path}: format {config.get('format')!r} version {config.get('version')!r}, "
             f"this hqdm reads {FORMAT} {FORMAT_VERSION}",
-            "export again: hqdm export --format int",
+            "export again: hqdm export --format int --force",
         )
     tensors = _load(Path(folder) / "model.safetensors")
     try:

@@ -60,6 +60,9 @@ class Measures:
         values = self.sample(site).transpose(1, 2).flatten(2)  # (T, C, n)
         return values.abs().amax(2) if name == "absmax" else values.mean(2)
 
+    def record(self, plan):
+        return RealMeasures.record(self, plan)
+
     def moved(self, plan, constants):
         return RealMeasures.moved(self, plan, constants)
 

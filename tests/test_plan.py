@@ -49,12 +49,18 @@ def test_a_plan_edited_by_hand_is_handed_back_and_used(store, tmp_path):
     assert edited.config["edited_sha256"] == sha256_of_file(path)
 
 
-def test_a_transform_that_was_not_profiled_is_refused_with_those_that_were(store, tmp_path):
-    values = yaml.safe_load(make(store, "plan", variant="code").file("plan.yaml").read_text())
+def test_a_transform_that_was_not_profiled_is_measured_on_the_profiles_sample(store, tmp_path):
+    """A diagonal of other signs has another name's scales otherwise."""
+    first = make(store, "plan", variant="code")
+    values = yaml.safe_load(first.file("plan.yaml").read_text())
     name = next(name for name, entry in values["sites"].items() if entry.get("inverse") == "single")
     values["sites"][name]["transform"]["signs"] = 99
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
-    with pytest.raises(UsageError, match=f"site {name}: .* was not profiled") as caught:
-        runner.make(store, "plan", runner.edited_plan(path))
-    assert "channels-32" in caught.value.hint
+    edited = runner.make(store, "plan", runner.edited_plan(path)).artifact
+    before, after = (load_file(plan.file("scales.safetensors"))[f"{name}/activation_scale"] for plan in (first, edited))
+    assert (before != after).all()
+    values["sites"][name]["transform"]["signs"] = 1
+    path.write_text(yaml.safe_dump(values))
+    profiled = runner.make(store, "plan", runner.edited_plan(path)).artifact
+    assert (load_file(profiled.file("scales.safetensors"))[f"{name}/activation_scale"] != after).all()

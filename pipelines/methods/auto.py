@@ -61,8 +61,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
         why = f"{words} unrotated ({quantiser}), the best of those tried"
     else:
         why = f"{words}, {_db(first)} unrotated ({quantiser})"
-    known = measured.sqnrs(site, best.activation_quantiser, activation)
-    return replace(best, why=why, sqnr=known)
+    return replace(best, why=why, sqnr=measured.record(best))
 
 
 def _placements(plain: SitePlan, variant: Variant) -> Iterator[SitePlan]:
@@ -131,8 +130,9 @@ def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Var
     noise = {}
     for index in chosen:
         search = _search(plans[index].site, measured)
+        gain = constants(plans[index], search.weight, measured, variant).get("gain")
         for width in WEIGHT_BITS:
-            noise[index, width] = search.weight_noise(replace(plans[index], weight_bits=width))
+            noise[index, width] = search.weight_noise(replace(plans[index], weight_bits=width), gain)
     width = dict.fromkeys(chosen, WEIGHT_BITS[-1])
     while sum(width[index] * sizes[index] for index in chosen) > budget:
         steps = []

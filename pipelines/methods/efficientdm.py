@@ -11,6 +11,7 @@ Time embedding, first and last convolution at 8 bits; shortcut and downsampling 
 from pipelines.methods.base import (
     EIGHT_BIT_ROLES,
     FLOAT_ROLES,
+    TUNED,
     Measured,
     Method,
     Variant,
@@ -38,7 +39,10 @@ METHOD = Method(
     name="efficientdm",
     summary="asymmetric activations, LoRA, one learned scale per timestep; no rotation (the baseline)",
     source="He et al., ICLR 2024 (arXiv 2310.03270); ThisisBillhe/EfficientDM",
-    variants={"published": Variant("as its public code does it")},
+    variants={
+        "published": Variant("as its public code does it"),
+        "tuned": Variant("the same quantisers with the rates of `hqdm --variant auto`", TUNED),
+    },
     default_variant="published",
     decide=decide,
 )

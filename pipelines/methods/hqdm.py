@@ -8,6 +8,7 @@ Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and co
     alone.
     ours    every site along its channels, at every rank; order, ±1 signs before it and the activation quantiser are the
             measured best of each site; shortcut and downsampling convolutions are quantised too, at 8 bits.
+    tuned   `code` with the rates of `auto`, which tells what those give from what the placement gives.
     auto    the placement of each site that costs its output least (`methods/auto.py`), and rates that were tried.
 
 Where the width is no multiple of 32 the paper's identity would leave most of a small model unrotated, so `paper` takes
@@ -21,6 +22,7 @@ from pipelines.methods import auto
 from pipelines.methods.base import (
     EIGHT_BIT_ROLES,
     FLOAT_ROLES,
+    TUNED,
     Measured,
     Method,
     Option,
@@ -104,9 +106,6 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     )  # fmt: skip
 
 
-AUTO = Recipe(base_weight="float")
-
-
 METHOD = Method(
     name="hqdm",
     summary="Single Hadamard: activations rotated, weights quantised unrotated, the rotation folded into integers",
@@ -124,12 +123,13 @@ METHOD = Method(
         ),
         "auto": Variant(
             "every site's placement by its output's error: transform, signs, inverse, centring, scaling; own rates",
-            AUTO,
+            TUNED,
             {"search": "auto"},
         ),
         "code": Variant(
             "as published: channels of order 32, linears of rank 2 alone", Recipe(), {"axis": "channels", "ranks": (2,)}
         ),
+        "tuned": Variant("`code` with the rates of `auto`", TUNED, {"axis": "channels", "ranks": (2,)}),
     },
     default_variant="ours",
     options={"order": Option(ORDER, "Hadamard order of the published variants (table 4: k = 3 … 6)", ORDERS)}

@@ -17,6 +17,7 @@ detached and it has no gradient; here it has one, and the code's weight of 100.
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pipelines.errors import UsageError
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
 from pipelines.methods.equivalent import by_column, columns_max, few, outputs, plan_of
 from pipelines.methods.smoothquant import smoothing
@@ -89,7 +90,12 @@ def constants(
         return {"gain": gain}
     x = few(measured.sample(plan.site), TOKENS)
     x = x * (gain[:, None] if x.ndim == 3 else gain)
-    bits = next(bits for bits, (wide, *_) in LADDER.items() if wide == plan.weight_bits)
+    bits = next((bits for bits, (wide, *_) in LADDER.items() if wide == plan.weight_bits), None)
+    if bits is None:
+        raise UsageError(
+            f"site {plan.site.name}: outputs of mixed widths cannot have {plan.weight_bits} bits at most",
+            f"weight_bits: {' or '.join(str(wide) for wide, *_ in LADDER.values())}, or mixed: false",
+        )
     return {"gain": gain, "row_bits": row_bits(by_column(weight, 1 / gain), x, plan.site, bits)}
 
 

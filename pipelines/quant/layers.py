@@ -443,12 +443,13 @@ def divide(network: nn.Module, sites: list[Site]) -> None:
     """Replace, in place, every layer of which `sites` names a half by a `Divided` one, which shares its weight."""
     for site in sites:
         whole, _, half = site.name.rpartition(".")
-        if half != HALVES[0] or isinstance(original := network.get_submodule(whole), Divided):
+        if half not in HALVES or isinstance(original := network.get_submodule(whole), Divided):
             continue
+        joint = site.channels if half == HALVES[0] else original.weight.shape[1] - site.channels
         halves = []
         for weight, bias in (
-            (original.weight[:, : site.channels], original.bias),
-            (original.weight[:, site.channels :], None),
+            (original.weight[:, :joint], original.bias),
+            (original.weight[:, joint:], None),
         ):
             part = copy.copy(original)  # the layer's own forward pass and settings, with parameters of its own
             part._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
@@ -457,7 +458,7 @@ def divide(network: nn.Module, sites: list[Site]) -> None:
             else:
                 part.in_features = weight.shape[1]
             halves.append(part)
-        network.set_submodule(whole, Divided(*halves, site.channels))
+        network.set_submodule(whole, Divided(*halves, joint))
 
 
 def output_spans(plans: list[SitePlan]) -> list[slice]:

@@ -1,8 +1,7 @@
 """What a placement costs at a site's output: quantisation noise of both operands, through the weight and the input.
 
-With y = x·Wᵀ and x̂ = x + e, Ŵ = W + f the error of y is e·Wᵀ + x·fᵀ + e·fᵀ; the last is small and left out. Over
-samples, E‖e·Wᵀ‖² = tr(G·E[eᵀe]) with G = WᵀW, and E‖x·fᵀ‖² = tr(H·Σ fᵀf) with H = E[xᵀx]. A convolution is the sum of
-such products over the places of its kernel, whose inputs are taken for uncorrelated.
+With y = x·Wᵀ and x̂ = x + e, Ŵ = W + f the error of y is e·Wᵀ + x·fᵀ + e·fᵀ; the last is small and left out. A
+convolution is the sum of such products over the places of its kernel, whose inputs are taken for uncorrelated.
 """
 
 from dataclasses import dataclass
@@ -40,17 +39,15 @@ class SiteSearch:
         tokens = sample.transpose(2, 3).flatten(1, 2) if sample.ndim == 4 else sample
         self.tokens = tokens  # (T, n, C)
         self.rows = self.weight.flatten(2).movedim(2, 1).flatten(0, 1) if weight.ndim == 4 else self.weight
-        self.gram = self.rows.T @ self.rows  # (C, C)
-        self.moment = tokens.transpose(1, 2) @ tokens / tokens.shape[1]  # (T, C, C)
-        self.energy = torch.einsum("tij,ij->t", self.moment, self.gram).clamp(min=1e-12)  # (T,)
+        self.energy = self._energy(tokens, self.rows).clamp(min=1e-12)  # (T,)
         self._weights: dict[tuple, float] = {}
         self._activations: dict[tuple, tuple[float, float]] = {}
 
     def cost(self, plan: SitePlan, centre: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Cost:
-        """The cost of a placement with a quantiser for each timestep, scales by least error. A site has one centre and
-        one gain, or none.
+        """The cost of a placement with a quantiser for each timestep, scales by least error. A site has one centre, and
+        one gain with and one without it.
         """
-        key = (plan.transform, plan.activation_quantiser, plan.activation_bits, centre is not None, gain is not None)
+        key = (plan.transform, plan.activation_quantiser, plan.activation_bits, plan.centring, gain is not None)
         if key not in self._activations:  # the same for an inverse that goes elsewhere
             self._activations[key] = self._activation(plan, centre, gain)
         activation, bias = self._activations[key]
@@ -70,9 +67,10 @@ class SiteSearch:
         error = self._back(error, plan.transform)  # (T, n, C), as the input's own coordinates have it
         if gain is not None:
             error = error / gain
-        noise = torch.einsum("tni,ij,tnj->t", error, self.gram, error) / error.shape[1]
-        mean = error.mean(1)
-        bias = torch.einsum("ti,ij,tj->t", mean, self.gram, mean)
+        noise = self._energy(error, self.rows)
+        count = error.shape[1]
+        bias = self._energy(error.mean(1, keepdim=True), self.rows)
+        bias = (count * bias - noise).clamp(min=0) / max(count - 1, 1)  # a mean of few tokens is mostly noise
         return (noise / self.energy).mean().item(), (bias / self.energy).mean().item()
 
     def _back(self, rows: torch.Tensor, transform: Transform) -> torch.Tensor:
@@ -93,7 +91,7 @@ class SiteSearch:
     def weight_noise(self, plan: SitePlan, gain: torch.Tensor | None = None) -> float:
         """The weight's part of the cost."""
         double = plan.inverse == "double"
-        key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, gain is not None)
+        key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, plan.centring, gain is not None)
         if key not in self._weights:
             weight = self.weight
             if gain is not None:
@@ -109,6 +107,10 @@ class SiteSearch:
             if gain is not None:
                 error = error * gain.view(1, -1, *[1] * (weight.ndim - 2))
             rows = error.flatten(2).movedim(2, 1).flatten(0, 1) if error.ndim == 4 else error
-            noise = torch.einsum("tij,ij->t", self.moment, rows.T @ rows)
-            self._weights[key] = (noise / self.energy).mean().item()
+            self._weights[key] = (self._energy(self.tokens, rows) / self.energy).mean().item()
         return self._weights[key]
+
+    @staticmethod
+    def _energy(tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Mean over the tokens of ‖x·rowsᵀ‖²: (T, n, C), (r, C) to (T,)."""
+        return torch.stack([(mine @ rows.T).square().sum() / len(mine) for mine in tokens])

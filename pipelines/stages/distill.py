@@ -17,7 +17,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "distill"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     scheduler = walker(teacher.info.schedule)
     timesteps = timesteps_of(scheduler, teacher.info.schedule, steps)
     guidance, eta = teacher.info.guidance_or(config.guidance), eta_or(config.eta, scheduler, 0.0 if anew else 1.0)
-    scales = at_timesteps(scales, timesteps)
+    scales = at_timesteps(scales, timesteps, bool(plan.groups))
     if sorted(timesteps) != sorted(plan.timesteps):
         report.note(f"the plan's scales are for {len(plan.timesteps)} timesteps; those of {steps} are interpolated")
     course = Course(config.trajectories, steps, config.batch, guidance, eta, config.seed)
@@ -77,7 +77,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         calls = calibration(teacher, anew, course, out.work, report)
         if anew.rescale:
             groups, by = groups_at(plan, scales["timesteps"].tolist()), plan.recipe.activation_scale_by
-            scales = rescaled(teacher, plan.quantised, scales, groups, calls, course, by)
+            scales = rescaled(teacher, plan.quantised, scales, groups, calls, course, by, plan.recipe.headroom)
     student = new_student(teacher, plan, scales, config.seed)
     losses, blocks, learned = [], [], 0
     if plan.recipe.updates == "distill":
@@ -115,8 +115,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     }  # fmt: skip
 
 
-def at_timesteps(scales: dict, timesteps: list[float]) -> dict:
-    """A plan's scales at other timesteps, by the tables' own interpolation."""
+def at_timesteps(scales: dict, timesteps: list[float], grouped: bool = False) -> dict:
+    """A plan's scales at other timesteps, by the tables' own interpolation, or where timesteps share scales in groups
+    those of the nearest.
+    """
     import torch
 
     from pipelines.quant.tables import TimestepTables
@@ -130,7 +132,7 @@ def at_timesteps(scales: dict, timesteps: list[float]) -> dict:
     wanted = sorted(timesteps)
     rows = []
     for timestep in wanted:
-        tables.set_timestep(timestep)
+        tables.set_timestep(min(tables.timesteps, key=lambda known: abs(known - timestep)) if grouped else timestep)
         rows.append([tables.of(index) for index in range(len(names))])
     result = dict(scales) | {"timesteps": torch.tensor(wanted, dtype=torch.float64)}
     for index, name in enumerate(names):

@@ -18,7 +18,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "export"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pipelines.events import Report
 from pipelines.store import Artifact, Draft, Store, sha256_of_file
 
 NAME = "model"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

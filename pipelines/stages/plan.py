@@ -21,7 +21,7 @@ from pipelines.quant.spec import Bits, SitePlan, site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "plan"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     measured = Measures(inputs["profile"].path, sites, network)
     if config.edited is not None:
         plan = read_plan(Path(config.edited), sites)
-        if sorted(plan.timesteps) != sorted(measured.timesteps):
+        if plan.timesteps != measured.timesteps:
             raise UsageError(
                 f"{config.edited}: its timesteps are not those of {inputs['profile'].id}",
                 "leave timesteps as they were, or profile with the same --steps",
@@ -124,6 +124,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
 def _check_constants(site: SitePlan, constants: Mapping) -> None:
     """The tensors that a placement speaks of have to be there."""
+    if "weight_codes" in constants and not {"weight_scale", "weight_zero"} <= constants.keys():
+        raise HqdmError(
+            f"site {site.site.name}: the method gives integers without their scale", "mend the method's `constants`"
+        )
     for wanted, name in ((site.scaling, "gain"), (site.centring == "static", "centre"), (site.mixed, "row_bits")):
         if wanted != (name in constants):
             word = {"gain": "scaling", "centre": "centring", "row_bits": "mixed"}[name]
@@ -138,12 +142,7 @@ def _measured_anew(site: SitePlan, measured: Measures) -> SitePlan:
     """An edited site with the SQNR of its own bits and quantiser, whatever the file said."""
     if not site.quantised:
         return site
-    if site.transform not in measured.transforms(site.site):
-        names = ", ".join(known.name for known in measured.transforms(site.site))
-        raise UsageError(
-            f"site {site.site.name}: {site.transform.name} was not profiled, so it has no scales", f"profiled: {names}"
-        )
-    return replace(site, sqnr=measured.sqnrs(site.site, site.activation_quantiser, site.activation_bits))
+    return replace(site, sqnr=measured.record(site))
 
 
 def _figures(plan: Plan) -> dict:
