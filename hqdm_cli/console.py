@@ -24,11 +24,16 @@ def error(what: str, hint: str = "") -> None:
         say(f"hint: {hint}")
 
 
-def next_step(command: str, workspace: Path) -> None:
-    """The last line of a command: what to type next, in the same workspace."""
+def in_workspace(command: str, workspace: Path) -> str:
+    """A command with the option that names the workspace, where it is not the one that is taken without."""
     if workspace not in (Path("workspace"), Path(os.environ.get("HQDM_WORKSPACE", "workspace"))):
         command += f" -w {shlex.quote(str(workspace))}"
-    say(f"next: {command}")
+    return command
+
+
+def next_step(command: str, workspace: Path) -> None:
+    """The last line of a command: what to type next, in the same workspace."""
+    say(f"next: {in_workspace(command, workspace)}")
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,6 @@
 """What every stage command does around the engine: options to a configuration, an outcome to lines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,20 @@ def pairs(given: Sequence[str] | None) -> dict[str, str] | None:
     """The words of --set NAME=VALUE; None where there are none."""
     from pipelines.errors import UsageError
 
+    found: dict[str, str] = {}
     for word in given or ():
-        if "=" not in word:
+        name, equals, value = word.partition("=")
+        if not equals:
             raise UsageError(f"--set {word} has no value", "write it as --set order=16; hqdm methods lists the options")
-    return {name: value for name, _, value in (word.partition("=") for word in given)} if given else None
+        if name in found:
+            raise UsageError(f"--set {name} is given twice, {found[name]} and {value}", "give each option once")
+        found[name] = value
+    return found or None
+
+
+def leave_out(asked: Iterable[str]) -> str:
+    """The hint that names what was typed beside something that says it already, as it was typed."""
+    return "leave out " + " and ".join("--set" if name == "options" else f"--{name}" for name in asked)
 
 
 def named(store: Any, ident: str, stage: str) -> Any:

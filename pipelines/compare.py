@@ -63,10 +63,25 @@ class MethodSpec:
         return self.method + (f"/{self.variant}" if self.variant else "") + (f":{options}" if options else "")
 
     def resolved(self) -> tuple:
-        """Equal for specs that mean the same, whether or not the default variant is spelled out."""
+        """Equal for specs that mean the same, whether or not default variant and options are spelled out."""
+        _, variant, about = self._found()
+        return (self.method, variant, tuple(sorted(about.options.items(), key=lambda option: option[0])))
+
+    @property
+    def label(self) -> str:
+        """`hqdm/ours`: the method with its variant spelled out."""
+        return f"{self.method}/{self._found()[1]}"
+
+    @property
+    def learns(self) -> bool:
+        """Whether its students are distilled or reconstructed, or stay as they were calibrated."""
+        recipe = self._found()[2].recipe
+        return recipe.updates == "distill" or bool(recipe.reconstruction and recipe.reconstruction.learns)
+
+    def _found(self) -> tuple:
         from pipelines.methods import find
 
-        return (self.method, find(self.method, self.variant)[1], self.options)
+        return find(self.method, self.variant, dict(self.options))
 
 
 @dataclass(frozen=True)
@@ -350,7 +365,12 @@ class _Run:
             options={stage: dict(values) for stage, values in self.asked.options.items()}, failed=failed,
             reference=self.asked.reference,
         )  # fmt: skip
-        chosen = {cell.name: cell.last.id for cell in cells if cell.ended and not cell.failed}
+        chosen = {}
+        for cell in cells:
+            if cell.ended and not cell.failed:
+                # Cells of equal integers share samples and score, which lead to the first of them alone.
+                links = stages.load("compare").LINKED if cell.spec else ()
+                chosen |= {cell.name: cell.last.id} | {f"{cell.name} {stage}": cell.chain[stage].id for stage in links}
         return runner.make(
             self.store, "compare", config, chosen | {"profile": self.profile.id}, self.report, force=self.force
         )
@@ -366,22 +386,35 @@ class _Run:
 
 
 class _Pace:
-    """Seconds per unit of every stage and method, of this model's earlier artifacts and of what this run makes."""
+    """Seconds per unit of every stage and method, of this model's earlier artifacts and of what this run makes.
+
+    A distillation or reconstruction takes its time by trajectories × steps; what learns nothing takes a time of its own
+    (CALIBRATE), which tells nothing of the others.
+    """
+
+    CALIBRATE = "calibrate"
 
     def __init__(self, store: Store, model: Artifact | None, asked: Comparison, units: Any):
         self._units = units
         self._known: dict[tuple[str, str], list[float]] = {}
         if model is None:
             return
-        made = {model.digest: TEACHER}  # digest of everything made from this model: its method
+        made = {model.digest: TEACHER}  # digest of everything made from this model: its method and variant
+        profiled: dict[str, int] = {}  # digest of a profile, and of what was made from it: the profile's steps
         for stage in ("profile", "plan", "distill", "export"):
             for artifact in store.artifacts(stage):
-                if not any(link["digest"] in made for link in artifact.inputs.values()):
+                figures, above = artifact.figures, [link["digest"] for link in artifact.inputs.values()]
+                if not any(digest in made for digest in above):
                     continue
-                made[artifact.digest] = method = artifact.figures.get("method") or ""
-                units = artifact.figures.get("updates") if stage == "distill" else 1
-                if units:
-                    self._known.setdefault((stage, method), []).append(artifact.manifest["seconds"] / units)
+                made[artifact.digest] = method = f"{figures.get('method')}/{figures.get('variant')}"
+                steps = next((profiled[digest] for digest in above if digest in profiled), 1)
+                profiled[artifact.digest] = steps = artifact.config.get("steps") or steps
+                kind, units = stage, 1
+                if stage == "distill":
+                    learns = bool(figures.get("updates") or figures.get("blocks"))
+                    kind = stage if learns else self.CALIBRATE
+                    units = artifact.config.get("trajectories", 1) * steps if learns else 1
+                self._known.setdefault((kind, method), []).append(artifact.manifest["seconds"] / units)
         for sample in store.artifacts("sample"):
             method = made.get(sample.inputs.get("source", {}).get("digest"))
             rate = sample.figures.get("images_per_second")
@@ -391,16 +424,22 @@ class _Pace:
                 self._known.setdefault(("sample", method), []).append(1 / rate)
 
     def add(self, stage: str, cell: Cell, seconds: float) -> None:
-        method = cell.spec.method if cell.spec else TEACHER
-        self._known.setdefault((stage, method), []).append(seconds / self._units(stage))
+        kind, method = self._kind(stage, cell), cell.spec.label if cell.spec else TEACHER
+        self._known.setdefault((kind, method), []).append(seconds / self._units(kind))
 
-    def of(self, stage: str, method: str) -> float | None:
-        """Seconds of a stage, as the same method's were or, before it has any, as all others' were; None if unknown."""
-        rates = self._known.get((stage, method)) or [
-            rate for (known, other), values in self._known.items() if known == stage and other != TEACHER
+    def _kind(self, stage: str, cell: Cell) -> str:
+        return self.CALIBRATE if stage == "distill" and cell.spec and not cell.spec.learns else stage
+
+    def of(self, stage: str, cell: Cell) -> float | None:
+        """Seconds of a cell's stage, as the same method's were or, before it has any, as those of all others of its
+        kind were; None if unknown.
+        """
+        kind, method = self._kind(stage, cell), cell.spec.label if cell.spec else TEACHER
+        rates = self._known.get((kind, method)) or [
+            rate for (known, other), values in self._known.items() if known == kind and other != TEACHER
             for rate in values
         ]  # fmt: skip
-        return sum(rates) / len(rates) * self._units(stage) if rates else None
+        return sum(rates) / len(rates) * self._units(kind) if rates else None
 
     def left(self, cells: Sequence[Cell]) -> float | None:
         """Seconds of all that is missing of those cells; None where a stage that takes long was never seen."""
@@ -411,7 +450,7 @@ class _Pace:
             for stage in cell.road:
                 if stage in cell.chain:
                     continue
-                seconds = self.of(stage, cell.spec.method if cell.spec else TEACHER)
+                seconds = self.of(stage, cell)
                 if seconds is None and stage in ("distill", "sample"):
                     return None
                 total += seconds or 0.0

@@ -122,11 +122,22 @@ def _name_of(kind: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     origin = typing.get_origin(kind) or kind
+    args = typing.get_args(kind)
     if origin in (list, tuple):
-        return "a list"
+        return f"a list of {_several(args[0])}" if args and len(set(args) - {...}) == 1 else "a list"
+    if origin is dict and args and args[1] is not Any:
+        return f"a mapping of names to {_name_of(args[1])}"
     if origin is dict or dataclasses.is_dataclass(origin):
         return "a mapping"
     return names.get(kind, str(kind))
+
+
+def _several(kind: Any) -> str:
+    """The entries of a list, as a person would say them."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(map(_several, typing.get_args(kind)))
+    names = {int: "whole numbers", float: "numbers", str: "text", bool: "true or false"}
+    return names.get(kind, "mappings" if dataclasses.is_dataclass(kind) else "values")
 
 
 class _Misfit(Exception):

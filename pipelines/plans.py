@@ -81,7 +81,7 @@ class Recipe:
         "error"  # how initial scales are found: least squared error, or range
     )
     weight_scale_by: Literal["error", "max"] = "error"
-    headroom: float = 1.3  # of 8-bit activations beyond the range found in a sample, whose rare values show when clipped
+    headroom: float = 1.3  # of 8-bit activations beyond the range found in a sample: rare values show when clipped
     relative_scales: bool = False  # activation scales learn by their logarithm, so the rate is a share of them
     bias_rate: float = 1e-4
     weight_rate: float = 1e-5

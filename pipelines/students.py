@@ -93,9 +93,10 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
     if plan.recipe.weight_factors:
         factor = torch.ones(scale.shape[0], sum(site.site.outputs for site in plans))
     recipe, known = plan.recipe, {site.site.role for site in plans}
-    for role in recipe.roles:
-        if role not in known:
-            raise UsageError(f"recipe: no quantised site has the role {role!r}", did_you_mean(role, known))
+    if recipe.roles and not known & set(recipe.roles):  # a method may name roles that only other networks have
+        raise UsageError(
+            f"recipe: no quantised site has a role of {', '.join(recipe.roles)}", did_you_mean(recipe.roles[0], known)
+        )
     groups = groups_at(plan, scales["timesteps"].tolist())
     tables = TimestepTables(
         scales["timesteps"].tolist(), scale / unit, zero, factor, unit, groups, recipe.relative_scales

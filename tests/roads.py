@@ -1,6 +1,10 @@
 """The first stages of the road on a tiny random model, for tests of the later ones."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from tiny import tiny_denoiser
@@ -17,8 +21,16 @@ QUICK = {"dmq": {"steps": "3"}, "outlier_suppression": {"thresholds": "8"}}
 
 
 def tiny_store(root: Path, seed: int = 0) -> Store:
-    """A workspace with the tiny model and its profile."""
-    store = Store(root)
+    """A workspace with the tiny model and its profile, made once in a process and copied."""
+    shutil.copytree(_made(seed), root, dirs_exist_ok=True)
+    return Store(root)
+
+
+@cache
+def _made(seed: int) -> Path:
+    folder = tempfile.mkdtemp(prefix="hqdm-tiny-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    store = Store(Path(folder))
     denoiser = tiny_denoiser(seed)
     config = {"path": "tiny.ckpt", "config_path": None, "ema": True}
     request = {"stage_version": load("model").VERSION, "config": config}
@@ -28,7 +40,7 @@ def tiny_store(root: Path, seed: int = 0) -> Store:
         (draft.path / "sites.json").write_text(json.dumps(sites))
         draft.commit({})
     make(store, "profile", steps=STEPS, batch=2)
-    return store
+    return Path(folder)
 
 
 def make(store: Store, stage: str, chosen: dict | None = None, report=None, **options):

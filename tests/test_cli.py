@@ -11,6 +11,7 @@ from fake_stages import checkpoint, install
 
 from hqdm_cli.app import main
 from hqdm_cli.console import duration
+from pipelines.methods.base import Option
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -160,6 +161,14 @@ def test_distill_takes_the_newest_plan_if_it_fits_and_else_makes_the_one_asked_f
     assert road("distill", "--plan", "plan/1")[1].startswith("distill/0001\t")
 
 
+def test_plan_auto_is_the_search_and_takes_no_other_method(road):
+    road("distill", "--plan", "auto", "--bits", "w3a3")
+    plan = json.loads(road("show", "plan", "--json")[1])["config"]
+    assert (plan["method"], plan["variant"], plan["bits"]) == ("hqdm", "auto", "w3a3")
+    code, _, err = road("distill", "--plan", "auto", "--method", "efficientdm")
+    assert code == 2 and "--plan auto is method hqdm, not efficientdm" in err and "leave out --method" in err
+
+
 def test_a_hand_edited_plan_is_taken_in_and_distilled(road, tmp_path):
     edited = tmp_path / "edited.yaml"
     edited.write_text("{method: hqdm, variant: paper, bits: w3a3}")
@@ -178,6 +187,36 @@ def test_an_edited_plan_and_options_that_it_decides_are_not_mixed(road, tmp_path
     )  # fmt: skip
     (tmp_path / "recipe.yaml").write_text("model: model.ckpt\nplan: {edited: edited.yaml, bits: w4a4}\n")
     assert "plan: edited says the bits already" in road("run", "recipe.yaml")[2]
+
+
+def test_what_an_edited_plan_decides_is_named_as_it_was_typed(hqdm):
+    hint = "hint: leave out --bits and --set\n"
+    assert hint in hqdm("plan", "--from", "mine.yaml", "--bits", "w4a4", "--set", "order=16")[2]
+    assert hint in hqdm("distill", "--plan", "plan/1", "--bits", "w4a4", "--set", "order=16")[2]
+
+
+def test_an_option_given_twice_is_refused(hqdm):
+    code, _, err = hqdm("plan", "--set", "order=16", "--set", "order=32")
+    assert code == 2 and "--set order is given twice, 16 and 32" in err
+
+
+@pytest.mark.parametrize("command", ["plan", "distill"])
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("--method", "hqmd"), "method 'hqmd' does not exist"),
+        (("--variant", "papre"), "has no variant 'papre'"),
+        (("--bits", "w5a4"), "not supported"),
+        (("--set", "order=16"), "option order belongs to the variants paper, code"),
+        (("--variant", "paper", "--set", "order=33"), "option order cannot be '33'"),
+        (("--variant", "auto", "--set", "budget=nan"), "option budget cannot be 'nan'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_real_one_would(tmp_path, monkeypatch, capsys, command, words, what):
+    monkeypatch.chdir(tmp_path)
+    code = main([command, *words, "--dry-run"])
+    err = capsys.readouterr().err
+    assert code == 2 and what in err and "hint: " in err
 
 
 @pytest.mark.parametrize("word", ["typo.yaml", "plans/typo", "./typo"])
@@ -324,9 +363,9 @@ def test_verify_names_a_damaged_file_and_fails(road, tmp_path):
 
 def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_path):
     method = types.SimpleNamespace(summary="rotates", source="a paper", default_variant="ours", variants={})
-    order = types.SimpleNamespace(default=32, summary="of the matrix", choices=(16, 32))
-    best = types.SimpleNamespace(default=True, summary="the best or all", choices=())
-    method.options = {"order": order, "best": best}
+    order = Option(32, "of the matrix", (16, 32), ("paper",))
+    best, share = Option(True, "the best or all"), Option(0.5, "of the bytes", least=0, most=1)
+    method.options = {"order": order, "best": best, "share": share}
     method.variants = {
         name: types.SimpleNamespace(summary=line) for name, line in (("ours", "signs"), ("paper", "width"))
     }
@@ -344,11 +383,15 @@ def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_pat
     monkeypatch.setitem(sys.modules, grids.__name__, grids)
     assert hqdm("methods")[1].splitlines() == [
         "hqdm: rotates", "  source: a paper", "  --variant ours   signs (default)", "  --variant paper  width",
-        "  --set order=32   of the matrix (16, 32)", "  --set best=true  the best or all",
+        "  --set order=32   of the matrix (16, 32; variant paper)", "  --set best=true  the best or all",
+        "  --set share=0.5  of the bytes (0 … 1)",
     ]  # fmt: skip
     listed = json.loads(hqdm("methods", "--json")[1])["hqdm"]
     assert listed["variants"]["ours"] == "signs"
-    assert listed["options"]["order"] == {"default": 32, "summary": "of the matrix", "choices": [16, 32]}
+    free = {"least": None, "above": None, "most": None}
+    order = {"default": 32, "summary": "of the matrix", "choices": [16, 32], "variants": ["paper"]}
+    assert listed["options"]["order"] == order | free
+    assert listed["options"]["share"]["variants"] == ["ours", "paper"] and listed["options"]["share"]["most"] == 1
     assert hqdm("report")[1] == "source      fid  psnr\nteacher  1.2346\nint         2.5    30\n"
     assert hqdm("report", "--format", "markdown")[1].splitlines()[2] == "| teacher | 1.2346 |  |"
     assert hqdm("report", "--format", "csv")[1].splitlines()[1] == "teacher,1.23456789,"

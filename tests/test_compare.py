@@ -111,12 +111,14 @@ def test_a_method_is_written_with_its_variant_and_options():
         ("hqdm:order", "write method/variant:option=value, as in hqdm/paper:order=16"),
         ("hqdm:order=", "write method/variant:option=value, as in hqdm/paper:order=16"),
         ("hqdm:order=1,order=2", "give each option once"),
+        ("hqdm:order=16", "choose variant paper, or leave order out"),
+        ("hqdm/auto:budget=2", "it takes 0 … 1"),
     ],
 )
 def test_a_method_that_cannot_be_read_is_refused_with_a_way_out(text, hint):
     with pytest.raises(UsageError) as fault:
         compare.MethodSpec.parse(text)
-    assert fault.value.hint == hint
+    assert fault.value.hint.startswith(hint)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,7 @@ def test_a_method_that_cannot_be_read_is_refused_with_a_way_out(text, hint):
         ({"options": {"export": {"format": "int"}}}, "no options to 'export'"),
         ({"options": {"distill": {"trajectorys": 2}}}, "no option 'trajectorys'"),
         ({"options": {"distill": {"seed": 2}}}, "distill.seed is what a comparison sets itself"),
+        ({"methods": ("hqdm/auto:bias=nan",)}, "option bias cannot be 'nan'"),
     ],
 )
 def test_a_comparison_that_cannot_be_made_is_refused_before_anything_runs(store, wrong, what):
@@ -147,6 +150,65 @@ def test_a_method_named_twice_in_other_words_is_one():
         "hqdm",
         "efficientdm",
     ]
+
+
+def test_an_option_spelled_out_at_its_default_is_no_other_method():
+    same = ("hqdm/paper", "hqdm/paper:order=32", "hqdm/paper:order=16")
+    assert [str(spec) for spec in asked(methods=same).methods] == ["hqdm/paper", "hqdm/paper:order=16"]
+
+
+def test_an_extractor_that_there_is_none_of_is_refused_before_anything_runs():
+    from pipelines.metrics.extractors import EXTRACTORS
+    from pipelines.stages import score
+
+    assert set(score.EXTRACTORS) == set(EXTRACTORS)
+    with pytest.raises(UsageError, match="no extractor is called 'incepton'") as fault:
+        asked(options={"score": {"extractor": "incepton"}})
+    assert fault.value.hint == "did you mean 'inception'?"
+
+
+def test_cells_of_equal_integers_share_a_score_and_keep_their_own_names_students_and_costs(store, fakes):
+    run = fakes["export"].run
+
+    def same(config, inputs, out, report):
+        figures = run(config, inputs, out, report)
+        (out.path / "result.txt").write_text("the same integers")
+        return figures
+
+    fakes["export"].run = same
+    table = table_of(made(store, ("hqdm/paper:order=8", "hqdm/paper:order=16"), ("w4a4",), (0,)))
+    first, second = (cell for cell in table["cells"] if cell["spec"] != "teacher")
+    assert first["score"] == second["score"] and first["sample"] == second["sample"]
+    assert (first["method"], second["method"]) == ("hqdm (paper, order=8)", "hqdm (paper, order=16)")
+    assert first["options"] == {"order": "8"} and second["options"] == {"order": "16"}
+    for cell in (first, second):
+        assert store.get(cell["distill"]).inputs["plan"]["id"] == cell["plan"]
+        assert store.get(cell["export"]).inputs["distill"]["id"] == cell["distill"]
+        assert cell["distill_seconds"] == store.get(cell["distill"]).manifest["seconds"]
+    assert first["distill"] != second["distill"]
+
+
+def test_layers_are_counted_at_the_bits_asked_at_eight_and_in_float(store, fakes):
+    run = fakes["plan"].run
+    sites = {
+        "a": {"quantised": True, "weight_bits": 4, "activation_bits": 4, "mixed": False},
+        "b": {"quantised": True, "weight_bits": 8, "activation_bits": 4, "mixed": True},
+        "c": {"quantised": True, "weight_bits": 8, "activation_bits": 8, "mixed": False},
+        "d": {"quantised": False},
+    }
+
+    def planned(config, inputs, out, report):
+        (out.path / "plan.yaml").write_text(json.dumps({"method": config.method, "sites": sites}))
+        return run(config, inputs, out, report)
+
+    fakes["plan"].run = planned
+    artifact = made(store, ("hqdm",), ("w4a4",), (0,)).outcome.artifact
+    table = json.loads(artifact.file("table.json").read_text())
+    assert table["rows"][1]["layers"] == {"asked": 2, "eight": 1, "float": 1}
+    page = artifact.file("table.md").read_text()
+    assert "| w4a4 | hqdm (usual) | 2/1/1 |" in page and "asked/8/float counts the layers" in page
+    rows = list(csv.DictReader(io.StringIO(artifact.file("table.csv").read_text())))
+    assert {row["layers"] for row in rows if row["bits"] == "w4a4"} == {"2/1/1"}
 
 
 def test_the_tables_cells_are_the_scores_figures(store, fakes):
@@ -259,7 +321,7 @@ def test_a_fault_of_the_program_is_kept_with_its_kind_and_place(store, fakes):
 def test_a_comparison_of_which_a_score_is_missing_is_not_made(store, fakes):
     made(store)
     config = runner.stages.load("compare").Config(["hqdm"], ["w4a4"], [0])
-    with pytest.raises(HqdmError, match="2 are missing") as fault:
+    with pytest.raises(HqdmError, match="5 are missing") as fault:
         runner.make(store, "compare", config)
     assert fault.value.hint == "hqdm compare makes them first"
 
@@ -280,6 +342,36 @@ def test_a_dry_run_tells_what_is_missing_and_makes_nothing(store, fakes):
         "teacher seed 1", "hqdm w4a4 seed 1", "efficientdm w4a4 seed 1", "hqdm w4a3 seed 1", "efficientdm w4a3 seed 1"
     ]  # fmt: skip
     assert set(result.cells[-1].chain) == {"plan"} and result.seconds >= 0
+
+
+def test_what_learns_nothing_is_not_charged_the_time_of_what_does(store, fakes):
+    """Nor the other way round: a distillation's time is its trajectories and steps, a calibration's its own."""
+    profile = runner.make(store, "profile", runner.stages.load("profile").Config()).artifact
+    model = store.current("model")
+    for method, updates in (("hqdm", 80), ("rtn", 0)):
+        figures = {"method": method, "variant": {"hqdm": "ours", "rtn": "max"}[method]}
+        with store.begin("plan", method, {"config": {}, "inputs": compare_links(profile=profile)}) as draft:
+            (draft.path / "plan.txt").write_text(method)
+            plan = draft.commit(figures)
+        request = {"config": {"trajectories": 4, "steps": 20}, "inputs": compare_links(plan=plan)}
+        with store.begin("distill", method, request) as draft:
+            (draft.path / "student.txt").write_text(method)
+            draft.commit(figures | {"updates": updates})
+    timed = {"hqdm": 8.0, "rtn": 2.0}
+    for artifact in store.artifacts("distill"):
+        manifest = json.loads((artifact.path / "manifest.json").read_text())
+        (artifact.path / "manifest.json").write_text(
+            json.dumps(manifest | {"seconds": timed[artifact.figures["method"]]})
+        )
+    longer = asked(("hqdm", "efficientdm", "rtn", "smoothquant"), options={"distill": {"trajectories": 40}})
+    run = compare._Run(store, longer, model, compare.Report(), False, True)
+    pace = compare._Pace(store, model, longer, run._units)
+    times = {cell.spec.method: pace.of("distill", cell) for cell in longer.cells() if cell.spec}
+    assert times == pytest.approx({"hqdm": 80.0, "efficientdm": 80.0, "rtn": 2.0, "smoothquant": 2.0})
+
+
+def compare_links(**inputs):
+    return {role: {"id": artifact.id, "digest": artifact.digest} for role, artifact in inputs.items()}
 
 
 @pytest.fixture
@@ -331,6 +423,23 @@ def test_every_cells_command_finds_that_cell(hqdm, tmp_path):
     assert before == 4 + 4 == len(store.artifacts("distill"))
 
 
+@pytest.mark.parametrize("form", ["--markdown", "--csv", "--json"])
+def test_in_another_workspace_the_commands_name_it_and_the_artifact_does_not(hqdm, tmp_path, form):
+    words = ("compare", "hqdm", "--model", "model.ckpt", "-w", "my place")
+    out = hqdm(*words, form)[1]
+    if form == "--json":
+        command = json.loads(out)["cells"][1]["command"]
+    elif form == "--csv":
+        command = [row["command"] for row in csv.DictReader(io.StringIO(out)) if row["command"]][0]
+    else:
+        command = next(line for line in out.splitlines() if line.startswith("hqdm compare"))
+    assert command.endswith(" -w 'my place'")
+    code, _, err = hqdm(*shlex.split(command)[1:])
+    assert code == 0 and "compare: up to date" in err
+    files = Store(tmp_path / "my place").get("compare")
+    assert not any("my place" in files.file(f"table.{kind}").read_text() for kind in ("md", "csv", "json"))
+
+
 def test_a_failed_cell_ends_the_command_with_1_and_the_list(hqdm, fakes):
     fakes["distill"].fails_at = ("hqdm", "w4a3")
     code, out, err = hqdm(*WORDS, "--model", "model.ckpt")
@@ -379,6 +488,9 @@ def test_a_recipe_is_the_same_comparison_and_what_is_typed_goes_before_it(hqdm, 
     ("words", "what"),
     [
         (("--seeds", "0,x"), "--seeds '0,x' cannot be read"),
+        (("--seeds", ""), "--seeds '' names nothing"),
+        (("--seeds", ","), "--seeds ',' names nothing"),
+        (("--bits", ","), "--bits ',' names nothing"),
         (("--option", "batch=4"), "--option 'batch=4' cannot be read"),
         (("--option", "distill.bach=4"), "has no option 'bach'"),
         (("--model", "nowhere.ckpt"), "--model nowhere.ckpt: neither a file or folder nor a model artifact"),
@@ -401,7 +513,7 @@ def test_a_model_is_a_file_or_an_artifact_and_never_mistaken_for_a_method(store,
 
 def test_pictures_are_drawn_of_what_there_is(store, fakes, monkeypatch):
     monkeypatch.setattr(stage, "_draw", DRAW)
-    artifact = made(store, ("hqdm:order=16", "hqdm:order=32")).outcome.artifact
+    artifact = made(store, ("hqdm/paper:order=16", "hqdm/paper:order=32")).outcome.artifact
     pictures = {name for name in artifact.manifest["files"] if name.startswith("pictures/")}
     drawn = {f"pictures/{name}.png" for name in ("widths", "orders", "loss", "samples-w4a4", "samples-w4a3")}
     assert pictures == drawn  # no picture of weights: the fake model has none
@@ -410,7 +522,7 @@ def test_pictures_are_drawn_of_what_there_is(store, fakes, monkeypatch):
 
 
 def test_orders_are_drawn_only_where_methods_differ_in_nothing_else(store, fakes, tmp_path):
-    table = table_of(made(store, ("hqdm:order=16", "hqdm/paper:order=32")))
+    table = table_of(made(store, ("hqdm/code:order=16", "hqdm/paper:order=32")))
     assert comparison_pictures.against_orders(tmp_path / "orders.png", table) is False
     assert not (tmp_path / "orders.png").exists()
 

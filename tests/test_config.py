@@ -69,6 +69,20 @@ def test_a_wrong_value_is_refused_by_name(values, what):
     assert fault.value.hint
 
 
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"steps": 3, "widths": [1, "2"]}, "it takes a list of whole numbers"),
+        ({"steps": 3, "widths": 5}, "it takes a list of whole numbers"),
+        ({"steps": "3"}, "it takes a whole number"),
+    ],
+)
+def test_the_hint_says_what_a_list_is_of(values, hint):
+    with pytest.raises(UsageError) as fault:
+        from_dict(Config, values, "f.yaml")
+    assert fault.value.hint == hint
+
+
 def test_null_is_taken_only_where_the_type_has_it():
     assert from_dict(Config, {"steps": 3, "limit": None}, "f.yaml").limit is None
 

@@ -70,7 +70,7 @@ class Measures:
         return {transform.name: self.sqnr(site, transform, quantiser, bits) for transform in self.transforms(site)}
 
     def sqnr(self, site, transform, quantiser, bits):
-        if transform not in self.transforms(site):
+        if not site.admits(transform):
             return -math.inf
         gain = math.log2(transform.order) + (transform.signs is not None) + 0.1 * (quantiser == "asymmetric")
         return 5.0 * bits + gain - 3.0
@@ -105,6 +105,70 @@ def test_a_plan_survives_its_file(name, variant, tmp_path):
     plan = Plan(name, chosen, Bits(4, 4), about.recipe, [951, 1], list(decide(name, variant).values()))
     (tmp_path / "plan.yaml").write_text(write_plan(plan))
     assert read_plan(tmp_path / "plan.yaml", SITES) == plan
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_options_default_is_one_that_it_takes_and_its_variants_are_the_methods(name):
+    method = METHODS[name]
+    for key, option in method.options.items():
+        assert set(option.variants) <= set(method.variants)
+        assert option.parse(key, str(option.default)) == option.default
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_a_variant_takes_its_own_options_and_refuses_those_of_others(name, variant):
+    method = METHODS[name]
+    mine = method.options_of(variant)
+    for key, option in method.options.items():
+        word = str(option.default)
+        if key in mine:
+            assert find(name, variant, {key: word})[2].options[key] == option.default
+        else:
+            with pytest.raises(UsageError, match=f"option {key} belongs to the variant") as fault:
+                find(name, variant, {key: word})
+            assert fault.value.hint.endswith(f"or leave {key} out")
+
+
+@pytest.mark.parametrize(
+    "name, variant, option, values",
+    [
+        ("hqdm", "auto", "budget", ("nan", "-0.5", "2", "inf")),
+        ("hqdm", "auto", "bias", ("nan", "-1")),
+        ("quest", None, "groups", ("0", "-3", "2.5")),
+        ("apq_dm", None, "groups", ("0",)),
+        ("smoothquant", "search", "alpha", ("1.5", "-0.1", "nan")),
+        ("hadanorm", None, "alpha", ("2",)),
+        ("dmq", None, "rate", ("0", "inf")),
+        ("dmq", "scaling", "share", ("0", "1.1")),
+        ("dmq", None, "power", ("-1",)),
+        ("outlier_suppression", None, "thresholds", ("0",)),
+    ],
+)
+def test_a_number_that_an_option_cannot_have_is_refused_with_what_it_takes(name, variant, option, values):
+    for value in values:
+        with pytest.raises(UsageError, match=f"option {option} cannot be") as fault:
+            find(name, variant, {option: value})
+        assert fault.value.hint.startswith("it takes ")
+
+
+def test_a_byte_budget_is_a_matter_of_auto_alone():
+    """`allocate` of the other variants gives back the plans it was given."""
+    for variant in ("ours", "paper", "code"):
+        method, _, chosen = find("hqdm", variant)
+        plans = list(decide("hqdm", variant).values())
+        assert method.allocate(plans, Bits.parse("w4a4"), Measures(), chosen) is plans
+
+
+def test_a_plans_options_are_words_however_they_were_written():
+    from pipelines.config import from_dict, key_dict
+    from pipelines.stages.plan import Config
+
+    written = from_dict(Config, {"variant": "auto", "options": {"budget": 0.5, "centring": True, "bias": 3}}, "recipe")
+    typed = Config(variant="auto", options={"budget": "0.5", "centring": "true", "bias": "3"})
+    assert key_dict(written) == key_dict(typed) and written == typed
+    assert from_dict(Config, {"variant": "paper", "options": {"order": 16}}, "recipe").options == {"order": "16"}
+    with pytest.raises(UsageError, match=r"recipe: options.order cannot be \[16\]"):
+        from_dict(Config, {"variant": "paper", "options": {"order": [16]}}, "recipe")
 
 
 def test_efficientdm_rotates_nothing_and_is_asymmetric():

@@ -110,8 +110,8 @@ def test_apq_groups_are_at_most_those_asked_for_and_more_cost_less():
         assert sorted(set(found)) == list(range(len(set(found)))) and len(set(found)) <= most
         costs.append(apq_dm.total(each, found))
     assert costs[0] > costs[4] > costs[-1]
-    with pytest.raises(UsageError, match="groups cannot be 0"):
-        apq_dm.groups(Measures(), find("apq_dm", None, {"groups": "0"})[2])
+    with pytest.raises(UsageError, match="groups cannot be '0'"):
+        find("apq_dm", None, {"groups": "0"})
 
 
 def test_apq_takes_its_groups_into_the_plan(store):

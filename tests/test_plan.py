@@ -8,7 +8,6 @@ from roads import STEPS, make, tiny_store
 from safetensors.torch import load_file
 
 from pipelines import runner
-from pipelines.errors import UsageError
 from pipelines.store import sha256_of_file
 
 

@@ -3,16 +3,19 @@
     python -m benchmarks.cifar10.run --data DATA
     python -m benchmarks.cifar10.run --count 500 --methods hqdm efficientdm --bits w4a4,w4a3
 
-It is one comparison (`hqdm compare` in pipelines/compare.py) of the shipped teacher, scored by the classifier against
-CIFAR-10's 10,000 test images. Every cell is a chain of artifacts in the workspace: what is there is not computed twice,
-so it can be stopped and gone on with at any moment, and a table that is whole is only printed again. DATA is needed
-until WORK has the test images. The table, its pictures, the machine and the versions go to RESULTS.
+It is one comparison (`hqdm compare` in pipelines/compare.py) of the teacher that benchmarks.cifar10.train trains and
+benchmarks.cifar10.teacher writes, scored by the classifier against CIFAR-10's 10,000 test images. Every cell is a chain
+of artifacts in the workspace: what is there is not computed twice, so it can be stopped and gone on with at any moment,
+and a table that is whole is only printed again. DATA is needed until WORK has the test images. The table, its pictures,
+the machine and the versions go to RESULTS.
 """
 
 import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cifar10 import reference
 from hqdm_cli import console
@@ -21,21 +24,49 @@ from pipelines.errors import FileFault, HqdmError
 from pipelines.report import comparison
 from pipelines.store import Artifact, Store
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).absolute().parent
+ROOT = HERE.parents[1]
 TEACHERS = {"unet": HERE / "unet/model.ckpt", "dit": HERE / "dit"}
 BITS = "w8a8,w4a8,w8a4,w4a4,w4a3,w3a3,w2a4"
 IMAGES = 10_000
 
 
-def write_results(table: dict, artifact: Artifact, folder: Path) -> None:
-    """The comparison's table and pictures, with nothing in them that is true of the workspace alone."""
+def portable(value: Any, places: dict[str, str]) -> Any:
+    """A table in which no text names a folder of this machine: each path of `places` as what stands for it."""
+    if isinstance(value, str):
+        for path, name in places.items():
+            value = value.replace(path, name)
+        return value
+    if isinstance(value, dict):
+        return {key: portable(entry, places) for key, entry in value.items()}
+    return [portable(entry, places) for entry in value] if isinstance(value, list) else value
+
+
+def _from_here(path: Path) -> str:
+    """A path as it is typed in the project's folder; of one outside it the name."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT)) if ROOT in path.parents else path.name
+
+
+def write_results(table: dict, artifact: Artifact, folder: Path, options: argparse.Namespace) -> None:
+    """The comparison's table and pictures with nothing in them that is true of this machine's folders alone: paths are
+    as they are typed in the project's folder, and commands name the teacher and the workspace.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "pictures", ignore_errors=True)
     shutil.copytree(artifact.path / "pictures", folder / "pictures")
-    shutil.copyfile(artifact.file("table.csv"), folder / "table.csv")
-    path = Path(table["about"]["model_path"])
-    about = table["about"] | {"model_path": path.name if HERE not in path.parents else str(path.relative_to(HERE))}
-    text = json.dumps(table | {"about": about}, indent=1, ensure_ascii=False, allow_nan=False)
+    about, teacher = table["about"], table["about"]["model_path"]
+    workspace = f" -w {shlex.quote(_from_here(options.workspace))}"
+    for cell in [*table["cells"], *table["failed"]]:
+        if command := cell.get("command"):
+            by_path = f"--model {shlex.quote(teacher)}"  # which makes the artifact wherever there is none
+            cell["command"] = command.replace(f"--model {about['model']}", by_path) + workspace
+    named = [teacher, about["options"]["score"]["reference_path"], str(options.workspace.absolute())]
+    places = {path: _from_here(Path(path)) for path in sorted(named, key=len, reverse=True)}
+    table = portable(table, places | {f"{ROOT}/": ""})
+    about = table["about"]
+    (folder / "table.csv").write_text(comparison.csv_text(table), encoding="utf-8")
+    text = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "table.json").write_text(text + "\n", encoding="utf-8")
     lines = ["# CIFAR-10", "", *comparison.markdown(table), ""]
     lines += [f"Libraries: {about['libraries']}. Options: {json.dumps(about['options'])}.", ""]
@@ -53,8 +84,12 @@ def run(options: argparse.Namespace) -> None:
     """Compare, print the table and write it to the results' folder; HqdmError where cells failed."""
     teacher = TEACHERS.get(options.teacher, Path(options.teacher))
     if not teacher.exists():
-        hint = f"known: {', '.join(TEACHERS)}; python -m benchmarks.cifar10.teacher writes one of a training"
-        raise FileFault(f"{teacher}: no such teacher", hint)
+        kind = options.teacher if options.teacher in TEACHERS else next(iter(TEACHERS))
+        raise FileFault(
+            f"{teacher}: no such teacher",
+            f"train it, python -m benchmarks.cifar10.train {kind} --train DATA/train, and write it, "
+            f"python -m benchmarks.cifar10.teacher {kind}; or name a checkpoint: --teacher model.ckpt",
+        )
     against = reference.written(options.data, "test", options.work)
     drawn = {"steps": options.steps, "guidance": options.guidance}
     asked = compare.comparison(
@@ -79,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     artifact = result.outcome.artifact
     table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
     print("\n".join(comparison.markdown(table)))
-    write_results(table, artifact, options.results)
+    write_results(table, artifact, options.results, options)
     print(f"\n{options.results}/table.md, table.json, table.csv and pictures/")
     if result.failed:
         names = ", ".join(cell.name for cell in result.failed)

@@ -94,8 +94,8 @@ def compare(
         found, chosen = load("score").sources(store, None, reference)
         options["score"] |= found
     asked = engine.comparison(
-        methods or read.methods, _words(bits) or read.bits or ["w4a4"],
-        _numbers(seeds) if seeds else read.seeds or [0], options, chosen.get("reference"),
+        methods or read.methods, _words("--bits", bits) if bits is not None else read.bits or ["w4a4"],
+        _numbers(seeds) if seeds is not None else read.seeds or [0], options, chosen.get("reference"),
     )  # fmt: skip
     with console.Progress() as progress:
         taken = engine.model_of(store, model or read.model, progress, dry_run)
@@ -106,7 +106,7 @@ def compare(
     artifact = result.outcome.artifact
     if as_json or as_csv or as_markdown:
         name = "table.json" if as_json else "table.csv" if as_csv else "table.md"
-        print(artifact.file(name).read_text(encoding="utf-8"), end="")
+        print(_with_workspace(artifact, name, workspace), end="")
     else:
         _show_table(artifact)
     console.say(f"{artifact.id}: {artifact.path / 'table.md'}, table.json, table.csv and pictures/")
@@ -120,16 +120,23 @@ def compare(
     console.next_step(f"hqdm show {artifact.id}", workspace)
 
 
-def _words(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
+def _words(option: str, text: str) -> list[str]:
+    """The words between commas; UsageError where there is none."""
+    from pipelines.errors import UsageError
+
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UsageError(f"{option} {text!r} names nothing", f"write words with commas, or leave {option} out")
+    return words
 
 
 def _numbers(text: str) -> list[int]:
     from pipelines.errors import UsageError
 
-    if not all(word.isdecimal() for word in _words(text)):
+    words = _words("--seeds", text)
+    if not all(word.isdecimal() and len(word) < 20 for word in words):
         raise UsageError(f"--seeds {text!r} cannot be read", "write whole numbers with commas: --seeds 0,1,2")
-    return [int(word) for word in _words(text)]
+    return [int(word) for word in words]
 
 
 def _option(text: str) -> tuple[str, str, Any]:
@@ -146,6 +153,34 @@ def _option(text: str) -> tuple[str, str, Any]:
         return stage, name, yaml.safe_load(value)
     except yaml.YAMLError:
         return stage, name, value
+
+
+def _with_workspace(artifact: Any, name: str, workspace: Path) -> str:
+    """A file of the comparison, its commands with the workspace that they are to be typed in."""
+    import csv
+    import io
+    import json
+
+    text = artifact.file(name).read_text(encoding="utf-8")
+    added = console.in_workspace("", workspace)
+    if not added:
+        return text
+    table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
+    commands = [entry["command"] for entry in [*table["cells"], *table["failed"]] if entry.get("command")]
+    for command in dict.fromkeys(commands):
+        if name == "table.md":  # a line each
+            text = text.replace(f"\n{command}\n", f"\n{command}{added}\n")
+        elif name == "table.json":
+            old, new = (json.dumps(words, ensure_ascii=False) for words in (command, command + added))
+            text = text.replace(old, new)
+    if name == "table.csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+        written = io.StringIO()
+        writer = csv.DictWriter(written, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {"command": row["command"] and row["command"] + added} for row in rows)
+        text = written.getvalue()
+    return text
 
 
 def _show_plan(result: Any, as_json: bool) -> None:

@@ -24,11 +24,13 @@ from hqdm_cli.options import (
     Variant,
     Workspace,
 )  # fmt: skip
-from hqdm_cli.skin import config_of, finish, named, pairs
+from hqdm_cli.skin import config_of, finish, leave_out, named, pairs
 
 EXAMPLE = """hqdm distill --bits w4a4
   hqdm distill --bits w4a3 --method efficientdm --trajectories 40
+  hqdm distill --bits w4a3 --plan auto
   hqdm distill --plan plan/3"""
+AUTO = {"method": "hqdm", "variant": "auto"}
 
 
 def _is_path(plan: str) -> bool:
@@ -44,7 +46,11 @@ def distill(
     variant: Variant = None,
     options: Set = None,
     plan: Annotated[
-        str | None, typer.Option(help="The plan: an artifact, or a YAML file edited by hand.", metavar="ID|FILE")
+        str | None,
+        typer.Option(
+            help="The plan: an artifact, a YAML file edited by hand, or auto, the search of hqdm's variant auto.",
+            metavar="ID|FILE|auto",
+        ),
     ] = None,
     trajectories: Annotated[int | None, typer.Option(help="Teacher trajectories to train on.", metavar="N")] = None,
     steps: Steps = None,
@@ -61,7 +67,8 @@ def distill(
 ) -> None:
     """Train the quantised student on its teacher; no data needed.
 
-    The newest plan is used if it is of the bits, method and variant asked for; otherwise that plan is made first.
+    The newest plan is used if it is of the bits, method, variant and options asked for; otherwise that plan is made
+    first.
     """
     from pipelines import runner
     from pipelines.errors import UsageError
@@ -69,10 +76,13 @@ def distill(
 
     given = (("bits", bits), ("method", method), ("variant", variant), ("options", pairs(options)))
     asked = {name: value for name, value in given if value}
+    if plan == AUTO["variant"]:
+        plan = None
+        for name, value in AUTO.items():
+            if asked.setdefault(name, value) != value:
+                raise UsageError(f"--plan auto is {name} {value}, not {asked[name]}", f"leave out --{name}")
     if plan and asked:
-        raise UsageError(
-            f"--plan {plan} says the {' and '.join(asked)} already", f"leave out --{' and --'.join(asked)}"
-        )
+        raise UsageError(f"--plan {plan} says the {' and '.join(asked)} already", leave_out(asked))
     store = Store(workspace)
     config = config_of(
         "distill",

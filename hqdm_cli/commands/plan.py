@@ -7,9 +7,11 @@ import typer
 
 from hqdm_cli import console
 from hqdm_cli.options import WORKSPACE, Bits, Debug, DryRun, Force, Json, Method, Set, Variant, Workspace
-from hqdm_cli.skin import config_of, finish, pairs
+from hqdm_cli.skin import config_of, finish, leave_out, pairs
 
-EXAMPLE = "hqdm plan --method hqdm --bits w4a4\n  hqdm plan --from edited.yaml"
+EXAMPLE = """hqdm plan --method hqdm --bits w4a4
+  hqdm plan --method hqdm --variant paper --set order=16
+  hqdm plan --from edited.yaml"""
 
 
 def plan(
@@ -38,9 +40,7 @@ def plan(
     given = (("bits", bits), ("method", method), ("variant", variant), ("options", pairs(options)))
     asked = {name: value for name, value in given if value}
     if edited and asked:
-        raise UsageError(
-            f"--from {edited} says the {' and '.join(asked)} already", f"leave out --{' and --'.join(asked)}"
-        )
+        raise UsageError(f"--from {edited} says the {' and '.join(asked)} already", leave_out(asked))
     config = runner.edited_plan(edited) if edited else config_of("plan", **asked)
     with console.Progress() as progress:
         outcome = runner.make(Store(workspace), "plan", config, {}, progress, force, dry_run)

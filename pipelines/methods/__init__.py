@@ -57,4 +57,4 @@ def find(name: str, variant: str | None, options: Mapping[str, str] | None = Non
     chosen = variant or method.default_variant
     if chosen not in method.variants:
         raise UsageError(f"method {name} has no variant {chosen!r}", did_you_mean(chosen, method.variants))
-    return method, chosen, method.with_options(method.variants[chosen], options or {})
+    return method, chosen, method.with_options(chosen, options or {})

@@ -20,7 +20,6 @@ other methods' (there all but the residual blocks' convolutions stay in floating
 
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UsageError
 from pipelines.methods.base import EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Option, Recipe, Variant
 from pipelines.methods.equivalent import plan_of
 from pipelines.quant.spec import Bits, Site, SitePlan, integer_range
@@ -43,8 +42,6 @@ def groups(measured: Measured, variant: Variant) -> list[int]:
     import torch
 
     most, count = variant.options["groups"], len(measured.timesteps)
-    if most < 1:
-        raise UsageError(f"apq_dm: groups cannot be {most}", "it takes 1 (static) or more")
     if count <= most:
         return []
     sites = [
@@ -121,7 +118,7 @@ METHOD = Method(
     source="Wang et al., CVPR 2024 (arXiv 2305.18723); ChangyuanWang17/APQ-DM",
     variants={"published": Variant("the paper's groups over timesteps", Recipe(updates="none", trains=[]))},
     default_variant="published",
-    options={"groups": Option(8, "of timesteps that share scales")},
+    options={"groups": Option(8, "of timesteps that share scales; 1: static", least=1)},
     decide=decide,
     groups=groups,
 )

@@ -27,11 +27,15 @@ ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
 ENOUGH = 1e-3  # noise of a share of this is not worth a transform (30 dB)
 # Scores of students before training were best with about the number of steps that add it up.
 OPTIONS = {
-    "bias": Option(10.0, "auto: weight of an activation's systematic error against its noise"),
-    "centring": Option(False, "auto: try static centring, whose constants join the biases"),
-    "scaling": Option(False, "auto: try a gain of each channel"),
+    "bias": Option(10.0, "weight of an activation's systematic error against its noise", variants=("auto",), least=0),
+    "centring": Option(False, "try static centring, whose constants join the biases", variants=("auto",)),
+    "scaling": Option(False, "try a gain of each channel", variants=("auto",)),
     "budget": Option(
-        0.0, "auto: bytes of the quantised weights as a share of what the bits asked for take; 0: as asked"
+        0.0,
+        "bytes of the quantised weights as a share of what the bits asked for take; 0: as asked",
+        variants=("auto",),
+        least=0,
+        most=1,
     ),
 }
 

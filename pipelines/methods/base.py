@@ -1,5 +1,6 @@
 """What a method is: a declaration of how each site is quantised and how the student is trained. No torch, no loop."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,6 +48,10 @@ class Option:
     default: int | float | str | bool
     summary: str
     choices: tuple = ()
+    variants: tuple[str, ...] = ()  # that it belongs to; empty: all
+    least: float | None = None  # the smallest number that is taken …
+    above: float | None = None  # … or the largest that is too small
+    most: float | None = None
 
     def parse(self, name: str, text: str) -> Any:
         """A value from a command line. UsageError where it is none."""
@@ -59,7 +64,27 @@ class Option:
             ) from None
         if self.choices and value not in self.choices:
             raise UsageError(f"option {name} cannot be {text!r}", f"it takes {', '.join(map(str, self.choices))}")
+        if kind in (int, float) and not self._fits(value):
+            raise UsageError(f"option {name} cannot be {text!r}", f"it takes {self.takes}: {self.summary}")
         return value
+
+    def _fits(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+        )
+
+    @property
+    def takes(self) -> str:
+        """Its numbers in words: `0 … 1`, `1 or more`, `more than 0`."""
+        if self.least is not None and self.most is not None:
+            return f"{self.least:g} … {self.most:g}"
+        words = [f"{self.least:g} or more"] if self.least is not None else []
+        words += [f"more than {self.above:g}"] if self.above is not None else []
+        words += [f"at most {self.most:g}"] if self.most is not None else []
+        return " and ".join(words) or "a finite number"
 
 
 @dataclass(frozen=True)
@@ -94,22 +119,36 @@ class Method:
     groups: Callable[[Measured, Variant], list[int]] | None = None
     allocate: Callable[[list[SitePlan], Bits, Measured, Variant], list[SitePlan]] | None = None
 
-    def with_options(self, variant: Variant, given: Mapping[str, str]) -> Variant:
-        """A variant with the method's defaults, its own options and those that a user gave, as values."""
+    def options_of(self, name: str) -> dict[str, Option]:
+        """The options that belong to a variant."""
+        return {key: option for key, option in self.options.items() if not option.variants or name in option.variants}
+
+    def with_options(self, chosen: str, given: Mapping[str, str]) -> Variant:
+        """A variant, by its name, with the method's defaults, its own options and those that a user gave, as values.
+        UsageError for an option that the method or this variant does not have, and for a value that it does not take.
+        """
+        variant, mine = self.variants[chosen], self.options_of(chosen)
         for name in given:
             if name not in self.options:
                 hint = did_you_mean(name, self.options) if self.options else "it takes none"
                 raise UsageError(f"method {self.name} has no option {name!r}", hint)
-        defaults = {name: option.default for name, option in self.options.items()}
+            if name not in mine:
+                theirs = self.options[name].variants
+                raise UsageError(
+                    f"option {name} belongs to the variant{'s' if theirs[1:] else ''} {', '.join(theirs)} of "
+                    f"{self.name}, not to {chosen}",
+                    f"choose variant {theirs[0]}, or leave {name} out",
+                )
+        defaults = {name: option.default for name, option in mine.items()}
         parsed = {name: self.options[name].parse(name, text) for name, text in given.items()}
         return Variant(variant.summary, variant.recipe, {**defaults, **variant.options, **parsed})
 
 
 # Rates that were tried for `hqdm --variant auto`, and that every trained method may have: a comparison that tunes one
-# side alone says little. LoRA learns 17 times as fast as published; activation scales by a share of themselves; biases
+# side alone says little. LoRA learns 25 times as fast as published; activation scales by a share of themselves; biases
 # learn too; the loss of a timestep counts against its own mean; the student is a moving average.
 TUNED = Recipe(
-    base_weight="float", relative_scales=True, activation_scale_rate=2e-3, bias_rate=1e-3, lora_rate_divisor=150.0,
+    base_weight="float", relative_scales=True, activation_scale_rate=4e-3, bias_rate=2e-3, lora_rate_divisor=100.0,
     trains=["adapters", "weight_scales", "activation_scales", "zero_points", "biases"], weighting="timestep", ema=0.98,
 )  # fmt: skip
 

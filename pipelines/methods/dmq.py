@@ -22,7 +22,6 @@ projections are quantised as in the other methods (theirs: floating point).
 
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UsageError
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
 from pipelines.methods.equivalent import by_column, outputs, plan_of, tokens
 from pipelines.plans import Reconstruction
@@ -40,9 +39,6 @@ TOKENS = 64  # of each timestep that an update sees
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan | tuple[SitePlan, SitePlan]:
     """Learned scaling everywhere but at 8-bit layers, powers of two at shortcuts; see the module's text."""
-    for name, fits in (("steps", lambda v: v >= 0), ("rate", lambda v: v > 0), ("share", lambda v: 0 < v <= 1)):
-        if not fits(value := variant.options[name]):
-            raise UsageError(f"dmq: {name} cannot be {value}", METHOD.options[name].summary)
     if site.obstacle or site.role != SHORTCUT:
         return plan_of(site, bits, measured, "asymmetric", "scales learned by the layer's error", scaling=True)
     plans = tuple(
@@ -170,10 +166,10 @@ METHOD = Method(
     },
     default_variant="published",
     options={
-        "steps": Option(100, "updates of a layer's scales, 0 or more (published: 6000 at rate 0.001)"),
-        "rate": Option(0.05, "of Adam on log γ, above 0; a cosine to 0"),
-        "power": Option(20.0, "r, how little timesteps of large error count (published: 20 or 25)"),
-        "share": Option(0.85, "of the votes that a power of two needs, above 0 up to 1"),
+        "steps": Option(100, "updates of a layer's scales (published: 6000 at rate 0.001)", least=0),
+        "rate": Option(0.05, "of Adam on log γ; a cosine to 0", above=0),
+        "power": Option(20.0, "r, how little timesteps of large error count (published: 20 or 25)", least=0),
+        "share": Option(0.85, "of the votes that a power of two needs", above=0, most=1),
     },
     decide=decide,
     constants=constants,

@@ -19,7 +19,6 @@ along their channels.
 
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UsageError
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant, one_for_all
 from pipelines.methods.equivalent import columns_max, plan_of, widest
 from pipelines.quant.spec import ORDERS, Bits, Site, SitePlan
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """Centre, scale and rotate linears; see the module's text."""
     options = variant.options
-    if not 0 <= options["alpha"] <= 1:
-        raise UsageError(f"hadanorm: alpha cannot be {options['alpha']}", "it takes 0 … 1")
     if site.kind == "conv" and options["convolutions"] == "plain":
         return plan_of(site, bits, measured, "asymmetric", "a convolution, rounded to the nearest")
     centring = "dynamic" if site.kind == "linear" and site.rank >= 3 else "static"
@@ -69,7 +66,7 @@ METHOD = Method(
     },
     default_variant="published",
     options={
-        "alpha": Option(0.5, "of S: 1 gives all channels one deviation, less spares the weight"),
+        "alpha": Option(0.5, "of S: 1 gives all channels one deviation, less spares the weight", least=0, most=1),
         "order": Option(64, "largest Hadamard block", ORDERS),
         "convolutions": Option("plain", "plain, or as linears with a static centre", ("plain", "rotated")),
     },

@@ -75,6 +75,11 @@ def constants(plan: SitePlan, weight: "torch.Tensor", measured: Measured, varian
     return auto.constants(plan, weight, measured, variant)
 
 
+def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Variant) -> list[SitePlan]:
+    """Weight widths within a budget, of `auto` alone; the other variants keep the plans as they are."""
+    return auto.allocate(plans, bits, measured, variant) if variant.options.get("search") == "auto" else plans
+
+
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """The plan of one site; see the module's text for the variants."""
     search = variant.options.get("search", False)
@@ -132,9 +137,9 @@ METHOD = Method(
         "tuned": Variant("`code` with the rates of `auto`", TUNED, {"axis": "channels", "ranks": (2,)}),
     },
     default_variant="ours",
-    options={"order": Option(ORDER, "Hadamard order of the published variants (table 4: k = 3 … 6)", ORDERS)}
+    options={"order": Option(ORDER, "Hadamard order (table 4: k = 3 … 6)", ORDERS, ("paper", "code", "tuned"))}
     | auto.OPTIONS,
     decide=decide,
     constants=constants,
-    allocate=auto.allocate,
+    allocate=allocate,
 )

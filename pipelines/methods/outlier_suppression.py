@@ -13,12 +13,12 @@ smallest half-range, under which all channels would be squeezed alike. The paper
 whole for q, k and v; here it is each layer's own, on some of the profile's sample; of a convolution each kernel row's,
 since the sample has single image rows. At a convolution's border, z·Wᵀ counts the places that lie inside the image.
 z, s and the activation's range are static over all timesteps. Weights: asymmetric per output channel, ranges by least
-L2.4 error once t is found, as in the other methods.
+L2.4 error once t is found, as in the other methods. Variant `search` takes the activation ranges of least squared
+error in place of maxima, once t is found.
 """
 
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UsageError
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant, one_for_all
 from pipelines.methods.equivalent import by_column, extremes, few, outputs, plan_of
 from pipelines.quant.spec import Bits, Site, SitePlan
@@ -31,10 +31,6 @@ TOKENS = 512  # of the sample that a threshold is judged on
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """Shift and scale everywhere but at 8-bit layers; see the module's text."""
-    if variant.options["thresholds"] < 1:
-        raise UsageError(
-            f"outlier_suppression: thresholds cannot be {variant.options['thresholds']}", "it takes 1 or more"
-        )
     words = "shifted to the middle of the range, squeezed to a searched threshold"
     return plan_of(site, bits, measured, "asymmetric", words, scaling=True, centring="static")
 
@@ -82,10 +78,11 @@ METHOD = Method(
         "published": Variant(
             "its shift and searched scale on every layer's own input",
             Recipe(updates="none", trains=[], activation_scale_by="max"),
-        )
+        ),
+        "search": Variant("the same with activation ranges by least error", Recipe(updates="none", trains=[])),
     },
     default_variant="published",
-    options={"thresholds": Option(100, "thresholds that are tried (public code: at least 100)")},
+    options={"thresholds": Option(100, "thresholds that are tried (public code: at least 100)", least=1)},
     decide=decide,
     constants=constants,
     groups=one_for_all,

@@ -51,7 +51,7 @@ METHOD = Method(
         )
     },  # fmt: skip
     default_variant="published",
-    options={"groups": Option(20, "spans of timesteps that share activation scales")},
+    options={"groups": Option(20, "spans of timesteps that share activation scales; 1: static", least=1)},
     decide=decide,
     groups=groups,
 )

@@ -314,7 +314,7 @@ def check_supported(params: Params, where: str) -> None:
         raise HqdmError(
             f"{where}: this configuration is not supported: {'; '.join(refused)}",
             "supported: a class-conditional UNet with spatial transformers and cross-attention, or an unconditional "
-            f"one with attention blocks; {IDENTITY}, {VQ}, {KL} or {SPACE} as first stage; ε as what it predicts",
+            f"one with attention blocks; {IDENTITY}, {VQ}, {KL} or {SPACE} as first stage; ε or v as what it predicts",
         )
 
 

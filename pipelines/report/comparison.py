@@ -44,6 +44,7 @@ COLUMNS = (
 )
 QUALITY = ("psnr", "fid", "sfid", "is", "precision", "recall", "class_accuracy")
 INCEPTION = {"fid": "FID", "sfid": "sFID", "is": "IS"}  # distances on other features go by other names
+LAYERS = "asked/8/float"  # heading of the layers at the bits asked, at 8 bits and in floating point
 IDS = ("plan", "distill", "export", "sample", "score")
 
 
@@ -79,6 +80,7 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "method": mine[0]["method"], "spec": spec, "bits": bits, "seeds": [cell["seed"] for cell in mine],
             "options": mine[0].get("options") or {}, "variant": mine[0].get("variant"),
+            "layers": mine[0].get("layers"),
             **{column.key: mean_and_deviation(cell.get(column.key) for cell in mine) for column in COLUMNS},
         }
         for (bits, spec), mine in groups.items()
@@ -127,13 +129,23 @@ def shown(table: Mapping[str, Any]) -> Shown:
     used = [column for column in COLUMNS if any(row[column.key] is not None for row in rows)]
     several = len(table["about"]["seeds"]) > 1
     winners = best_of(rows)
-    headings = ["bits", "method", *(["seeds"] if several else []), *(heading(column, extractor) for column in used)]
+    layers = any(row.get("layers") for row in rows)
+    words = ["bits", "method", *([LAYERS] if layers else []), *(["seeds"] if several else [])]
+    headings = [*words, *(heading(column, extractor) for column in used)]
     lines, best = [], []
     for row in rows:
-        head = [row["bits"], row["method"], *([str(len(row["seeds"]))] if several else [])]
+        head = [row["bits"], row["method"]]
+        head += [layers_text(row.get("layers"))] if layers else []
+        head += [str(len(row["seeds"]))] if several else []
         lines.append(head + [_text(column, row[column.key]) for column in used])
         best.append([False] * len(head) + [(row["bits"], row["spec"], column.key) in winners for column in used])
-    return Shown(headings, lines, best, [False, False, *([True] * (len(headings) - 2))])
+    numbers = [name not in ("bits", "method", LAYERS) for name in headings]
+    return Shown(headings, lines, best, numbers)
+
+
+def layers_text(counts: Mapping[str, int] | None) -> str:
+    """48/6/12: layers at the bits asked, at 8 bits, in floating point; empty of a teacher."""
+    return "/".join(str(counts[kind]) for kind in ("asked", "eight", "float")) if counts else ""
 
 
 def note(about: Mapping[str, Any]) -> str:
@@ -159,6 +171,11 @@ def note(about: Mapping[str, Any]) -> str:
         "it distilled, with what earlier cells left; MB is the export's weights; last loss is ‖Δε‖² per image over "
         "the last trajectory. The best of each width is marked, of the digits shown."
     )
+    if about.get("layers"):
+        sentences.append(
+            f"{LAYERS} counts the layers at the bits asked (or widths around them), at 8/8 bits, and in floating "
+            "point; one whose input is divided counts as two."
+        )
     if about.get("untrained"):
         sentences.append("Methods of 0 updates are not distilled: their seconds are of calibration and reconstruction.")
     if about["machine"]:
@@ -181,7 +198,8 @@ def markdown(table: Mapping[str, Any], marked: bool = True) -> list[str]:
 
 def csv_text(table: Mapping[str, Any]) -> str:
     """Every row (kind `mean`, each figure followed by its deviation) and every cell (kind `cell`), in one CSV."""
-    fields = ["kind", "spec", "method", "bits", "seed", *(name for c in COLUMNS for name in (c.key, f"{c.key}_sd"))]
+    figures = [name for column in COLUMNS for name in (column.key, f"{column.key}_sd")]
+    fields = ["kind", "spec", "method", "bits", "seed", "layers", *figures]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*fields, *IDS, "command", "error"], lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -190,9 +208,10 @@ def csv_text(table: Mapping[str, Any]) -> str:
         for column in COLUMNS:
             if (figure := row[column.key]) is not None:
                 figures |= {column.key: figure["mean"], f"{column.key}_sd": figure["sd"]}
-        writer.writerow({"kind": "mean"} | {k: row[k] for k in ("spec", "method", "bits")} | figures)
+        told = {"kind": "mean", "layers": layers_text(row.get("layers"))}
+        writer.writerow(told | {k: row[k] for k in ("spec", "method", "bits")} | figures)
     for cell in table["cells"]:
-        writer.writerow({"kind": "cell"} | dict(cell))
+        writer.writerow({"kind": "cell"} | dict(cell) | {"layers": layers_text(cell.get("layers"))})
     for failed in table["failed"]:
         writer.writerow({"kind": "cell"} | dict(failed))
     return text.getvalue()

@@ -1,7 +1,8 @@
 """Set methods, bit widths and seeds beside each other: table and pictures of scores that were made on the same work.
 
 Its inputs are the scores (`<method> <bits> seed <n>`, and `teacher seed <n>`: the teacher's samples where they have no
-score of their own), the model and its profile; each score's chain leads to its plan, student and export. Writes
+score of their own), each student's own plan, distillation and export (`<score's role> <stage>`), which a score does not
+lead to where several students have equal integers and share it, the model and its profile. Writes
 `table.json` (rows over seeds, cells with their artifacts and the command that makes each again, failures), `table.csv`,
 `table.md` and `pictures/`.
 
@@ -9,14 +10,17 @@ Importing this module does not import torch: only the picture of the weights nee
 """
 
 import csv
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.quant.spec import Site, Transform, largest_block, site_from_dict
@@ -25,7 +29,7 @@ from pipelines.report.comparison import FLOAT, IDS, TEACHER
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "compare"
-VERSION = 1
+VERSION = 2
 
 ORDER = 32  # of the rotated weights in the picture, or less where 32 does not divide them
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -57,13 +61,18 @@ class Config:
     failed: list[Failure] = field(default_factory=list)
 
 
+LINKED = ("plan", "distill", "export")  # stages of a student that are inputs beside its score
+
+
 def role_of(spec: str, bits: str, seed: int) -> str:
     """The name under which a cell's score is an input; the teacher's has no bits."""
     return f"{TEACHER} seed {seed}" if spec == TEACHER else f"{spec} {bits} seed {seed}"
 
 
 def command_of(config: Config, spec: str, bits: str, seed: int, model: str) -> str:
-    """The command that makes one cell again, or finds it up to date."""
+    """The command that makes one cell again in its workspace, or finds it up to date. It names no workspace: where that
+    is not the default one, who prints the command adds it.
+    """
     import shlex
 
     words = ["hqdm", "compare", spec, "--bits", bits, "--seeds", str(seed), "--model", model]
@@ -79,11 +88,14 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     """The chosen scores by role, which have to be all that were asked for and did not fail; model and profile."""
     failed = {role_of(f.spec, f.bits, f.seed) for f in config.failed}
     cells = [(spec, bits, seed) for bits in config.bits for spec in config.methods for seed in config.seeds]
-    wanted = [role_of(*cell) for cell in cells] + [role_of(TEACHER, FLOAT, seed) for seed in config.seeds]
-    missing = [role for role in wanted if role not in chosen and role not in failed]
+    made = [role for cell in cells if (role := role_of(*cell)) not in failed]
+    wanted = [role_of(TEACHER, FLOAT, seed) for seed in config.seeds]
+    wanted += [name for role in made for name in (role, *(f"{role} {stage}" for stage in LINKED))]
+    missing = [role for role in wanted if role not in chosen]
     if missing or not wanted or "profile" not in chosen:
         raise HqdmError(
-            f"a comparison is made of scores, and {len(missing)} are missing", "hqdm compare makes them first"
+            f"a comparison is made of scores and their students, and {len(missing)} are missing",
+            "hqdm compare makes them first",
         )
     for role in chosen:
         if role not in (*wanted, "profile"):
@@ -95,7 +107,7 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict[str, Any]:
     """Write the table and its pictures; figures: cells, failures, and the best method of each width by figure."""
     store = Store(inputs["profile"].path.parents[1])
-    chains = {role: _chain(store, inputs[role]) for role in inputs if role not in ("model", "profile")}
+    chains = _chains(config, store, inputs)
     cells = []
     for seed in config.seeds:
         cells.append(_teacher_cell(chains[role_of(TEACHER, FLOAT, seed)], seed))
@@ -121,17 +133,23 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     return {"cells": len(cells), "failed": len(config.failed), "best": table["best"]}
 
 
-def _chain(store: Store, artifact: Artifact) -> dict[str, Artifact]:
-    """stage -> artifact, from a student's score up to its plan; of a teacher its samples and, where there is one, its
-    score.
+def _chains(config: Config, store: Store, inputs: Mapping[str, Artifact]) -> dict[str, dict[str, Artifact]]:
+    """role -> stage -> artifact: of a student from plan to score, of a teacher samples and, where there is one, score.
+
+    Samples and score may be another cell's of equal integers; plan, distillation and export are each cell's own.
     """
-    chain = {artifact.stage: artifact}
-    if artifact.stage == "score":
-        chain["sample"] = artifact = store.linked(artifact, "samples")
-    if artifact.config.get("source", "int") != TEACHER:
-        for stage, role in (("export", "source"), ("distill", "distill"), ("plan", "plan")):
-            chain[stage] = artifact = store.linked(artifact, role)
-    return chain
+    roles = [role_of(TEACHER, FLOAT, seed) for seed in config.seeds]
+    roles += [role_of(spec, bits, seed) for bits in config.bits for spec in config.methods for seed in config.seeds]
+    chains = {}
+    for role in roles:
+        if role not in inputs:
+            continue
+        last = inputs[role]
+        chain = {last.stage: last}
+        if last.stage == "score":
+            chain["sample"] = store.linked(last, "samples")
+        chains[role] = chain | {stage: inputs[name] for stage in LINKED if (name := f"{role} {stage}") in inputs}
+    return chains
 
 
 def _measured(chain: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -166,8 +184,24 @@ def _cell(config: Config, chain: Mapping[str, Artifact], spec: str, bits: str, s
         "peak_memory_bytes": distilled.figures.get("peak_memory_bytes"),
         "last_loss": _number(distilled.figures.get("last_loss")),
         **_measured(chain), "bytes": chain["export"].figures.get("bytes"),
+        "layers": _layers(plan, bits),
         **{stage: chain[stage].id for stage in IDS}, "command": command_of(config, spec, bits, seed, model),
     }  # fmt: skip
+
+
+def _layers(plan: Artifact, bits: str) -> dict[str, int] | None:
+    """How many sites a plan has at the bits asked (or at widths around them), at 8/8 bits, and in floating point."""
+    return _counts(plan.file("plan.yaml"), bits) if "plan.yaml" in plan.manifest["files"] else None
+
+
+@functools.cache  # the seeds share a plan, and reading its YAML takes a while
+def _counts(path: Path, bits: str) -> dict[str, int]:
+    counts = {"asked": 0, "eight": 0, "float": 0}
+    for site in read_yaml(path)["sites"].values():
+        eight = site["quantised"] and (site["weight_bits"], site["activation_bits"]) == (8, 8) and not site["mixed"]
+        kind = "float" if not site["quantised"] else "eight" if eight and bits != "w8a8" else "asked"
+        counts[kind] += 1
+    return counts
 
 
 def _number(value: Any) -> float | None:
@@ -199,6 +233,7 @@ def _about(
         "reference": _only([figures.get("reference") for figures in scores]),
         "reference_n": _only([figures.get("reference_n") for figures in scores]),
         "extractor": _only([figures.get("extractor") or "none" for figures in scores]) or "none",
+        "layers": any(cell.get("layers") for cell in cells),
         "untrained": any(student.figures.get("updates") == 0 for student in distilled),
         "machine": _only([f"{a.manifest['machine']['cpu']}, {a.manifest['machine']['threads']} threads"
                           for a in [*samples, *distilled]]),
@@ -353,7 +388,8 @@ def _page(table: Mapping[str, Any], pictures: Mapping[str, str], profile: Artifa
     for cell in table["cells"]:
         links = [f"[{cell[stage]}](../../{cell[stage]})" if cell[stage] else "" for stage in IDS]
         lines.append(f"| {role_of(cell['spec'], cell['bits'], cell['seed'])} | {' | '.join(links)} |")
-    lines += ["", "Each is made again, or found up to date, by one command:", "", "```sh"]
+    lines += ["", "Each is made again, or found up to date, by one command (where the workspace is not `./workspace`,"]
+    lines += ["with `-w` and its folder):", "", "```sh"]
     lines += [cell["command"] for cell in [*table["cells"], *table["failed"]] if cell.get("command")]
     lines += ["```", "", f"Model: {about['model']}. Libraries: {about['libraries']}.", ""]
     return "\n".join(lines)

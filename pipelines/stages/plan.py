@@ -29,9 +29,18 @@ class Config:
     method: str = "hqdm"
     variant: str | None = None  # the method's default
     bits: str = "w4a4"
-    options: dict[str, str] = field(default_factory=dict)  # of the method, in words
+    options: dict[str, str | bool | int | float] = field(default_factory=dict)  # of the variant; kept as words
     edited: str | None = field(default=None, metadata={"key": False, "path": True})  # a plan.yaml changed by hand
     edited_sha256: str | None = None
+
+    def __post_init__(self):
+        # As --set writes them, so that a recipe's 16 and the command's "16" are the same run.
+        words = {
+            name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in self.options.items()
+        }
+        object.__setattr__(self, "options", words)
+        find(self.method, self.variant, words)
+        Bits.parse(self.bits)
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
@@ -79,7 +88,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         if method.allocate:
             decided = method.allocate(decided, bits, measured, variant)
         groups = method.groups(measured, variant) if method.groups else []
-        shown = {name: variant.options[name] for name in method.options}
+        shown = {name: variant.options[name] for name in method.options_of(variant_name)}
         plan = Plan(
             method.name, variant_name, bits, variant.recipe, measured.timesteps, decided, groups, shown
         )  # fmt: skip

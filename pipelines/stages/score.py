@@ -53,6 +53,7 @@ SAME_IN_A_PAIR = ("count", "steps", "seed", "scheduler", "eta", "guidance")  # w
 FEW_PER_FEATURE = 5  # images per pool feature below which a Fréchet distance is mostly bias (Inception: 10,240)
 DIGITS = (16, 16, 1)  # height, width and channels of the embedded model's images
 SHIPPED = {"digits": digits.CLASSIFIER, "cifar10": cifar10.CLASSIFIER}  # extractors that bring their weights
+EXTRACTORS = (*SHIPPED, "inception")  # of pipelines.metrics.extractors, which loads torch
 MOST_KEPT = 64 << 20  # bytes of a reference's features; 10,000 of CIFAR-10's take 28 MB, of Inception 200
 _KEPT: dict[tuple[str, str], "Features"] = {}  # of one reference, by the hashes of its images and of the weights
 SMALL = 75  # pixels a side, a quarter of what Inception works on
@@ -83,6 +84,10 @@ class Config:
         for name, least in (("splits", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("neighbours", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"score: {name} cannot be {getattr(self, name)}", f"it takes {least} or more")
+        if self.extractor not in (None, "none", *EXTRACTORS):
+            raise UsageError(
+                f"no extractor is called {self.extractor!r}", did_you_mean(self.extractor, (*EXTRACTORS, "none"))
+            )
 
 
 def sources(
