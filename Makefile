@@ -3,6 +3,7 @@
 # make table       the table of the README: methods by bit widths, 1,000 images each (about half an hour)
 # make size        memory and time of every stage on 400 million parameters, random weights (about 10 minutes, 8 GB of disk)
 # make training    what a step of distillation costs, beside training in full precision (about 15 minutes)
+# make tricks      what each part of hqdm's variant auto gives: one thing changed at a time (about half an hour)
 # make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher, 10,000 images each (docs/cifar10.md)
 # make lint        ruff
 #
@@ -21,7 +22,7 @@ READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test table size training benchmark-cifar10 lint clean
+.PHONY: demo test table size training tricks benchmark-cifar10 lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(OUTER) -m venv --clear --without-pip $(VENV)
@@ -49,6 +50,9 @@ size: $(READY)
 
 training: $(READY)
 	python -m benchmarks.training
+
+tricks: $(READY)
+	python -m benchmarks.tricks
 
 # DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/.
 benchmark-cifar10: $(READY)

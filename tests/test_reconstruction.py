@@ -231,7 +231,7 @@ def test_a_calibration_spread_evenly_sees_every_timestep_and_a_normal_one_leans_
 def test_static_ranges_cover_whatever_the_calibration_brings(store, plans, tmp_path):
     teacher, plan, scales = alone(store, plans["ptq4dm", "w4a4"], in_residual)
     calls = calibration(teacher, plan.recipe.reconstruction, COURSE, tmp_path, Report())
-    found = rescaled(teacher, plan.quantised, scales, [0] * STEPS, calls, COURSE, "max")
+    found = rescaled(teacher, plan.quantised, scales, [0] * STEPS, calls, COURSE, "max", 1.0)
     scale = found[f"{RESIDUAL}.conv1/activation_scale"]
     assert torch.equal(scale, scale[:1].expand(STEPS))
     largest = []
@@ -243,6 +243,18 @@ def test_static_ranges_cover_whatever_the_calibration_brings(store, plans, tmp_p
             teacher.predict(call.x, torch.tensor(call.timestep), call.conditions, COURSE.guidance)
     handle.remove()
     torch.testing.assert_close(scale[0] * 7, max(largest))
+
+
+def test_at_eight_bits_ranges_found_anew_have_headroom_as_a_plans_have(store, plans, tmp_path):
+    teacher, plan, scales = alone(store, plans["ptq4dm", "w4a4"], lambda site: site.name == "conv_in")
+    calls = calibration(teacher, plan.recipe.reconstruction, COURSE, tmp_path, Report())
+    plain, wide = (
+        rescaled(teacher, plan.quantised, scales, [0] * STEPS, calls, COURSE, "max", headroom)[
+            "conv_in/activation_scale"
+        ]
+        for headroom in (1.0, 1.3)
+    )
+    torch.testing.assert_close(wide, plain * 1.3)
 
 
 def test_a_loss_that_is_no_number_stops_it_by_its_block(store, plans, tmp_path):
