@@ -16,7 +16,7 @@ from pipelines.kernels.layers import IN_CACHE, IntegerLayer, forget_weights
 from pipelines.quant.affine import centred_codes, choose, dequantise, quantise
 from pipelines.quant.hadamard import hadamard, rotate_activation, rotate_weight
 from pipelines.quant.integers import IntegerWeights, PackedWeights
-from pipelines.quant.layers import QuantLayer, epilogue, product, zero_point
+from pipelines.quant.layers import QuantLayer, epilogue, is_narrow, product, zero_point
 from pipelines.quant.spec import ACTIVATION_BITS, IDENTITY, QUANTISERS, WEIGHT_BITS, Site, SitePlan, Transform
 from pipelines.quant.tables import TimestepTables
 
@@ -405,3 +405,22 @@ def test_an_input_larger_than_a_pass_of_the_prologue_gives_the_bits_of_training(
     fake = layer_of(plan, x, 0)
     integer = IntegerLayer(fake.integers().packed(), fake._tables[0], 0, fake.span, "cpu")
     assert torch.equal(integer(x), fake(x))
+
+
+@pytest.mark.parametrize("order, weight_bits, activation_bits, narrow", [
+    (32, 4, 4, True), (64, 4, 4, False), (64, 3, 4, True), (1, 8, 8, True), (32, 4, 8, True),
+])  # fmt: skip
+def test_products_in_bfloat16_are_taken_where_they_are_exact(order, weight_bits, activation_bits, narrow):
+    """The largest V that the plan allows, of both signs, as torch multiplies it and in int64."""
+    transform, inverse = (Transform("channels", order), "single") if order > 1 else (IDENTITY, "none")
+    whole = site("linear", channels=512, outputs=160)
+    plan = SitePlan(whole, True, transform, inverse, weight_bits, activation_bits)
+    assert is_narrow(plan, "weight") == narrow
+    generator = torch.Generator().manual_seed(0)
+    (low, high), (smallest, largest) = plan.weight_range, plan.activation_range
+    folded = torch.randint(low * order, high * order + 1, (160, 512), generator=generator).float()
+    codes = torch.randint(smallest, largest + 1, (256, 512), generator=generator).float()
+    folded[0], codes[0] = low * order, smallest
+    exact = (codes.long() @ folded.long().T).float()
+    assert torch.equal(product(codes, folded, whole, narrow), exact)
+    assert torch.equal(product(codes, folded, whole), exact)

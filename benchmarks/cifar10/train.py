@@ -109,6 +109,18 @@ def loss_of_step(model, images, labels, alphas, seed: int, step: int, batch: int
     return F.mse_loss(model(noisy, timesteps, torch.where(drop, len(CLASSES), labels[index])), target)
 
 
+def compiled(model: nn.Module) -> None:
+    """Compile the forward pass for bfloat16. Attention over 64 tokens is left to matrix products: the fused kernel's
+    backward pass is 7 times slower in bfloat16 than in fp32 on CPUs (torch 2.13).
+    """
+    from diffusers.models.attention_processor import AttnProcessor
+
+    for network in model.children():
+        if hasattr(network, "set_attn_processor"):
+            network.set_attn_processor(AttnProcessor())
+    model.forward = torch.compile(model.forward)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=NETWORKS)
@@ -118,6 +130,8 @@ def main() -> None:
     parser.add_argument("--fall", type=int, default=1500, help="last steps, over which the learning rate falls to zero")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16 and compiled code: 1.6 times as "
+                        "fast on 2 cores with AVX512-BF16; needs a C++ compiler")  # fmt: skip
     options = parser.parse_args()
     asked = {name: getattr(options, name) for name in ("network", "seed", "batch")}
 
@@ -145,11 +159,14 @@ def main() -> None:
                     "step": step, "mean": mean, **asked}, part)  # fmt: skip
         part.replace(saved)
 
+    if options.bfloat16:
+        compiled(model)
     start, first = time.monotonic(), step
     while step < options.steps:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(RATES[options.network], step, options.steps, options.fall)
-        loss = loss_of_step(model, images, labels, alphas, options.seed, step, options.batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
+            loss = loss_of_step(model, images, labels, alphas, options.seed, step, options.batch)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
