@@ -18,6 +18,7 @@ anywhere repeats one block at most, and ends with the bits of one that was not.
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from pipelines.quant.tables import TimestepTables
 STRETCH = (-0.1, 1.1)  # of the sigmoid, so that it reaches 0 and 1 (AdaRound's γ and ζ)
 MIXED = 4  # calls of an iteration
 VALUES = 4096  # that a call gives to the search for a site's activation scale
+IN_MEMORY = 2**30  # bytes of a block's inputs and targets; more of them are mapped files
 TEMPORAL = "temporal block"
 ROUNDING, SCALES = "rounding", "scales"
 
@@ -246,17 +248,53 @@ def _is_block(module: nn.Module) -> bool:
     return residual or any(hasattr(module, name) for name in ("attn", "attn1", "to_q"))
 
 
+class _Items(Sequence):
+    """What a block's calls bring: the first IN_MEMORY bytes of it in memory, the rest in files of `folder`, mapped while
+    they are read. A block at 64×64 brings gigabytes.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.kept, self.size = folder, [], 0
+        shutil.rmtree(folder, ignore_errors=True)  # of the block before, or of a run that was killed
+
+    def append(self, item: tuple[float, Any, list[torch.Tensor]]) -> None:
+        self.size += _bytes(item)
+        if self.size > IN_MEMORY:
+            self.folder.mkdir(exist_ok=True)
+            path = self.folder / f"{len(self.kept)}.pt"
+            torch.save(item, path)
+            item = path
+        self.kept.append(item)
+
+    def __getitem__(self, place: int) -> tuple[float, Any, list[torch.Tensor]]:
+        item = self.kept[place]
+        return torch.load(item, mmap=True, weights_only=True) if isinstance(item, Path) else item
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+
+def _bytes(value: Any) -> int:
+    """Of all tensors in nested tuples, lists and mappings."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return sum(_bytes(part) for part in parts)
+
+
 class _Module:
     """A block that is a module: its calls are those of the calibration, and what goes in is seen in the network."""
 
-    def __init__(self, block: Block, teacher: Denoiser, student: Denoiser, calls: Sequence[Call], guidance: float):
+    def __init__(
+        self, block: Block, teacher: Denoiser, student: Denoiser, calls: Sequence[Call], guidance: float, folder: Path
+    ):
         self.name, self.teacher, self.student = block.name, teacher, student
-        self.calls, self.guidance = calls, guidance
+        self.calls, self.guidance, self.folder = calls, guidance, folder
 
     @torch.no_grad()
-    def items(self, own_inputs: bool) -> list[tuple[float, Any, list[torch.Tensor]]]:
+    def items(self, own_inputs: bool) -> _Items:
         """(timestep, inputs, the teacher's outputs) of every call. own_inputs: as the student so far gives them."""
-        items = []
+        items = _Items(self.folder)
         for call in self.calls:
             given, targets = _stopped(self.teacher, self.name, call, self.guidance)
             if own_inputs:
@@ -495,7 +533,7 @@ def reconstruct(
         if block.name == TEMPORAL:
             source = _Temporal(block, teacher, student, course)
         else:
-            source = _Module(block, teacher, student, calls, course.guidance)
+            source = _Module(block, teacher, student, calls, course.guidance, folder / "inputs")
 
         def draw(iteration: int, count: int, index=index) -> list[int]:
             order = torch.randperm(count, generator=generator(course.seed, iteration, f"block {index}"))
@@ -520,6 +558,7 @@ def reconstruct(
         result["row"] = {"block": block.name, "what": kind, "sites": len(block.sites)} | result["row"]
         _write(folder / f"{index:04d}.pt", result)
         settle(result)
+    shutil.rmtree(folder / "inputs", ignore_errors=True)
     report.end()
     return Reconstructed(codes, rows, sum(value.numel() for value in codes.values()) + _scales_learned(rows, tables))
 
