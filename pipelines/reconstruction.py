@@ -249,8 +249,8 @@ def _is_block(module: nn.Module) -> bool:
 
 
 class _Items(Sequence):
-    """What a block's calls bring: the first IN_MEMORY bytes of it in memory, the rest in files of `folder`, mapped while
-    they are read. A block at 64×64 brings gigabytes.
+    """What a block's calls bring, which at 64×64 is gigabytes: the first IN_MEMORY bytes of it in memory, the rest in
+    files of `folder`, mapped while they are read.
     """
 
     def __init__(self, folder: Path):
