@@ -1,14 +1,19 @@
-"""What each part of `hqdm --variant auto` gives: the same student with one thing changed at a time.
+"""What each part of `hqdm --variant auto` gives: the same student with one thing changed at a time, and what the
+published rates make of the published placements.
 
     python -m benchmarks.tricks --bits w4a3
+    python -m benchmarks.tricks --bits w4a3 --model benchmarks/cifar10/unet/model.ckpt --extractor cifar10 \
+        --reference runs/cifar10/cifar10-test.npz --steps 10 --workspace runs/cifar10/benchmark
 
-Every row is a chain of artifacts in the workspace `runs/tricks` (plan, distill, export, sample, score) at the same
-seeds and the same number of updates; a row that changes the recipe hands the plan back with that one key edited. What
-is there is not computed twice.
+Every row is a chain of artifacts in the workspace (plan, distill, export, sample, score) at the same seeds and the same
+number of updates; a row that changes the recipe hands the plan back with that one key edited. What is there is not
+computed twice.
 """
 
 import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,48 +21,79 @@ from hqdm_cli import console
 from pipelines import runner
 from pipelines.config import to_dict
 from pipelines.digits import CHECKPOINT
+from pipelines.methods.base import TUNED
 from pipelines.plans import Recipe
 from pipelines.stages import load
 from pipelines.store import Store
 
-PUBLISHED = to_dict(Recipe())
-# Name: method, variant, options of the plan, changes of its recipe; shares of trajectories and of images where not 1.
+
+@dataclass(frozen=True)
+class Row:
+    """recipe: its changes against the method's own; shares are of trajectories and of images where not 1."""
+
+    method: str = "hqdm"
+    variant: str = "auto"
+    options: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    trajectories: float = 1
+    images: int = 1
+
+
+NONE = {"updates": "none", "ema": 0.0}
+PUBLISHED = {name: value for name, value in to_dict(Recipe()).items() if name not in ("base_weight", "headroom")}
+SCALES = ["weight_scales", "activation_scales", "zero_points"]
 ROWS = {
-    "auto": ("hqdm", "auto", {}, {}),
-    "published rates": ("hqdm", "auto", {}, {**PUBLISHED, "base_weight": "float", "headroom": 1.3}),
-    "adapters at the published rate": ("hqdm", "auto", {}, {"lora_rate_divisor": 2500.0}),
-    "biases fixed": ("hqdm", "auto", {}, {"trains": ["adapters", "weight_scales", "activation_scales", "zero_points"]}),
-    "adapters fixed": (
-        "hqdm", "auto", {}, {"trains": ["weight_scales", "activation_scales", "zero_points", "biases"]},
-    ),
-    "activation scales by absolute rates": (
-        "hqdm", "auto", {}, {"relative_scales": False, "activation_scale_rate": 5e-4},
-    ),
-    "no moving average": ("hqdm", "auto", {}, {"ema": 0.0}),
-    "losses of all timesteps as they are": ("hqdm", "auto", {}, {"weighting": "none"}),
-    "adapters on the quantised weight": ("hqdm", "auto", {}, {"base_weight": "quantised"}),
-    "a factor on weight scales for each timestep": ("hqdm", "auto", {}, {"weight_factors": True}),
-    "no headroom at 8 bits": ("hqdm", "auto", {}, {"headroom": 1.0}),
-    "the systematic error not counted": ("hqdm", "auto", {"bias": "0"}, {}),
-    "centring and scaling tried": ("hqdm", "auto", {"centring": "true", "scaling": "true"}, {}),
-    "half the trajectories, twice the images": ("hqdm", "auto", {}, {}, 0.5, 2),
-    "sites as published (hqdm/tuned)": ("hqdm", "tuned", {}, {}),
-    "sites by SQNR (hqdm/ours), these rates": ("hqdm", "ours", {}, "tuned"),
-}  # fmt: skip
-SHOWN = {"psnr": "PSNR dB", "fd_digits": "FD(digits)", "sfd_digits": "sFD(digits)", "is": "IS(digits)",
-         "precision": "precision"}  # fmt: skip
+    "auto": Row(),
+    "not distilled": Row(recipe=NONE),
+    "published rates": Row(recipe=PUBLISHED),
+    "adapters at the published rate": Row(recipe={"lora_rate_divisor": 2500.0}),
+    "adapters fixed": Row(recipe={"trains": [*SCALES, "biases"]}),
+    "biases fixed": Row(recipe={"trains": ["adapters", *SCALES]}),
+    "activation scales by absolute rates": Row(recipe={"relative_scales": False, "activation_scale_rate": 5e-4}),
+    "adapters on the quantised weight": Row(recipe={"base_weight": "quantised"}),
+    "no moving average": Row(recipe={"ema": 0.0}),
+    "losses of all timesteps as they are": Row(recipe={"weighting": "none"}),
+    "a factor on weight scales for each timestep": Row(recipe={"weight_factors": True}),
+    "relations of the last block's features too": Row(recipe={"relation": 100.0}),
+    "half the trajectories, twice the images": Row(trajectories=0.5, images=2),
+    "no headroom at 8 bits": Row(recipe={"headroom": 1.0}),
+    "the systematic error not counted": Row(options={"bias": "0"}),
+    "centring and scaling tried": Row(options={"centring": "true", "scaling": "true"}),
+    "sites by SQNR (hqdm/ours), auto's rates": Row(variant="ours", recipe=to_dict(TUNED)),
+    "hqdm/code, not distilled": Row(variant="code", recipe=NONE),
+    "hqdm/code": Row(variant="code"),
+    "hqdm/code, auto's rates (hqdm/tuned)": Row(variant="tuned"),
+    "efficientdm, not distilled": Row("efficientdm", "published", recipe=NONE),
+    "efficientdm": Row("efficientdm", "published"),
+    "efficientdm, auto's rates (efficientdm/tuned)": Row("efficientdm", "tuned"),
+}
+SHOWN = {"psnr_mean_per_image": "PSNR dB", "fd": "FD", "sfd": "sFD", "is": "IS", "precision": "precision"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workspace", type=Path, default=Path("runs/tricks"))
+    parser.add_argument("--model", type=Path, default=CHECKPOINT)
+    parser.add_argument("--extractor", help="of the scores; by the images' size where it is left out")
+    parser.add_argument("--reference", help="images to score against; the extractor's own where it is left out")
     parser.add_argument("--bits", default="w4a3")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=300, help="images of each row")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, help="the model's where it is left out")
     parser.add_argument("--trajectories", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="images of a trajectory")
     parser.add_argument("--rows", help="some of the rows, with semicolons")
+    parser.add_argument("--list", action="store_true", help="say which rows there are")
     options = parser.parse_args()
+    names = [name.strip() for name in options.rows.split(";")] if options.rows else list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"no such row: {unknown[0]!r}; --list says which there are")
+    if options.list:
+        print("\n".join(names))
+        return
     store = Store(options.workspace)
+    drawn = {"steps": options.steps, "guidance": options.guidance}
     rows = []
     with console.Progress() as progress:
 
@@ -68,40 +104,42 @@ def main() -> None:
             return runner.make(store, stage, config, chosen, progress).artifact
 
         def scored(source: str, maker):
-            sample = make("sample", {"source": maker.id}, source=source, count=options.count)
-            return make("score", {"samples": sample.id})
-
-        model = runner.make(store, "model", runner.model_config(CHECKPOINT), {}, progress).artifact
-        profile = make("profile", {"model": model.id})
-        scored("teacher", model)
-        tuned = None
-        for name in options.rows.split(";") if options.rows else ROWS:
-            method, variant, chosen, changes, *rest = ROWS[name]
-            plan = make(
-                "plan", {"profile": profile.id}, method=method, variant=variant, bits=options.bits, options=chosen
+            sample = make(
+                "sample", {"source": maker.id}, source=source, count=options.count, seed=options.seed, **drawn
             )
-            tuned = tuned or yaml.safe_load(plan.file("plan.yaml").read_text())["recipe"]
-            if changes:
-                values = yaml.safe_load(plan.file("plan.yaml").read_text())
-                values["recipe"] |= tuned if changes == "tuned" else changes
-                edited = options.workspace / f"{options.bits} {name}.yaml"
-                edited.write_text(yaml.safe_dump(values, sort_keys=False))
-                config = runner.edited_plan(edited)
-                plan = runner.make(store, "plan", config, {"profile": profile.id}, progress).artifact
-            share, larger = rest or (1, 1)
-            student = make(
-                "distill", {"plan": plan.id}, trajectories=int(options.trajectories * share),
-                batch=options.batch * larger,
+            against = {"extractor": options.extractor, "reference_path": options.reference}
+            return make("score", {"samples": sample.id}, **against)
+
+        model = runner.make(store, "model", runner.model_config(options.model), {}, progress).artifact
+        profile = make("profile", {"model": model.id}, **drawn)
+        rows.append({"changed": "the teacher"} | figures(scored("teacher", model)))
+        for name in names:
+            row = ROWS[name]
+            plan = make(
+                "plan", {"profile": profile.id}, method=row.method, variant=row.variant, bits=options.bits,
+                options=row.options,
             )  # fmt: skip
-            score = scored("int", make("export", {"distill": student.id}))
-            rows.append({"changed": name} | figures(score))
+            if row.recipe:
+                values = yaml.safe_load(plan.file("plan.yaml").read_text(encoding="utf-8"))
+                values["recipe"] |= row.recipe
+                edited = options.workspace / f"{options.bits} {name.replace('/', ' ')}.yaml"
+                edited.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+                plan = runner.make(
+                    store, "plan", runner.edited_plan(edited), {"profile": profile.id}, progress
+                ).artifact
+            student = make(
+                "distill", {"plan": plan.id}, trajectories=max(1, round(options.trajectories * row.trajectories)),
+                batch=options.batch * row.images, guidance=options.guidance, seed=options.seed,
+            )  # fmt: skip
+            rows.append({"changed": name} | figures(scored("int", make("export", {"distill": student.id}))))
     for line in console.markdown(rows):
         print(line)
 
 
 def figures(score) -> dict:
-    """Those of SHOWN that the score has."""
-    return {title: round(score.figures[key], 3) for key, title in SHOWN.items() if score.figures.get(key) is not None}
+    """Those of SHOWN that the score has, whatever its extractor; an empty cell where there is none."""
+    own = {key.removesuffix(f"_{score.figures.get('extractor')}"): value for key, value in score.figures.items()}
+    return {title: "" if own.get(key) is None else f"{own[key]:.3f}" for key, title in SHOWN.items()}
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="of DDIM, in distillation and sampling")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--trajectories", type=int, default=20, help="of each distillation")
-    parser.add_argument("--batch", type=int, default=100, help="images sampled at a time")
+    parser.add_argument("--batch", type=int, default=50, help="images sampled at a time")
     parser.add_argument("--work", type=Path, default=reference.WORK, help="folder for the test images")
     parser.add_argument("--workspace", type=Path, default=reference.WORK / "benchmark")
     parser.add_argument("--results", type=Path, default=reference.WORK / "results", help="folder of the table")
