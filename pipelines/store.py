@@ -168,6 +168,8 @@ class Store:
 
     def __init__(self, root: Path | str):
         self.root = Path(root)
+        # Manifests never change, and those of many images take milliseconds to parse: kept while the file is the same.
+        self._known: dict[Path, tuple[tuple[int, ...], Artifact]] = {}
 
     def _folders(self, stage: str) -> list[Path]:
         try:
@@ -179,6 +181,10 @@ class Store:
     def _read(self, path: Path) -> Artifact | None:
         file = path / MANIFEST
         try:
+            about = file.stat()
+            identity = about.st_mtime_ns, about.st_size, about.st_ino
+            if path in self._known and self._known[path][0] == identity:
+                return self._known[path][1]
             manifest = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -190,7 +196,9 @@ class Store:
             raise FileFault(f"{file} is not the manifest of an artifact", "keep other files out of the workspace")
         if manifest["format"] > FORMAT:
             raise FileFault(f"{file} has format {manifest['format']}, newer than {FORMAT}", "update hqdm to read it")
-        return Artifact(f"{path.parent.name}/{path.name}", path.parent.name, path, manifest)
+        artifact = Artifact(f"{path.parent.name}/{path.name}", path.parent.name, path, manifest)
+        self._known[path] = identity, artifact
+        return artifact
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """The complete ones, oldest first: of one stage in the order of their numbers, of all in the order of time."""
