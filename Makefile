@@ -4,7 +4,7 @@
 # make size        memory and time of every stage on 400 million parameters, random weights (about 10 minutes, 8 GB of disk)
 # make training    what a step of distillation costs, beside training in full precision (about 15 minutes)
 # make tricks      what each part of hqdm's variant auto gives: one thing changed at a time (about half an hour)
-# make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher, 10,000 images each (docs/cifar10.md)
+# make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher (docs/cifar10.md)
 # make lint        ruff
 #
 # The environment is made without ensurepip, which a bare Debian does not have; the outer pip (22.3 or newer) installs.

@@ -11,8 +11,6 @@ moments and the x_t it stands at: saved now and then, and a run killed anywhere 
 """
 
 import math
-import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from pipelines.plans import Course, Recipe
 from pipelines.quant.correction import Correction, Moments
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.tables import TimestepTables
+from pipelines.states import read_state, write_state
 
 MOST_POSITIONS = 1024  # that are compared with each other
 WEIGHT_DECAY = 0.01  # of the adapters; scales have none
@@ -182,14 +181,8 @@ def distill(
     means: dict[int, float] = {}  # running means of the loss, by step
     relation = _Relation(teacher, student, recipe.relation) if recipe.relation else None
     averages = [parameter.detach().clone() for parameter in parameters] if recipe.ema else []
-    threads = torch.get_num_threads()
-    state = _read_state(state_file, report)
+    state = read_state(state_file, report)
     if state is not None:
-        if (state["threads"], state["torch"]) != (threads, torch.__version__):
-            report.warn(
-                f"interrupted with {state['threads']} threads of torch {state['torch']}, going on with {threads} of "
-                f"{torch.__version__}: the result will differ in its last bits from an undisturbed run's"
-            )
         with torch.no_grad():
             for parameter, value in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
@@ -202,16 +195,10 @@ def distill(
 
     def save() -> None:
         values = [parameter.detach() for parameter in parameters]
-        part = state_file.with_suffix(".part")
-        with open(part, "wb") as file:
-            torch.save(
-                {"parameters": values, "optimiser": optimiser.state_dict(), "done": done, "losses": losses, "x": x,
-                 "means": means, "averages": averages, "features": relation and relation.before, "threads": threads,
-                 "torch": str(torch.__version__)}, file,
-            )  # fmt: skip
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(state_file)
+        write_state(state_file, {
+            "parameters": values, "optimiser": optimiser.state_dict(), "done": done, "losses": losses, "x": x,
+            "means": means, "averages": averages, "features": relation and relation.before,
+        })  # fmt: skip
 
     report.begin("distill", course.updates, done, unit="updates")
     while done < course.updates:
@@ -310,14 +297,3 @@ def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, ima
     return Correction(
         torch.tensor(timesteps, dtype=torch.float64), slope, bias, deviation, torch.tensor(float(course.guidance))
     )
-
-
-def _read_state(path: Path, report: Report) -> dict | None:
-    """The saved state, or None where there is none or a power cut left half of one."""
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        report.warn(f"{path} is damaged ({error or type(error).__name__}); distillation starts again")
-        return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import FileFault
-from pipelines.quant.spec import Site, SitePlan, Transform, integer_range
+from pipelines.quant.spec import Site, SitePlan, Transform
 
 if TYPE_CHECKING:
     import torch
@@ -104,37 +104,28 @@ class Measures:
         return sorted(range(len(self.timesteps)), key=lambda index: self.timesteps[index])
 
     def activation_scales(
-        self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"], groups: Sequence[int], by: str
+        self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"], groups: Sequence[int], by: str, headroom: float
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Initial scale and zero-point (T,) of a site, timesteps ascending.
 
-        constants: the site's surroundings. groups: of each timestep in the profile's order, or empty. by: `error`
-        minimises the squared error, `max` covers the range.
+        constants: the site's surroundings. groups: of each timestep in the profile's order, or empty. by, headroom: as
+        `candidates.initial` takes them.
         """
         import torch
 
-        from pipelines.quant.candidates import measure, rotated_rows
+        from pipelines.quant.candidates import initial, rotated_rows, widened
 
-        bits, quantiser = plan.activation_bits, plan.activation_quantiser
         if by == "error" and not groups and plan.centring == "none" and not constants.keys() & {"gain", "centre"}:
-            scale, zero = (
-                self._measured(plan.site, plan.transform, quantiser, bits, what) for what in ("scale", "zero")
-            )
+            known = plan.site, plan.transform, plan.activation_quantiser, plan.activation_bits
+            scale, zero = widened(self._measured(*known, "scale"), plan, headroom), self._measured(*known, "zero")
             return scale[self._order].contiguous(), zero[self._order].contiguous()
         rows = rotated_rows(self.moved(plan, constants), plan.transform)  # (T, n)
         groups = groups or range(len(rows))
         scale, zero = torch.empty(len(rows)), torch.empty(len(rows))
         for group in set(groups):
             mine = [index for index, other in enumerate(groups) if other == group]
-            joined = rows[mine].reshape(1, -1)
-            if by == "max":
-                from pipelines.quant.affine import cover
-
-                scale[mine], zero[mine] = (
-                    value[0] for value in cover(joined, *integer_range(bits, quantiser == "symmetric"))
-                )
-            else:
-                scale[mine], zero[mine] = (value[0] for value in measure(joined, bits, quantiser)[:2])
+            found = initial(rows[mine].reshape(1, -1), plan, by, headroom)
+            scale[mine], zero[mine] = (value[0] for value in found)
         return scale[self._order].contiguous(), zero[self._order].contiguous()
 
     def moved(self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":

@@ -61,7 +61,9 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code."""
+    """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code, but for
+    `headroom`, which has none.
+    """
 
     lora_rank: int = 32
     lora_rate_divisor: float = 2500.0  # a layer's LoRA learns at mean(weight scale) / divisor: scale-aware optimisation

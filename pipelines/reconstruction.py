@@ -16,8 +16,6 @@ anywhere repeats one block at most, and ends with the bits of one that was not.
 """
 
 import math
-import os
-import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,13 +32,14 @@ from pipelines.events import Report
 from pipelines.methods.base import EIGHT_BIT_ROLES
 from pipelines.models.denoiser import Denoiser
 from pipelines.plans import Course, Recipe, Reconstruction
-from pipelines.quant.affine import NORM, cover
-from pipelines.quant.candidates import measure
+from pipelines.quant.affine import NORM
+from pipelines.quant.candidates import initial
 from pipelines.quant.hadamard import rotate_activation, rotate_last
 from pipelines.quant.layers import QuantLayer, as_rows, quant_layers
-from pipelines.quant.spec import HALVES, Site, SitePlan, integer_range
+from pipelines.quant.spec import HALVES, Site, SitePlan
 from pipelines.quant.surroundings import Surroundings
 from pipelines.quant.tables import TimestepTables
+from pipelines.states import read_state, write_state
 
 STRETCH = (-0.1, 1.1)  # of the sigmoid, so that it reaches 0 and 1 (AdaRound's γ and ζ)
 MIXED = 4  # calls of an iteration
@@ -87,7 +86,7 @@ def calibration(
 
     As many as there are timesteps × images in the settings; an image is seen at several timesteps. Kept in `folder`.
     """
-    if (kept := _read(folder / "calibration.pt", report)) is not None:
+    if (kept := read_state(folder / "calibration.pt", report)) is not None:
         return [Call(*parts) for parts in kept]
     schedule, info = teacher.info.schedule, teacher.info
     scheduler = walker(schedule)
@@ -119,7 +118,7 @@ def calibration(
     for index, place in enumerate(places):
         part = parts[index % len(parts)]
         calls.append(Call(timesteps[place], torch.cat(visited[place])[part], conditions[part]))
-    _write(folder / "calibration.pt", [(call.timestep, call.x, call.conditions) for call in calls])
+    write_state(folder / "calibration.pt", [(call.timestep, call.x, call.conditions) for call in calls])
     return calls
 
 
@@ -144,7 +143,7 @@ def rescaled(
     """A plan's tensors with activation scales and zero-points found on the calibration instead of on the profile.
 
     groups: of each of the tensors' timesteps, ascending; None: each its own. A group that no call is of keeps what it
-    has. by: `error` minimises the squared error, `max` covers the range. headroom: of 8-bit scales beyond that.
+    has. by, headroom: as `candidates.initial` takes them.
     """  # fmt: skip
     timesteps = scales["timesteps"].tolist()
     groups = list(range(len(timesteps))) if groups is None else groups
@@ -182,19 +181,14 @@ def rescaled(
         handle.remove()
     result = dict(scales)
     for plan in plans:
-        name, symmetric = plan.site.name, plan.activation_quantiser == "symmetric"
+        name = plan.site.name
         scale, zero = (scales[f"{name}/activation_{what}"].clone() for what in ("scale", "zero"))
         for group in set(groups):
             if (name, group) not in seen:
                 continue
-            values = torch.cat(seen[name, group])[None]
-            if by == "max":
-                found = cover(values, *integer_range(plan.activation_bits, symmetric))
-            else:
-                found = measure(values, plan.activation_bits, plan.activation_quantiser)
             mine = torch.tensor([other == group for other in groups])
-            scale[mine] = found[0][0] * (headroom if plan.activation_bits == 8 else 1.0)
-            zero[mine] = found[1][0]
+            found = initial(torch.cat(seen[name, group])[None], plan, by, headroom)
+            scale[mine], zero[mine] = (value[0] for value in found)
         result |= {f"{name}/activation_scale": scale, f"{name}/activation_zero": zero}
     return result
 
@@ -519,7 +513,7 @@ def reconstruct(
                 parameter[result["columns"]] = values
 
     for index in range(len(units)):
-        kept = _read(folder / f"{index:04d}.pt", report)
+        kept = read_state(folder / f"{index:04d}.pt", report)
         if kept is None:
             break
         settle(kept)
@@ -556,7 +550,7 @@ def reconstruct(
         else:
             result = _learn_scales(source, mine, tables, recipe.activation_scale_rate, lengths[kind], draw, advanced)
         result["row"] = {"block": block.name, "what": kind, "sites": len(block.sites)} | result["row"]
-        _write(folder / f"{index:04d}.pt", result)
+        write_state(folder / f"{index:04d}.pt", result)
         settle(result)
     shutil.rmtree(folder / "inputs", ignore_errors=True)
     report.end()
@@ -669,35 +663,3 @@ def _check_scales(layers: Mapping[str, QuantLayer], tables: TimestepTables) -> N
 
 def _row(before: float, after: float, kept: bool) -> dict[str, Any]:
     return {"error_before": before, "error_after": after, "kept": "learned" if kept else "as it was"}
-
-
-# Files of a run that goes on
-
-
-def _write(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        about = {"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-        torch.save(about, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def _read(path: Path, report: Report) -> Any | None:
-    """What was written, or None where nothing was or a power cut left half of it."""
-    if not path.exists():
-        return None
-    try:
-        kept = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        report.warn(f"{path} is damaged ({error or type(error).__name__}); it is made again")
-        return None
-    if (kept["threads"], kept["torch"]) != (torch.get_num_threads(), str(torch.__version__)):
-        report.warn(
-            f"{path.name} was made with {kept['threads']} threads of torch {kept['torch']}: the result will differ in "
-            "its last bits from an undisturbed run's"
-        )
-    return kept["value"]

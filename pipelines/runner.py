@@ -417,7 +417,7 @@ def _config_of(stage: str, values: Mapping[str, Any], seed: int | None, base: Pa
         for name, value in values.items()
     }
     if stage == "plan" and values.get("edited"):
-        if mixed := [name for name in ("method", "variant", "bits") if name in values]:
+        if mixed := [name for name in ("method", "variant", "bits", "options") if name in values]:
             words = " and ".join(mixed)
             raise UsageError(f"{where}: edited says the {words} already", f"leave out {words}")
         read = edited_plan(base / values["edited"]) if isinstance(values["edited"], str) else None

@@ -103,9 +103,7 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
     )
     layers = _swap_in(student, plans, tables, scales)
     for index, (name, layer) in enumerate(layers.items()):
-        if f"{name}/weight_codes" in scales:
-            layer.set_codes(scales[f"{name}/weight_codes"], scales[f"{name}/weight_scale"])
-        elif recipe.base_weight == "quantised" and "weights" not in recipe.trains:
+        if recipe.base_weight == "quantised" and "weights" not in recipe.trains:
             layer.set_base(scales[f"{name}/weight_scale"])
         if recipe.roles and layer.plan.site.role not in recipe.roles:
             continue
@@ -256,7 +254,8 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
         "timestep_unit": student.family.timestep_unit, "corrected": student.correction is not None,
         "learned_on": {"scheduler": walker(student.info.schedule), "steps": len(tables.timesteps)},
         "sign_diagonals": _sign_diagonals(plan.quantised),
-        "packing": "codes minus the smallest code, most significant bit first, rows one after another",
+        "packing": "codes minus the smallest code, most significant bit first, rows one after another; with row_bits "
+        "those of the narrowest width first, each width filled up to a byte",
         "network": {key: value for key, value in student.network.config.items() if not key.startswith("_")},
         "sites": [_site_entry(site) for site in plan.quantised],
     }  # fmt: skip

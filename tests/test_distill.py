@@ -119,12 +119,12 @@ def test_a_parameter_that_is_no_number_stops_it_by_name_with_the_last_good_state
     with pytest.raises(NumericalFault, match="an adapter of site conv_in is .* not finite"):
         make(store, "distill", {"plan": plan.id}, trajectories=2, batch=2, save_every=2)
     kept = next(iter(store.root.glob("distill/.draft-*/work/state.pt")))
-    state = torch.load(kept, weights_only=True)
+    state = torch.load(kept, weights_only=True)["value"]
     assert state["done"] == 2 and all(torch.isfinite(value).all() for value in state["parameters"])
 
 
 def test_a_damaged_state_is_said_and_not_trusted(store, tmp_path):
-    from pipelines.distillation import _read_state
+    from pipelines.states import read_state
 
     class Listener(Report):
         heard = ""
@@ -134,7 +134,7 @@ def test_a_damaged_state_is_said_and_not_trusted(store, tmp_path):
 
     (tmp_path / "state.pt").write_bytes(b"half of")
     listener = Listener()
-    assert _read_state(tmp_path / "state.pt", listener) is None and "is damaged" in listener.heard
+    assert read_state(tmp_path / "state.pt", listener) is None and "is damaged" in listener.heard
 
 
 def test_a_scale_that_is_not_positive_is_named_by_its_site(store):

@@ -19,6 +19,7 @@ FLOORS = {
     "pipelines.quant.spec": 0,
     "pipelines.store": 1,
     "pipelines.plans": 1,
+    "pipelines.states": 1,
     "pipelines.quant": 1,
     "pipelines.digits": 1,
     "pipelines.cifar10": 1,

@@ -28,7 +28,7 @@ HERE = Path(__file__).absolute().parent
 ROOT = HERE.parents[1]
 TEACHERS = {"unet": HERE / "unet/model.ckpt", "dit": HERE / "dit"}
 BITS = "w8a8,w4a8,w8a4,w4a4,w4a3,w3a3,w2a4"
-IMAGES = 10_000
+IMAGES = 1000
 
 
 def portable(value: Any, places: dict[str, str]) -> Any:
@@ -129,8 +129,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bits", default=BITS, help="with commas")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of distillation and images")
     parser.add_argument("--count", type=int, default=IMAGES, help="images of each cell")
-    parser.add_argument("--steps", type=int, default=20, help="of DDIM, in distillation and sampling")
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--steps", type=int, default=10, help="of DDIM, in distillation and sampling")
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--trajectories", type=int, default=20, help="of each distillation")
     parser.add_argument("--batch", type=int, default=50, help="images sampled at a time")
     parser.add_argument("--work", type=Path, default=reference.WORK, help="folder for the test images")

@@ -104,14 +104,6 @@ def grouped(noise: "torch.Tensor", most: int) -> list[int]:
     return [order.index(group) for group in belongs.tolist()]
 
 
-def total(noise: "torch.Tensor", groups: list[int]) -> float:
-    """What a grouping costs, in the units of `errors`. noise: (sites, T, candidates)."""
-    import torch
-
-    belongs = torch.tensor(groups)
-    return sum(noise[:, belongs == group].sum(1).amin(1).sum().item() for group in set(groups))
-
-
 METHOD = Method(
     name="apq_dm",
     summary="timesteps in groups that share activation scales, searched by distribution; nothing else is learned",

@@ -102,7 +102,7 @@ class Method:
 
     decide(site, bits, measured, variant): the plan of one site, or of its two halves (`Site.halves`).
     constants(plan, weight, measured, variant): tensors that the plan of one site needs beside its scales: `gain`,
-        `centre` (C,), `row_bits` (out,) uint8, `weight_codes`. weight (out, in, …) is the teacher's.
+        `centre` (C,), `row_bits` (out,) uint8. weight (out, in, …) is the teacher's.
     groups(measured, variant): which timesteps share one activation scale: a group number for each, in the profile's
         order. An empty list gives each its own.
     allocate(plans, bits, measured, variant): the plans again, with what can only be decided over all of them.

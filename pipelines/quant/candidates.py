@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pipelines.quant.affine import choose, dequantise, quantise, sqnr
+from pipelines.quant.affine import choose, cover, dequantise, quantise, sqnr
 from pipelines.quant.hadamard import rotate_activation
-from pipelines.quant.spec import IDENTITY, ORDERS, Site, Transform, integer_range, largest_block
+from pipelines.quant.spec import IDENTITY, ORDERS, Site, SitePlan, Transform, integer_range, largest_block
 
-SIGN_SEED = 1  # of the diagonal D; one seed for all sites, so that a transform's name says all about it
+SIGN_SEED = 1  # of the diagonal D; of the diagonal that a profile measures; plans may have others
 WIDEST = 32  # order of a transform along the width: the paper's choice, where the width allows it
 CENTRED = "centred"
 # Steps of the search for a scale: few bits clip most, so that they need the finest search over the widest range.
@@ -18,7 +18,9 @@ EXACT = 200.0  # dB; what a row without any signal gets, since zeros are quantis
 
 @dataclass(frozen=True)
 class Candidate:
-    """A transform by its name. `centred`: every channel's mean is subtracted first; measured only, no layer does it."""
+    """A transform by its name. `centred`: every channel's mean is subtracted first. That is measured alone; layers
+    centre by `SitePlan.centring`.
+    """
 
     name: str
     transform: Transform
@@ -77,6 +79,25 @@ def centred_rows(rows: torch.Tensor, mean: torch.Tensor, sample: torch.Tensor, t
     """`rotated_rows` of the sample less its channels' means (T, C): rotation is linear, so the mean is rotated too."""
     expanded = mean[:, None, :, None] if sample.ndim == 4 else mean[:, None]
     return rows - rotated_rows(expanded.expand_as(sample), transform)
+
+
+def initial(rows: torch.Tensor, plan: SitePlan, by: str, headroom: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero-point (T,) of a plan's activation quantiser on rotated rows (T, n), one quantiser a timestep.
+
+    by: `error` minimises the squared error, `max` covers the range. headroom: see `widened`.
+    """  # fmt: skip
+    if by == "max":
+        scale, zero = cover(rows, *plan.activation_range)
+    else:
+        scale, zero, _ = measure(rows, plan.activation_bits, plan.activation_quantiser)
+    return widened(scale, plan, headroom), zero
+
+
+def widened(scale: torch.Tensor, plan: SitePlan, headroom: float) -> torch.Tensor:
+    """An 8-bit activation scale times its headroom, and others as they are: at few bits rounding costs more than rare
+    values that are clipped.
+    """
+    return scale * headroom if plan.activation_bits == 8 else scale
 
 
 def measure(

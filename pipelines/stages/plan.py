@@ -3,8 +3,8 @@
 Writes `plan.yaml`, which a person can read, edit and hand back, and `scales.safetensors`:
 
     timesteps (T,) fp64, ascending · <site>/activation_scale, <site>/activation_zero (T,) fp32, of the raw-rotated
-    activation · <site>/weight_scale, <site>/weight_zero (out,) fp32 · <site>/gain, centre, taps, row_bits,
-    weight_codes, where the method has such
+    activation · <site>/weight_scale, <site>/weight_zero (out,) fp32 · <site>/gain, centre, taps, row_bits, where the
+    method has such
 """
 
 import json
@@ -104,26 +104,25 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         _check_constants(site, constants)
         if "centre" in constants:
             constants["taps"] = taps_of(constants["centre"], weight, site.site)
-        scale, zero = measured.activation_scales(site, constants, plan.groups, recipe.activation_scale_by)
-        if site.activation_bits == 8:
-            scale = scale * recipe.headroom
+        scale, zero = measured.activation_scales(
+            site, constants, plan.groups, recipe.activation_scale_by, recipe.headroom
+        )
         mine = {"activation_scale": scale, "activation_zero": zero}
-        if "weight_scale" not in constants:
-            if "gain" in constants:
-                weight = weight / constants["gain"].view(1, -1, *[1] * (weight.ndim - 2))
-            if site.inverse == "double":
-                weight = rotate_weight(weight, site.transform)
-            rows = weight.flatten(1)
-            search = cover if recipe.weight_scale_by == "max" else choose
-            if site.mixed:
-                mine["weight_scale"], mine["weight_zero"] = torch.empty(len(rows)), torch.empty(len(rows))
-                low, high = weight_bounds(site, constants["row_bits"])
-                for bounds in set(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)):
-                    chosen = (low.flatten() == bounds[0]) & (high.flatten() == bounds[1])
-                    found = search(rows[chosen], *map(int, bounds))
-                    mine["weight_scale"][chosen], mine["weight_zero"][chosen] = found
-            else:
-                mine["weight_scale"], mine["weight_zero"] = search(rows, *site.weight_range)
+        if "gain" in constants:
+            weight = weight / constants["gain"].view(1, -1, *[1] * (weight.ndim - 2))
+        if site.inverse == "double":
+            weight = rotate_weight(weight, site.transform)
+        rows = weight.flatten(1)
+        search = cover if recipe.weight_scale_by == "max" else choose
+        if site.mixed:
+            mine["weight_scale"], mine["weight_zero"] = torch.empty(len(rows)), torch.empty(len(rows))
+            low, high = weight_bounds(site, constants["row_bits"])
+            for bounds in set(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True)):
+                chosen = (low.flatten() == bounds[0]) & (high.flatten() == bounds[1])
+                found = search(rows[chosen], *map(int, bounds))
+                mine["weight_scale"][chosen], mine["weight_zero"][chosen] = found
+        else:
+            mine["weight_scale"], mine["weight_zero"] = search(rows, *site.weight_range)
         tensors |= {f"{name}/{key}": value.contiguous() for key, value in (constants | mine).items()}
         report.advance(done)
     report.end()
@@ -133,10 +132,6 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
 def _check_constants(site: SitePlan, constants: Mapping) -> None:
     """The tensors that a placement speaks of have to be there."""
-    if "weight_codes" in constants and not {"weight_scale", "weight_zero"} <= constants.keys():
-        raise HqdmError(
-            f"site {site.site.name}: the method gives integers without their scale", "mend the method's `constants`"
-        )
     for wanted, name in ((site.scaling, "gain"), (site.centring == "static", "centre"), (site.mixed, "row_bits")):
         if wanted != (name in constants):
             word = {"gain": "scaling", "centre": "centring", "row_bits": "mixed"}[name]

@@ -1,0 +1,42 @@
+"""Tensors that an interrupted run goes on from: a file of its draft, whole or not there."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.events import Report
+
+
+def write_state(path: Path, value: Any) -> None:
+    """Replace `path` in one piece by `value`: tensors and plain values in nested tuples, lists and mappings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        about = {"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+        torch.save(about, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_state(path: Path, report: Report) -> Any | None:
+    """What was written, or None where nothing was or a power cut left half of it; says so, and where another number of
+    threads or version of torch goes on.
+    """
+    if not path.exists():
+        return None
+    try:
+        kept = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        report.warn(f"{path} is damaged ({error or type(error).__name__}); what it held is made again")
+        return None
+    threads = torch.get_num_threads()
+    if (kept["threads"], kept["torch"]) != (threads, str(torch.__version__)):
+        report.warn(
+            f"{path.name} was made with {kept['threads']} threads of torch {kept['torch']}, going on with {threads} of "
+            f"{torch.__version__}: the result will differ in its last bits from an undisturbed run's"
+        )
+    return kept["value"]
