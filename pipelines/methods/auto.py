@@ -1,8 +1,8 @@
 """The search behind `hqdm --variant auto`: for every site, the placement that costs its output least.
 
 Over transform (none; along the channels at every order, without signs and with several diagonals of them), where its
-inverse goes (single, double), activation quantiser (symmetric, asymmetric) and, where asked, static centring
-and scaling, it minimises
+inverse goes (single, double), activation quantiser (symmetric, asymmetric), static centring and scaling, it
+minimises
 
     noise of the activation + `bias` · its part that is the same for all tokens + noise of the weight,
 
@@ -29,8 +29,8 @@ ENOUGH = 1e-3  # noise of a share of this is not worth a transform (30 dB)
 # Scores of students before training were best with about the number of steps that add it up.
 OPTIONS = {
     "bias": Option(10.0, "weight of an activation's systematic error against its noise", variants=("auto",), least=0),
-    "centring": Option(False, "try static centring, whose constants join the biases", variants=("auto",)),
-    "scaling": Option(False, "try a gain of each channel", variants=("auto",)),
+    "centring": Option(True, "try static centring, whose constants join the biases", variants=("auto",)),
+    "scaling": Option(True, "try a gain of each channel", variants=("auto",)),
     "budget": Option(
         0.0,
         "bytes of the quantised weights as a share of what the bits asked for take; 0: as asked",

@@ -127,7 +127,7 @@ METHOD = Method(
             {"axis": "width", "ranks": (2, 3, 4)},
         ),
         "auto": Variant(
-            "every site's placement by its output's error: transform, signs, inverse, quantiser; own rates",
+            "every site's placement by its output's error: transform, signs, inverse, centring, scaling; own rates",
             TUNED,
             {"search": "auto"},
         ),
