@@ -68,7 +68,7 @@ def bench(tmp_path_factory):
     words = ["--teacher", str(tiny_checkpoint(folder / "model")), "--data", str(folder / "data")]
     words += ["--work", str(folder), "--workspace", str(folder / "workspace"), "--results", str(folder / "results")]
     words += ["--methods", "hqdm", "--bits", "w4a4", "--count", "5", "--batch", "3", "--steps", str(STEPS)]
-    words += ["--trajectories", "1"]
+    words += ["--trajectories", "1", "--guidance", "1.5"]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(profile, "_draw", lambda *_: None)
         run.main(words)

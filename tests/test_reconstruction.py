@@ -78,7 +78,7 @@ def test_a_soft_student_starts_as_its_teacher(store, plans, tmp_path):
     student = new_student(teacher, plan, scales, 0)
     layers = quant_layers(student.network)
     (block,) = find_blocks(student.network, [layer.plan.site for layer in layers.values()], False)
-    source = _Module(block, teacher, student, calls[:2], 1.5)
+    source = _Module(block, teacher, student, calls[:2], 1.5, tmp_path / "inputs")
     with _learning(layers, float_inputs=True) as codes, torch.no_grad():
         exact, nearest = [], []
         for timestep, given, targets in source.items(own_inputs=False):
