@@ -3,7 +3,7 @@ published rates make of the published placements.
 
     python -m benchmarks.tricks --bits w4a3
     python -m benchmarks.tricks --bits w4a3 --model benchmarks/cifar10/unet/model.ckpt --extractor cifar10 \
-        --reference runs/cifar10/cifar10-test.npz --steps 10 --workspace runs/cifar10/benchmark
+        --reference runs/cifar10/cifar10-test.npz --steps 10 --guidance 3 --workspace runs/cifar10/benchmark
 
 Every row is a chain of artifacts in the workspace (plan, distill, export, sample, score) at the same seeds and the same
 number of updates; a row that changes the recipe hands the plan back with that one key edited. What is there is not

@@ -157,30 +157,22 @@ def _option(text: str) -> tuple[str, str, Any]:
 
 def _with_workspace(artifact: Any, name: str, workspace: Path) -> str:
     """A file of the comparison, its commands with the workspace that they are to be typed in."""
-    import csv
-    import io
     import json
+
+    from pipelines.report import comparison
 
     text = artifact.file(name).read_text(encoding="utf-8")
     added = console.in_workspace("", workspace)
     if not added:
         return text
     table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
-    commands = [entry["command"] for entry in [*table["cells"], *table["failed"]] if entry.get("command")]
-    for command in dict.fromkeys(commands):
-        if name == "table.md":  # a line each
-            text = text.replace(f"\n{command}\n", f"\n{command}{added}\n")
-        elif name == "table.json":
-            old, new = (json.dumps(words, ensure_ascii=False) for words in (command, command + added))
-            text = text.replace(old, new)
-    if name == "table.csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-        written = io.StringIO()
-        writer = csv.DictWriter(written, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | {"command": row["command"] and row["command"] + added} for row in rows)
-        text = written.getvalue()
-    return text
+    for entry in [*table["cells"], *table["failed"]]:
+        if command := entry.get("command"):
+            entry["command"] = command + added
+            text = text.replace(f"\n{command}\n", f"\n{command}{added}\n")  # of table.md: a line each
+    if name == "table.json":
+        return json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return comparison.csv_text(table) if name == "table.csv" else text
 
 
 def _show_plan(result: Any, as_json: bool) -> None:

@@ -1,8 +1,7 @@
 """The search behind `hqdm --variant auto`: for every site, the placement that costs its output least.
 
 Over transform (none; along the channels at every order, without signs and with several diagonals of them), where its
-inverse goes (single, double), activation quantiser (symmetric, asymmetric), static centring and scaling, it
-minimises
+inverse goes (single, double), activation quantiser (symmetric, asymmetric), static centring and scaling, the least of
 
     noise of the activation + `bias` · its part that is the same for all tokens + noise of the weight,
 

@@ -8,7 +8,7 @@ from pipelines.quant.affine import choose, cover, dequantise, quantise, sqnr
 from pipelines.quant.hadamard import rotate_activation
 from pipelines.quant.spec import IDENTITY, ORDERS, Site, SitePlan, Transform, integer_range, largest_block
 
-SIGN_SEED = 1  # of the diagonal D; of the diagonal that a profile measures; plans may have others
+SIGN_SEED = 1  # of the diagonal D that a profile measures; plans may have others
 WIDEST = 32  # order of a transform along the width: the paper's choice, where the width allows it
 CENTRED = "centred"
 # Steps of the search for a scale: few bits clip most, so that they need the finest search over the widest range.
@@ -85,7 +85,7 @@ def initial(rows: torch.Tensor, plan: SitePlan, by: str, headroom: float) -> tup
     """Scale and zero-point (T,) of a plan's activation quantiser on rotated rows (T, n), one quantiser a timestep.
 
     by: `error` minimises the squared error, `max` covers the range. headroom: see `widened`.
-    """  # fmt: skip
+    """
     if by == "max":
         scale, zero = cover(rows, *plan.activation_range)
     else:
