@@ -51,6 +51,7 @@ ROWS = {
     "biases fixed": Row(recipe={"trains": ["adapters", *SCALES]}),
     "activation scales by absolute rates": Row(recipe={"relative_scales": False, "activation_scale_rate": 5e-4}),
     "adapters on the quantised weight": Row(recipe={"base_weight": "quantised"}),
+    "guided at all steps as asked": Row(recipe={"guidance_signal": 0.0}),
     "no moving average": Row(recipe={"ema": 0.0}),
     "losses of all timesteps as they are": Row(recipe={"weighting": "none"}),
     "a factor on weight scales for each timestep": Row(recipe={"weight_factors": True}),

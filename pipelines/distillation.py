@@ -4,13 +4,15 @@ Source: HQ-DM, equation 12, and the public code of EfficientDM and HQ-DM: the te
 step
 the student sees the same x_t, one optimiser step follows, and the teacher's ε carries the trajectory on. The loss
 is the
-squared error, summed, of the two guided ε.
+squared error, summed, of the two guided ε: the teacher's as asked, the student's by its shares where it has such.
 
 Every draw is a function of (seed, trajectory, step), so the loop's whole state is its parameters, the optimiser's
 moments and the x_t it stands at: saved now and then, and a run killed anywhere ends with the bits of one that was not.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,10 +24,12 @@ from pipelines.events import Report
 from pipelines.models.denoiser import Denoiser
 from pipelines.plans import Course, Recipe
 from pipelines.quant.correction import Correction, Moments
+from pipelines.quant.guidance import Differences, GuidanceShares
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.tables import TimestepTables
 from pipelines.states import read_state, write_state
 
+GUIDANCE_IMAGES = 32  # on which the shares of guidance are measured
 MOST_POSITIONS = 1024  # that are compared with each other
 WEIGHT_DECAY = 0.01  # of the adapters; scales have none
 
@@ -262,6 +266,56 @@ def distill(
     return losses
 
 
+@contextmanager
+def _frozen(student: Denoiser) -> Iterator[None]:
+    """Inside, the student's layers compute their weights' integers once, as in sampling."""
+    layers = quant_layers(student.network).values()
+    for layer in layers:
+        layer.freeze()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._frozen = None
+
+
+@torch.no_grad()
+def measure_guidance(
+    teacher: Denoiser, student: Denoiser, course: Course, signal: float, report: Report
+) -> GuidanceShares:
+    """What share of the guidance the student, as it is, keeps at every timestep of the course.
+
+    Both predict under the condition and under none at the same x_t of `GUIDANCE_IMAGES` trajectories of the teacher,
+    without noise after the start, as in sampling. signal: the recipe's `guidance_signal`.
+    """
+    info, scheduler = teacher.info, walker(teacher.info.schedule)
+    differences: dict[float, Differences] = {}
+    starts = range(0, GUIDANCE_IMAGES, course.batch)
+    report.begin("guidance", len(starts) * course.steps)
+    with _frozen(student):
+        for done, start in enumerate(starts):
+            indices = list(range(start, min(start + course.batch, GUIDANCE_IMAGES)))
+            x = noise_of(course.seed, indices, info.shape, "guidance")
+            conditions = conditions_of(course.seed, indices, info.conditions, "guidance classes")
+            null = torch.full_like(conditions, info.conditions)
+            for step, timestep, x_t, _ in trajectory(
+                teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed,
+                indices,
+            ):  # fmt: skip
+                if step == course.steps:
+                    break
+                true, mine = (
+                    model.predict(x_t, timestep, conditions, 1.0) - model.predict(x_t, timestep, null, 1.0)
+                    for model in (teacher, student)
+                )
+                differences.setdefault(float(timestep), Differences()).add(true, mine)
+                report.advance(done * course.steps + step + 1)
+    report.end()
+    timesteps = sorted(differences)
+    shares = torch.tensor([differences[step].share(signal) for step in timesteps])
+    return GuidanceShares(torch.tensor(timesteps, dtype=torch.float64), shares)
+
+
 @torch.no_grad()
 def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, images: int, report: Report) -> Correction:
     """What can be taken out of a trained student's predictions at every timestep of the course.
@@ -270,27 +324,24 @@ def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, ima
     PTQD's code), whose noise and conditions are their own. Some rows of images stand in memory at once: course.batch.
     """
     info, scheduler = teacher.info, walker(teacher.info.schedule)
-    layers = quant_layers(student.network)
-    for layer in layers.values():
-        layer.freeze()
     moments: dict[float, Moments] = {}
     starts = range(0, images, course.batch)
     report.begin("correction", len(starts) * course.steps)
-    for done, start in enumerate(starts):
-        indices = list(range(start, min(start + course.batch, images)))
-        x = noise_of(course.seed, indices, info.shape, "correction")
-        conditions = conditions_of(course.seed, indices, info.conditions, "correction classes")
-        for step, timestep, x_t, target in trajectory(
-            teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed, indices
-        ):
-            if step == course.steps:
-                break
-            predicted = student.predict(x_t, timestep, conditions, course.guidance)
-            moments.setdefault(float(timestep), Moments()).add(target, predicted)
-            report.advance(done * course.steps + step + 1)
+    with _frozen(student):
+        for done, start in enumerate(starts):
+            indices = list(range(start, min(start + course.batch, images)))
+            x = noise_of(course.seed, indices, info.shape, "correction")
+            conditions = conditions_of(course.seed, indices, info.conditions, "correction classes")
+            for step, timestep, x_t, target in trajectory(
+                teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed,
+                indices,
+            ):  # fmt: skip
+                if step == course.steps:
+                    break
+                predicted = student.predict(x_t, timestep, conditions, course.guidance)
+                moments.setdefault(float(timestep), Moments()).add(target, predicted)
+                report.advance(done * course.steps + step + 1)
     report.end()
-    for layer in layers.values():
-        layer._frozen = None
     timesteps = sorted(moments)
     fitted = zip(*(moments[step].fit() for step in timesteps), strict=True)
     slope, bias, deviation = (torch.stack(values) for values in fitted)

@@ -90,6 +90,7 @@ class Recipe:
     ema: float = 0.0  # decay of an average of what is trained, which is then the student; 0: none
     weighting: Literal["none", "timestep"] = "none"  # a loss over its running mean at each timestep, or as it is
     relation: float = 0.0  # weight of MPQ-DM's distillation of relations between positions; 0: none
+    guidance_signal: float = 0.0  # weight of guidance's signal against its noise (`quant/guidance.py`); 0: as asked
     correction: bool = False  # PTQD's, of ε, measured after training
     correction_images: int = 64  # that it is measured on, teacher's trajectories of their own
     reconstruction: Reconstruction | None = None  # where updates is `reconstruct`
@@ -100,6 +101,10 @@ class Recipe:
                 raise UsageError(f"recipe: trains cannot name {name!r}", did_you_mean(name, TRAINABLE))
         if self.headroom < 1:
             raise UsageError(f"recipe: headroom cannot be {self.headroom}", "it takes 1 or more; 1.3 is ample")
+        if self.guidance_signal < 0:
+            raise UsageError(
+                f"recipe: guidance_signal cannot be {self.guidance_signal}", "0 guides as asked; 1 is usual"
+            )
         if not 0 <= self.ema < 1:
             raise UsageError(f"recipe: ema cannot be {self.ema}", "it takes 0 or a decay below 1, such as 0.99")
         if self.lora_rank < 1 or self.lora_rate_divisor <= 0:
@@ -204,7 +209,9 @@ class _PlanFile:
 
 def write_plan(plan: Plan) -> str:
     """The plan as YAML text. A site left in floating point shows its reason and nothing that would not count."""
-    sites = {}
+    sites, recipe = {}, to_dict(plan.recipe)
+    if not plan.recipe.guidance_signal:  # left out where unused, so that older plans made again are the same file
+        del recipe["guidance_signal"]
     for site in plan.sites:
         entry: dict[str, Any] = {"role": site.site.role, "quantised": site.quantised, "why": site.why}
         if site.quantised:
@@ -219,7 +226,7 @@ def write_plan(plan: Plan) -> str:
         {
             "format": FORMAT, "method": plan.method, "variant": plan.variant, "bits": str(plan.bits),
             "timesteps": [int(step) if step == int(step) else step for step in plan.timesteps],
-            "groups": list(plan.groups), "options": dict(plan.options), "recipe": to_dict(plan.recipe), "sites": sites,
+            "groups": list(plan.groups), "options": dict(plan.options), "recipe": recipe, "sites": sites,
         }
     )  # fmt: skip
 

@@ -37,10 +37,12 @@ from pipelines.kernels import layers as integer_layers
 from pipelines.memory import give_back, let_go
 from pipelines.models.denoiser import CONDITIONS, Denoiser, info_from_dict, ready, save_beside
 from pipelines.models.families import FAMILIES
+from pipelines.models.families.base import CLASSIFIER_FREE
 from pipelines.models.first_stage import FirstStage
 from pipelines.plans import Plan
 from pipelines.quant import layers as fake_layers
 from pipelines.quant.correction import Correction
+from pipelines.quant.guidance import GuidanceShares
 from pipelines.quant.hadamard import sign_diagonal
 from pipelines.quant.integers import PackedWeights
 from pipelines.quant.spec import HALVES, SitePlan, site_from_dict, site_to_dict
@@ -61,6 +63,8 @@ ARITHMETIC = {
     "epilogue": "y = ((sum(q·V) · (s_t/order)) · w[c]) + bias[c], each operation rounded to fp32; "
     "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order "
     "of `sites`)",
+    "guidance": "where it is by shares, the guided prediction is p_c + (g - 1)·share·(p_c - p_null), rows by timestep "
+    "interpolated linearly; else p_null + g·(p_c - p_null)",
     "correction": "where there is one, the guided prediction becomes (p - bias[c]) / (1 + slope), its rows by timestep "
     "as below, all interpolated linearly; sampling with noise of deviation s shrinks it to sqrt(s^2 - (c·d)^2), or 0, "
     "with d = deviation / (1 + slope) and c the prediction's factor in the sampler's step",
@@ -180,6 +184,8 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
             layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
         if freeze:
             layer.freeze()
+    if plan.recipe.guidance_signal and student.info.guidance == CLASSIFIER_FREE:
+        student.guidance_shares = GuidanceShares.load(path.parent)
     if plan.recipe.correction:
         student.correction = Correction.load(path.parent)
     return student.requires_grad_(False).eval()
@@ -252,6 +258,7 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
         "format": FORMAT, "version": FORMAT_VERSION, "method": plan.method, "variant": plan.variant,
         "bits": str(plan.bits), "model": asdict(student.info), "arithmetic": ARITHMETIC,
         "timestep_unit": student.family.timestep_unit, "corrected": student.correction is not None,
+        "guided_by_shares": student.guidance_shares is not None,
         "learned_on": {"scheduler": walker(student.info.schedule), "steps": len(tables.timesteps)},
         "sign_diagonals": _sign_diagonals(plan.quantised),
         "packing": "codes minus the smallest code, most significant bit first, rows one after another; with row_bits "
@@ -317,6 +324,8 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
         raise FileFault(f"{folder}: tensors and configuration disagree on {different}", "export again")
     network.load_state_dict(floats, strict=False, assign=True)
     denoiser = ready(Denoiser(network, _load(Path(folder) / CONDITIONS), info, FirstStage.load(Path(folder))))
+    if config.get("guided_by_shares"):
+        denoiser.guidance_shares = GuidanceShares.load(Path(folder))
     if config.get("corrected"):
         denoiser.correction = Correction.load(Path(folder))
     for value in floats.values():  # convolutions were copied

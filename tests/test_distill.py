@@ -41,7 +41,9 @@ def digests(artifact):
     return {name: entry["sha256"] for name, entry in artifact.manifest["files"].items()}
 
 
-@pytest.mark.parametrize("method, variant", [("hqdm", "ours"), ("hqdm", "paper"), ("efficientdm", None)])
+@pytest.mark.parametrize(
+    "method, variant", [("hqdm", "ours"), ("hqdm", "paper"), ("hqdm", "tuned"), ("efficientdm", None)]
+)
 @pytest.mark.parametrize("after", [2, 5])
 def test_interrupted_and_started_again_it_ends_with_the_same_bits(store, tmp_path, method, variant, after):
     whole = tiny_student(store, method, variant, trajectories=3)

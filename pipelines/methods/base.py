@@ -144,12 +144,13 @@ class Method:
         return Variant(variant.summary, variant.recipe, {**defaults, **variant.options, **parsed})
 
 
-# Rates that were tried for `hqdm --variant auto`, and that every trained method may have: a comparison that tunes one
+# A recipe that was tried for `hqdm --variant auto`, and that every trained method may have: a comparison that tunes one
 # side alone says little. LoRA learns 25 times as fast as published; activation scales by a share of themselves; biases
-# learn too; the loss of a timestep counts against its own mean; the student is a moving average.
+# learn too; the loss of a timestep counts against its own mean; the student is a moving average and guides by shares.
 TUNED = Recipe(
     base_weight="float", relative_scales=True, activation_scale_rate=4e-3, bias_rate=2e-3, lora_rate_divisor=100.0,
     trains=["adapters", "weight_scales", "activation_scales", "zero_points", "biases"], weighting="timestep", ema=0.98,
+    guidance_signal=1.5,
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ METHOD = Method(
     source="He et al., ICLR 2024 (arXiv 2310.03270); ThisisBillhe/EfficientDM",
     variants={
         "published": Variant("as its public code does it"),
-        "tuned": Variant("the same quantisers with the rates of `hqdm --variant auto`", TUNED),
+        "tuned": Variant("the same quantisers with the recipe of `hqdm --variant auto`", TUNED),
     },
     default_variant="published",
     decide=decide,

@@ -8,8 +8,9 @@ Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and co
     alone.
     ours    every site along its channels, at every rank; order, ±1 signs before it and the activation quantiser are the
             measured best of each site; shortcut and downsampling convolutions are quantised too, at 8 bits.
-    tuned   `code` with the rates of `auto`, which tells what those give from what the placement gives.
-    auto    the placement of each site that costs its output least (`methods/auto.py`), and rates that were tried.
+    tuned   `code` with the recipe of `auto`, which tells what that gives from what the placement gives.
+    auto    the placement of each site that costs its output least (`methods/auto.py`), rates that were tried, and
+            guidance by its signal at each timestep (`quant/guidance.py`).
 
 Where the width is no multiple of 32 the paper's identity would leave most of a small model unrotated, so `paper` takes
 the largest power of two up to 32 that divides it. A weight factor per timestep multiplies the epilogue and leaves the
@@ -127,14 +128,14 @@ METHOD = Method(
             {"axis": "width", "ranks": (2, 3, 4)},
         ),
         "auto": Variant(
-            "every site's placement by its output's error: transform, signs, inverse, centring, scaling; own rates",
+            "every site's transform, signs, inverse, centring and gains by its output's error; guidance by its signal",
             TUNED,
             {"search": "auto"},
         ),
         "code": Variant(
             "as published: channels of order 32, linears of rank 2 alone", Recipe(), {"axis": "channels", "ranks": (2,)}
         ),
-        "tuned": Variant("`code` with the rates of `auto`", TUNED, {"axis": "channels", "ranks": (2,)}),
+        "tuned": Variant("`code` with the recipe of `auto`", TUNED, {"axis": "channels", "ranks": (2,)}),
     },
     default_variant="ours",
     options={"order": Option(ORDER, "Hadamard order (table 4: k = 3 … 6)", ORDERS, ("paper", "code", "tuned"))}

@@ -15,6 +15,7 @@ from pipelines.models.families import FAMILIES
 from pipelines.models.families.base import CLASSIFIER_FREE, NONE, Family
 from pipelines.models.first_stage import FirstStage
 from pipelines.quant.correction import Correction
+from pipelines.quant.guidance import GuidanceShares
 from pipelines.quant.spec import Site
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -53,7 +54,7 @@ class Denoiser(nn.Module):
     """A network of some family with its conditions: ε (or v, or a velocity) of x at t under condition c, guided.
 
     network: as diffusers has it. conditions: what it can be told, by name, (n, …) or, for classifier-free guidance,
-    (n + 1, …) with the null condition last. correction: of a student's predictions, where one was measured.
+    (n + 1, …) with the null condition last. guidance_shares, correction: of a student, where such were measured.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Denoiser(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.network, self.info, self.first_stage = network, info, first_stage
+        self.guidance_shares: GuidanceShares | None = None
         self.correction: Correction | None = None
         self.conditions = nn.Module()
         for name, value in conditions.items():
@@ -81,7 +83,7 @@ class Denoiser(nn.Module):
         """The guided prediction at x (N, C, H, W) for conditions (N,) int64: p_∅ + guidance·(p_c − p_∅), corrected.
 
         `timestep` is the schedule's, a number or (N,). The conditional and unconditional halves are one batch of 2N
-        (guidance 1 needs the conditional half alone).
+        (guidance 1 needs the conditional half alone). With shares of guidance, those of the timestep hold.
         """
         guided = self._guided(x, timestep, conditions, guidance)
         return guided if self.correction is None else self.correction.corrected(guided, timestep)
@@ -90,14 +92,17 @@ class Denoiser(nn.Module):
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
     ) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.info.guidance != CLASSIFIER_FREE or guidance == 1.0:
+        strength: float | torch.Tensor = guidance
+        if self.guidance_shares is not None and self.info.guidance == CLASSIFIER_FREE:
+            strength = self.guidance_shares.strength(guidance, timestep)
+        if self.info.guidance != CLASSIFIER_FREE or (isinstance(strength, float) and strength == 1.0):
             return self.family.call(self.network, x, timestep, self.given(conditions), guidance)
         null = torch.full_like(conditions, self.info.conditions)
         given = self.given(torch.cat([null, conditions]))
         both = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
         times = torch.cat([timestep, timestep]) if timestep.ndim else timestep
         without, given = self.family.call(self.network, both, times, given, guidance).chunk(2)
-        return without + guidance * (given - without)
+        return without + strength * (given - without)
 
     def check_images(self) -> None:
         """HqdmError where no images can be made of what is denoised."""
@@ -207,14 +212,15 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> None:
 
 
 def save_beside(denoiser: Denoiser, folder: Path) -> None:
-    """Write what goes with a network whatever form it has: `conditions.safetensors`, `first_stage/` and, where there is
-    one, `correction.safetensors`.
+    """Write what goes with a network whatever form it has: `conditions.safetensors`, `first_stage/` and, where there
+    are such, `guidance.safetensors` and `correction.safetensors`.
     """
     save_file({name: value.contiguous() for name, value in denoiser.conditions.named_buffers()}, folder / CONDITIONS)
     if denoiser.first_stage is not None:
         denoiser.first_stage.save(folder)
-    if denoiser.correction is not None:
-        denoiser.correction.save(folder)
+    for measured in (denoiser.guidance_shares, denoiser.correction):
+        if measured is not None:
+            measured.save(folder)
 
 
 def read_info(folder: Path) -> ModelInfo:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipelines.errors import FileFault
+from pipelines.quant.tables import between
 
 FILE = "correction.safetensors"
 NAMES = ("timesteps", "slope", "bias", "deviation", "guidance")
@@ -37,21 +38,13 @@ class Correction:
 
     def corrected(self, prediction: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """(ε̂ − b)/(1 + k) of ε̂ (N, C, H, W) at a timestep, a number or (N,)."""
-        bias, slope = (self._at(values, timestep) for values in (self.bias, self.slope))
+        bias, slope = (between(self.timesteps, values, timestep) for values in (self.bias, self.slope))
         return (prediction - bias[..., None, None]) / (1 + slope.reshape(-1, 1, 1, 1))
 
     def rest(self, timestep: torch.Tensor) -> float:
         """The deviation of what is left of the error in a corrected prediction, at one timestep."""
-        return (self._at(self.deviation, timestep) / (1 + self._at(self.slope, timestep))).item()
-
-    def _at(self, values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Rows of values (T, …) at timesteps (N,): (N, …); (1, …) for a number."""
-        wanted = timestep.double().reshape(-1)
-        above = torch.searchsorted(self.timesteps, wanted).clamp(max=len(self.timesteps) - 1)
-        below = (above - 1).clamp(min=0)
-        span = (self.timesteps[above] - self.timesteps[below]).clamp(min=1e-9)
-        share = ((wanted - self.timesteps[below]) / span).clamp(0, 1).float()
-        return torch.lerp(values[below], values[above], share.view(-1, *[1] * (values.ndim - 1)))
+        deviation, slope = (between(self.timesteps, values, timestep) for values in (self.deviation, self.slope))
+        return (deviation / (1 + slope)).item()
 
     def save(self, folder: Path) -> None:
         """Write `correction.safetensors` into a folder."""

@@ -9,7 +9,7 @@ import torch
 from pipelines.memory import let_go
 from pipelines.quant.hadamard import rotate_weight
 from pipelines.quant.packing import pack, unpack
-from pipelines.quant.spec import SitePlan
+from pipelines.quant.spec import SitePlan, largest_magnitude
 from pipelines.quant.surroundings import NAMES, weight_bounds
 
 AT_ONCE = 2**20  # weights that a pass over rows takes
@@ -113,10 +113,10 @@ class PackedWeights:
 
         dtype: one that is known to hold it; without it int16, or int32 where V might be wider.
         """
-        plan, (low, high) = self.plan, self.plan.weight_range
+        plan = self.plan
         single = plan.inverse == "single"
         if dtype is None:
-            largest = (high - low if low == 0 else high) * (plan.transform.order if single else 1)
+            largest = largest_magnitude(plan.weight_range) * (plan.transform.order if single else 1)
             dtype = torch.int16 if largest < 2**15 else torch.int32
         codes, zero = self._codes()
         shift = self._shift(zero)
@@ -148,8 +148,6 @@ def accumulator_bound(folded: torch.Tensor, activation_range: tuple[int, int], g
 
     growth is the order for a transform that is undone on the activation's side, whose codes it enlarges.
     """
-    low, high = activation_range
-    largest = max(abs(low), abs(high), high - low if low == 0 else 0)
     step = max(1, AT_ONCE // max(1, folded[0].numel()))
     sums = [part.double().abs().flatten(1).sum(1).max().item() for part in folded.split(step)]
-    return int(largest * growth * max(sums))
+    return int(largest_magnitude(activation_range) * growth * max(sums))

@@ -25,7 +25,7 @@ from pipelines.memory import give_back
 from pipelines.quant.affine import centred_codes, quantise
 from pipelines.quant.hadamard import rotate_activation, rotate_last
 from pipelines.quant.integers import IntegerWeights, accumulator_bound
-from pipelines.quant.spec import HALVES, Site, SitePlan
+from pipelines.quant.spec import HALVES, Site, SitePlan, largest_magnitude
 from pipelines.quant.surroundings import Surroundings
 from pipelines.quant.tables import TimestepTables
 
@@ -79,9 +79,9 @@ def _bfloat16_products() -> Iterator[None]:
 
 def is_narrow(plan: SitePlan, undone_on: Literal["weight", "activation", "neither"]) -> bool:
     """Whether both operands of a site's product stay within ±EXACT_BFLOAT16, wherever its transform is undone."""
-    largest = {}
-    for side, (low, high) in (("weight", plan.weight_range), ("activation", plan.activation_range)):
-        largest[side] = high - low if low == 0 else max(-low, high)
+    largest = {
+        "weight": largest_magnitude(plan.weight_range), "activation": largest_magnitude(plan.activation_range),
+    }  # fmt: skip
     if undone_on != "neither":
         largest[undone_on] *= plan.transform.order
     return max(largest.values()) <= EXACT_BFLOAT16

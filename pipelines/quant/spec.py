@@ -209,6 +209,12 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
+def largest_magnitude(codes: tuple[int, int]) -> int:
+    """The largest |code − zero-point| of a range of codes: all of it where a zero-point may lie at either end."""
+    low, high = codes
+    return high - low if low == 0 else max(-low, high)
+
+
 def site_to_dict(site: Site) -> dict:
     """Plain JSON values."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(site).items()}

@@ -19,6 +19,19 @@ from pipelines.quant.affine import round_through
 SAME_TIMESTEP = 1e-2  # nearer timesteps are one: a pipeline may pass t/1000 in fp32 and multiply it again
 
 
+def between(timesteps: torch.Tensor, values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Rows of values (T, …) at timesteps `wanted`, (N,) or a number: (N, …) or (1, …).
+
+    timesteps: (T,) fp64, ascending. Linear between two of them; beyond the ends the end's row holds.
+    """
+    at = wanted.double().reshape(-1)
+    above = torch.searchsorted(timesteps, at).clamp(max=len(timesteps) - 1)
+    below = (above - 1).clamp(min=0)
+    span = (timesteps[above] - timesteps[below]).clamp(min=1e-9)
+    share = ((at - timesteps[below]) / span).clamp(0, 1).float()
+    return torch.lerp(values[below], values[above], share.view(-1, *[1] * (values.ndim - 1)))
+
+
 @lru_cache(maxsize=64)
 def _signature(kind: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(kind.forward)

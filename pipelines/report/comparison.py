@@ -168,8 +168,9 @@ def note(about: Mapping[str, Any]) -> str:
         sentences.append(f"One seed ({seeds[0]}).")
     sentences.append(
         "Seconds are of the whole stage, loading included; peak MB is the largest resident memory of the process while "
-        "it distilled, with what earlier cells left; MB is the export's weights; last loss is ‖Δε‖² per image over "
-        "the last trajectory. The best of each width is marked, of the digits shown."
+        "it distilled, with what earlier cells left; MB is the export's weights; last loss is the squared error "
+        "of the guided prediction, per image over the last trajectory. The best of each width is marked, of the digits "
+        "shown."
     )
     if about.get("layers"):
         sentences.append(

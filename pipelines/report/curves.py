@@ -28,7 +28,7 @@ def loss_curve(losses: Mapping[str, Sequence[float]], timesteps: Sequence[int], 
         axes[1].set_title(f"timestep {int(timesteps[-1])}, the last of sampling")
         for axis in axes:
             axis.set_xlabel("updates")
-            axis.set_ylabel("‖Δε‖² per image (guided)")
+            axis.set_ylabel("squared error of the guided prediction")
             axis.set_ylim(bottom=0)
             if len(losses) > 1:
                 axis.legend()

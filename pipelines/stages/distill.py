@@ -1,7 +1,8 @@
 """Train the quantised student against its full-precision teacher, without data.
 
 Writes `student.safetensors` (scales, timestep tables, adapters: see pipelines/students.py), `plan.yaml` as it was used,
-`adapters/` in peft's format, `losses.csv` and `loss.png`, and `correction.safetensors` where the recipe asks for one.
+`adapters/` in peft's format, `losses.csv` and `loss.png`, and `guidance.safetensors` and `correction.safetensors` where
+the recipe asks for them.
 Where the recipe reconstructs blocks instead, `reconstruction.csv` has each block's error before and after.
 """
 
@@ -53,8 +54,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from safetensors.torch import load_file, save_file
 
     from pipelines.diffusion import eta_or, timesteps_of, walker
-    from pipelines.distillation import distill, measure_correction
+    from pipelines.distillation import distill, measure_correction, measure_guidance
     from pipelines.models.denoiser import load_denoiser
+    from pipelines.models.families.base import CLASSIFIER_FREE
     from pipelines.quant.layers import quant_layers
     from pipelines.reconstruction import calibration, reconstruct, rescaled
     from pipelines.report.curves import loss_curve
@@ -80,6 +82,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             scales = rescaled(teacher, plan.quantised, scales, groups, calls, course, by, plan.recipe.headroom)
     student = new_student(teacher, plan, scales, config.seed)
     losses, blocks, learned = [], [], 0
+    signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
+    if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
+        student.guidance_shares = measure_guidance(teacher, student, course, signal, report)
     if plan.recipe.updates == "distill":
         losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
         learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
@@ -88,6 +93,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         scales, blocks, learned = scales | result.codes, result.rows, result.parameters
     else:
         report.note(f"{plan.method} trains nothing: the student is as it was calibrated")
+
+    if signal and plan.recipe.updates != "distill":
+        student.guidance_shares = measure_guidance(teacher, student, course, signal, report)
+    if student.guidance_shares is not None:
+        student.guidance_shares.save(out.path)
 
     save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
     (out.path / "plan.yaml").write_text(write_plan(plan))

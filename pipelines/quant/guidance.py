@@ -1,0 +1,81 @@
+"""How much of its guidance a student keeps at each timestep: a share of it, by the signal that it still carries.
+
+Classifier-free guidance, p_c + (g − 1)·d, multiplies the difference of two predictions, d = p_c − p_∅. Where little
+noise is left the two are nearly alike, and what is multiplied in a quantised model is mostly the noise of its
+quantisers. A student's difference is d̂ = k·d + n, with n uncorrelated with d. Of all shares w of g − 1, the one that
+keeps
+
+    λ·(1 − w·k)²·‖d‖² + w²·‖n‖²
+
+least, lost signal against noise, is w = λk/(λk² + ‖n‖²/‖d‖²). It is held between 0 and 1, and is 0 below `LEAST`: there
+the unconditional half is not computed at all, which saves half the step.
+
+Source: hqdm's own. That guidance at low levels of noise can be left out of a model in full precision is from
+Kynkäänniemi et al., "Applying Guidance in a Limited Interval", NeurIPS 2024.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipelines.errors import FileFault
+from pipelines.quant.tables import between
+
+FILE = "guidance.safetensors"
+NAMES = ("timesteps", "share")
+LEAST = 0.1
+
+
+@dataclass(frozen=True)
+class GuidanceShares:
+    """Shares (T,) fp32 of g − 1 at `timesteps` (T,) fp64, ascending; linear between them, the ends' beyond."""
+
+    timesteps: torch.Tensor
+    share: torch.Tensor
+
+    def strength(self, guidance: float, timestep: torch.Tensor) -> float | torch.Tensor:
+        """g at a timestep: a number, or for timesteps (N,) that differ (N, 1, 1, 1) fp32."""
+        share = between(self.timesteps, self.share, timestep)
+        if bool((share == share[0]).all()):
+            return 1.0 + (guidance - 1.0) * share[0].item()
+        return (1.0 + (guidance - 1.0) * share).view(-1, 1, 1, 1)
+
+    def save(self, folder: Path) -> None:
+        """Write `guidance.safetensors` into a folder."""
+        save_file({name: getattr(self, name).contiguous() for name in NAMES}, Path(folder) / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "GuidanceShares":
+        """The inverse of `save`. FileFault where the file is missing, damaged or holds something else."""
+        path = Path(folder) / FILE
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise FileFault(
+                f"{path}: no shares of guidance: {error}", "make the artifact again with --force"
+            ) from error
+
+
+class Differences:
+    """Sums over images, from which a timestep's share is found: ⟨d, d⟩, ⟨d, d̂⟩ and ⟨d̂, d̂⟩ in fp64."""
+
+    def __init__(self):
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def add(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        """Count two differences (N, C, H, W) at the same x."""
+        true, mine = teacher.double(), student.double()
+        self._sums += torch.stack([(true * true).sum(), (true * mine).sum(), (mine * mine).sum()])
+
+    def share(self, signal: float) -> float:
+        """w for a weight λ = `signal` of what is lost; 0 where the teacher's difference is nothing or turned round."""
+        true, cross, mine = self._sums.tolist()
+        if true <= 0 or cross <= 0:
+            return 0.0
+        slope = cross / true
+        noise = max(mine / true - slope**2, 0.0)
+        kept = min(signal * slope / (signal * slope**2 + noise), 1.0)
+        return kept if kept >= LEAST else 0.0
