@@ -10,26 +10,17 @@ from safetensors.torch import load_file
 from test_distill import Stop
 from test_students import plan_of
 
-from pipelines import reconstruction, runner
+from pipelines import runner
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import Course, Recipe, Reconstruction, read_plan, write_plan
 from pipelines.quant.layers import as_rows, quant_layers
 from pipelines.quant.spec import site_from_dict
-from pipelines.reconstruction import (
-    TEMPORAL,
-    Rounding,
-    _learning,
-    _Module,
-    _normal_place,
-    _Temporal,
-    calibration,
-    distance,
-    find_blocks,
-    reconstruct,
-    rescaled,
-)
+from pipelines.reconstruction import blocks as block_file
+from pipelines.reconstruction.blocks import TEMPORAL, ModuleBlock, TemporalBlock, find_blocks
+from pipelines.reconstruction.calibration import _normal_place, calibration, rescaled
+from pipelines.reconstruction.learning import Rounding, _learning, distance, reconstruct
 from pipelines.students import load_fake, new_student, student_tensors
 
 COURSE = Course(trajectories=8, steps=STEPS, batch=4, guidance=1.5, eta=0.0, seed=0)
@@ -78,7 +69,7 @@ def test_a_soft_student_starts_as_its_teacher(store, plans, tmp_path):
     student = new_student(teacher, plan, scales, 0)
     layers = quant_layers(student.network)
     (block,) = find_blocks(student.network, [layer.plan.site for layer in layers.values()], False)
-    source = _Module(block, teacher, student, calls[:2], 1.5, tmp_path / "inputs")
+    source = ModuleBlock(block, teacher, student, calls[:2], 1.5, tmp_path / "inputs")
     with _learning(layers, float_inputs=True) as codes, torch.no_grad():
         exact, nearest = [], []
         for timestep, given, targets in source.items(own_inputs=False):
@@ -130,7 +121,7 @@ def test_the_temporal_block_is_first_and_nearer_the_teacher_at_every_timestep(st
     assert [row["block"] for row in result.rows] == [TEMPORAL]
     layers = quant_layers(student.network)
     blocks = find_blocks(student.network, [layer.plan.site for layer in layers.values()], True)
-    source = _Temporal(blocks[0], teacher, student, COURSE)
+    source = TemporalBlock(blocks[0], teacher, student, COURSE)
     errors = {}
     for which in ("learned", "nearest"):
         for layer in layers.values():
@@ -198,7 +189,7 @@ def test_interrupted_and_started_again_it_ends_with_the_same_bits(
     assert len(kept) == blocks
     for path in kept[1:]:  # what a power cut left half of is made again
         path.write_bytes(path.read_bytes()[:100])
-    monkeypatch.setattr(reconstruction, "IN_MEMORY", 0)  # whatever lies in memory or in files
+    monkeypatch.setattr(block_file, "IN_MEMORY", 0)  # whatever lies in memory or in files
     again, other_rows = run(tmp_path / "other", Report())
     assert not (tmp_path / "other/inputs").exists()
     assert other_rows == rows and again.keys() == tensors.keys()

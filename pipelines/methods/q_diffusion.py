@@ -3,7 +3,7 @@
 Source: Li et al., "Q-Diffusion", ICCV 2023 (2302.04304), and Xiuyu-Li/q-diffusion. A layer that reads a concatenation
 [h, skip] has an input of two distributions: X = [Q₁(X₁), Q₂(X₂)] and W = [Q₃(W₁), Q₄(W₂)], two layers whose outputs add
 up. Calls of the teacher at evenly spread timesteps calibrate; AdaRound and learned activation scales per block
-(`pipelines/reconstruction.py`). Static: one activation scale and zero-point for all timesteps.
+(`pipelines/reconstruction/`). Static: one activation scale and zero-point for all timesteps.
 
 From the public code: shortcut convolutions alone are split (`split_main` splits the main path's, too). Weights per
 output channel, asymmetric, L2.4 search. Activations there are symmetric by range on CIFAR-10 and LDM-4 and asymmetric

@@ -58,7 +58,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.models.denoiser import load_denoiser
     from pipelines.models.families.base import CLASSIFIER_FREE
     from pipelines.quant.layers import quant_layers
-    from pipelines.reconstruction import calibration, reconstruct, rescaled
+    from pipelines.reconstruction.calibration import calibration, rescaled
+    from pipelines.reconstruction.learning import reconstruct
     from pipelines.report.curves import loss_curve
     from pipelines.students import groups_at, new_student, student_tensors
 

@@ -1,0 +1,1 @@
+"""Calibration, blocks, and learned rounding and scales, block by block."""
