@@ -1,10 +1,10 @@
 # make demo        the whole road on the embedded model, from checkpoint to scored integers
 # make test        the tests
-# make table       the table of the README: methods by bit widths, 1,000 images each (about half an hour)
 # make size        memory and time of every stage on 400 million parameters, random weights (about 10 minutes, 8 GB of disk)
 # make training    what a step of distillation costs, beside training in full precision (about 15 minutes)
-# make tricks      what each part of hqdm's variant auto gives: one thing changed at a time (about half an hour)
-# make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher (docs/cifar10.md)
+# make tricks      what each part of hqdm's variant auto gives: one thing changed at a time (about 40 minutes)
+# make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher, the close calls
+#                  with three seeds, and orders of the transform (docs/cifar10.md; hours)
 # make lint        ruff
 #
 # The environment is made without ensurepip, which a bare Debian does not have; the outer pip (22.3 or newer) installs.
@@ -22,7 +22,7 @@ READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test table size training tricks benchmark-cifar10 lint clean
+.PHONY: demo test size training tricks benchmark-cifar10 lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(OUTER) -m venv --clear --without-pip $(VENV)
@@ -42,9 +42,6 @@ demo: $(READY)
 test: $(READY)
 	python -m pytest --numprocesses=auto --dist=loadscope
 
-table: $(READY)
-	python -m benchmarks.digits --count 1000
-
 size: $(READY)
 	python -m benchmarks.size
 
@@ -54,9 +51,15 @@ training: $(READY)
 tricks: $(READY)
 	python -m benchmarks.tricks
 
+ORDERS := 8 16 32 64
+
 # DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/.
 benchmark-cifar10: $(READY)
-	python -m benchmarks.cifar10.run $(if $(DATA),--data '$(DATA)') --results benchmarks/results/cifar10
+	python -m benchmarks.cifar10.run $(if $(DATA),--data '$(DATA)') --results benchmarks/results/cifar10/methods
+	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --seeds 0 1 2 \
+		--results benchmarks/results/cifar10/seeds
+	python -m benchmarks.cifar10.run --methods $(ORDERS:%=hqdm/code:order=%) --bits w4a4,w4a3 \
+		--results benchmarks/results/cifar10/orders
 
 lint: $(READY)
 	ruff check .

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.cifar10 import reference
 from hqdm_cli import console
-from pipelines import compare
+from pipelines import compare, methods
 from pipelines.errors import FileFault, HqdmError
 from pipelines.report import comparison
 from pipelines.store import Artifact, Store
@@ -27,6 +27,7 @@ from pipelines.store import Artifact, Store
 HERE = Path(__file__).absolute().parent
 ROOT = HERE.parents[1]
 TEACHERS = {"unet": HERE / "unet/model.ckpt", "dit": HERE / "dit"}
+METHODS = [*methods.METHODS, "hqdm/code", "hqdm/auto"]  # in default variants, and hqdm as published and searched
 BITS = "w8a8,w4a8,w8a4,w4a4,w4a3,w3a3,w2a4"
 IMAGES = 1000
 
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
     parser.add_argument("--teacher", default="unet", help=f"{', '.join(TEACHERS)}, or a checkpoint's path")
-    parser.add_argument("--methods", nargs="+", default=[], help="method/variant:option=value …; all by default")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="method/variant:option=value …; all by default")
     parser.add_argument("--bits", default=BITS, help="with commas")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of distillation and images")
     parser.add_argument("--count", type=int, default=IMAGES, help="images of each cell")

@@ -48,7 +48,7 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
 
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
     """Distill; figures: updates, first and last loss (means over the first and last trajectory), parameters trained,
-    blocks reconstructed.
+    blocks reconstructed, mean share of the guidance that is kept.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -122,7 +122,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     return {
         "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "updates": len(losses),
         "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": learned,
-        "blocks": len({row["block"] for row in blocks}), "threads": torch.get_num_threads(),
+        "blocks": len({row["block"] for row in blocks}),
+        "guidance_share": _mean(student.guidance_shares.share.tolist()) if student.guidance_shares else None,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
