@@ -7,7 +7,7 @@ from test_students import plan_of, students
 from tiny import tiny_denoiser
 
 from pipelines import diffusion
-from pipelines.distillation import measure_guidance
+from pipelines.distillation import _Relation, measure_guidance
 from pipelines.errors import FileFault, UsageError
 from pipelines.events import Report
 from pipelines.models.denoiser import load_denoiser
@@ -144,3 +144,17 @@ def test_a_plan_says_so_only_where_shares_are_asked_for(store, shared):
     assert "guidance_signal" not in published.file("plan.yaml").read_text()
     with pytest.raises(UsageError, match="guidance_signal cannot be -1"):
         Recipe(guidance_signal=-1.0)
+
+
+@pytest.mark.parametrize("share", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
+def test_relations_are_compared_of_the_half_that_both_have_computed(store, share):
+    model, other = (load_denoiser(store.current("model").path) for _ in range(2))
+    other.guidance_shares = of(list(share), (499, 500))
+    relation, x = _Relation(model, other, 100.0), noise(0, 3, 1, 8, 8)
+    with torch.no_grad():
+        for step, timestep in enumerate((500, 499)):
+            for each in (model, other):
+                each.predict(x, torch.tensor(timestep), CLASSES, 3.0)
+            term = relation.term(step)
+    relation.remove()
+    assert abs(term) < 1e-3
