@@ -150,7 +150,7 @@ def losses(path: Path, curves: Mapping[str, Mapping[str, Sequence[np.ndarray]]])
     width = max(5.6, 0.6 + 2.4 * len(curves))
     several = any(len(runs) > 1 for named in curves.values() for runs in named.values())
     banded = len(names) <= MOST_BANDS
-    caption = "Squared error of the guided prediction, summed over an image."
+    caption = "Squared error of guided predictions."
     if several:
         caption += " Bands: ± one standard deviation over the seeds." if banded else " Means over the seeds."
     with figure_file(path, width, 4.6 + _legend_height(names, width), "Distillation loss over updates") as figure:
