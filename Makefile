@@ -55,11 +55,11 @@ ORDERS := 8 16 32 64
 
 # DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/.
 benchmark-cifar10: $(READY)
-	python -m benchmarks.cifar10.run $(if $(DATA),--data '$(DATA)') --results benchmarks/results/cifar10/methods
-	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --seeds 0 1 2 \
+	python -m benchmarks.cifar10.run $(if $(DATA),--data '$(DATA)') --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --seeds 0 1 2 \
 		--results benchmarks/results/cifar10/seeds
 	python -m benchmarks.cifar10.run --methods $(ORDERS:%=hqdm/code:order=%) --bits w4a4,w4a3 \
 		--results benchmarks/results/cifar10/orders
+	python -m benchmarks.cifar10.run --results benchmarks/results/cifar10/methods
 
 lint: $(READY)
 	ruff check .

@@ -39,8 +39,9 @@ class Row:
     images: int = 1
 
 
+KEPT = ("base_weight", "headroom", "guidance_signal")  # which are no rates
 NONE = {"updates": "none", "ema": 0.0}
-PUBLISHED = {name: value for name, value in to_dict(Recipe()).items() if name not in ("base_weight", "headroom")}
+PUBLISHED = {name: value for name, value in to_dict(Recipe()).items() if name not in KEPT}
 SCALES = ["weight_scales", "activation_scales", "zero_points"]
 ROWS = {
     "auto": Row(),
@@ -62,13 +63,13 @@ ROWS = {
     "no centring": Row(options={"centring": "false"}),
     "no scaling": Row(options={"scaling": "false"}),
     "neither centring nor scaling": Row(options={"centring": "false", "scaling": "false"}),
-    "sites by SQNR (hqdm/ours), auto's rates": Row(variant="ours", recipe=to_dict(TUNED)),
+    "sites by SQNR (hqdm/ours), auto's recipe": Row(variant="ours", recipe=to_dict(TUNED)),
     "hqdm/code, not distilled": Row(variant="code", recipe=NONE),
     "hqdm/code": Row(variant="code"),
-    "hqdm/code, auto's rates (hqdm/tuned)": Row(variant="tuned"),
+    "hqdm/code, auto's recipe (hqdm/tuned)": Row(variant="tuned"),
     "efficientdm, not distilled": Row("efficientdm", "published", recipe=NONE),
     "efficientdm": Row("efficientdm", "published"),
-    "efficientdm, auto's rates (efficientdm/tuned)": Row("efficientdm", "tuned"),
+    "efficientdm, auto's recipe (efficientdm/tuned)": Row("efficientdm", "tuned"),
 }
 SHOWN = {"psnr_mean_per_image": "PSNR dB", "fd": "FD", "sfd": "sFD", "is": "IS", "precision": "precision"}
 

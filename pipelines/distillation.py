@@ -281,73 +281,77 @@ def _frozen(student: Denoiser) -> Iterator[None]:
             layer._frozen = None
 
 
-@torch.no_grad()
-def measure_guidance(
-    teacher: Denoiser, student: Denoiser, course: Course, signal: float, report: Report
-) -> GuidanceShares:
-    """What share of the guidance the student, as it is, keeps at every timestep of the course.
-
-    Both predict under the condition and under none at the same x_t of trajectories of the teacher, without noise after
-    the start, as in sampling: GUIDANCE_IMAGES, or a fifth of what is distilled on. signal: the recipe's
-    `guidance_signal`.
+def _side_by_side(
+    teacher: Denoiser, student: Denoiser, course: Course, images: int, purpose: str, report: Report
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(x_t, timestep, conditions, the teacher's prediction) along trajectories of the teacher without noise after the
+    start, as in sampling; noise and conditions are the purpose's own. course.batch images stand in memory at once.
     """
     info, scheduler = teacher.info, walker(teacher.info.schedule)
-    differences: dict[float, Differences] = {}
-    images = min(GUIDANCE_IMAGES, max(course.batch, course.trajectories * course.batch // 5))
     starts = range(0, images, course.batch)
-    report.begin("guidance", len(starts) * course.steps)
+    report.begin(purpose, len(starts) * course.steps)
     with _frozen(student):
         for done, start in enumerate(starts):
             indices = list(range(start, min(start + course.batch, images)))
-            x = noise_of(course.seed, indices, info.shape, "guidance")
-            conditions = conditions_of(course.seed, indices, info.conditions, "guidance classes")
-            null = torch.full_like(conditions, info.conditions)
-            for step, timestep, x_t, _ in trajectory(
-                teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed,
-                indices,
-            ):  # fmt: skip
-                if step == course.steps:
-                    break
-                true, mine = (
-                    model.predict(x_t, timestep, conditions, 1.0) - model.predict(x_t, timestep, null, 1.0)
-                    for model in (teacher, student)
-                )
-                differences.setdefault(float(timestep), Differences()).add(true, mine)
-                report.advance(done * course.steps + step + 1)
-    report.end()
-    timesteps = sorted(differences)
-    shares = torch.tensor([differences[step].share(signal) for step in timesteps])
-    kept = ", ".join(f"{step:g}: {share:.2f}" for step, share in zip(timesteps, shares.tolist(), strict=True))
-    report.note(f"share of the guidance that is kept, by timestep: {kept}")
-    return GuidanceShares(torch.tensor(timesteps, dtype=torch.float64), shares)
-
-
-@torch.no_grad()
-def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, images: int, report: Report) -> Correction:
-    """What can be taken out of a trained student's predictions at every timestep of the course.
-
-    Both predict at the same x_t of `images` trajectories of the teacher, without noise after the start (η = 0, as
-    PTQD's code), whose noise and conditions are their own. Some rows of images stand in memory at once: course.batch.
-    """
-    info, scheduler = teacher.info, walker(teacher.info.schedule)
-    moments: dict[float, Moments] = {}
-    starts = range(0, images, course.batch)
-    report.begin("correction", len(starts) * course.steps)
-    with _frozen(student):
-        for done, start in enumerate(starts):
-            indices = list(range(start, min(start + course.batch, images)))
-            x = noise_of(course.seed, indices, info.shape, "correction")
-            conditions = conditions_of(course.seed, indices, info.conditions, "correction classes")
+            x = noise_of(course.seed, indices, info.shape, purpose)
+            conditions = conditions_of(course.seed, indices, info.conditions, f"{purpose} classes")
             for step, timestep, x_t, target in trajectory(
                 teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed,
                 indices,
             ):  # fmt: skip
                 if step == course.steps:
                     break
-                predicted = student.predict(x_t, timestep, conditions, course.guidance)
-                moments.setdefault(float(timestep), Moments()).add(target, predicted)
+                yield x_t, timestep, conditions, target
                 report.advance(done * course.steps + step + 1)
     report.end()
+
+
+@torch.no_grad()
+def measure_guidance(
+    teacher: Denoiser, student: Denoiser, course: Course, signal: float, folder: Path, report: Report
+) -> GuidanceShares:
+    """What share of the guidance the student, as it is, keeps at every timestep of the course.
+
+    Both predict under the condition and under none at the same x_t of trajectories of the teacher: GUIDANCE_IMAGES, or
+    a fifth of what is distilled on. signal: the recipe's `guidance_signal`. Kept in `folder`.
+
+    All of it where the course is not guided: what the student does not learn to make up for is not taken from it.
+    """
+    asked = torch.tensor(float(course.guidance))
+    if course.guidance <= 1:
+        schedule = teacher.info.schedule
+        timesteps = sorted(timesteps_of(walker(schedule), schedule, course.steps))
+        return GuidanceShares(torch.tensor(timesteps, dtype=torch.float64), torch.ones(len(timesteps)), asked)
+    if (kept := read_state(folder / "guidance.pt", report)) is not None:
+        return GuidanceShares(*kept)
+    differences: dict[float, Differences] = {}
+    images = min(GUIDANCE_IMAGES, max(course.batch, course.trajectories * course.batch // 5))
+    for x, timestep, conditions, _ in _side_by_side(teacher, student, course, images, "guidance", report):
+        null = torch.full_like(conditions, teacher.info.conditions)
+        true, mine = (
+            model.predict(x, timestep, conditions, 1.0) - model.predict(x, timestep, null, 1.0)
+            for model in (teacher, student)
+        )
+        differences.setdefault(float(timestep), Differences()).add(true, mine)
+    timesteps = sorted(differences)
+    shares = torch.tensor([differences[step].share(signal) for step in timesteps])
+    shown = ", ".join(f"{step:g}: {share:.2f}" for step, share in zip(timesteps, shares.tolist(), strict=True))
+    report.note(f"share of the guidance that is kept, by timestep: {shown}")
+    result = torch.tensor(timesteps, dtype=torch.float64), shares, asked
+    write_state(folder / "guidance.pt", result)
+    return GuidanceShares(*result)
+
+
+@torch.no_grad()
+def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, images: int, report: Report) -> Correction:
+    """What can be taken out of a trained student's predictions at every timestep of the course.
+
+    Both predict at the same x_t of `images` trajectories of the teacher (η = 0, as PTQD's code).
+    """
+    moments: dict[float, Moments] = {}
+    for x, timestep, conditions, target in _side_by_side(teacher, student, course, images, "correction", report):
+        predicted = student.predict(x, timestep, conditions, course.guidance)
+        moments.setdefault(float(timestep), Moments()).add(target, predicted)
     timesteps = sorted(moments)
     fitted = zip(*(moments[step].fit() for step in timesteps), strict=True)
     slope, bias, deviation = (torch.stack(values) for values in fitted)

@@ -103,7 +103,7 @@ class Recipe:
             raise UsageError(f"recipe: headroom cannot be {self.headroom}", "it takes 1 or more; 1.3 is ample")
         if self.guidance_signal < 0:
             raise UsageError(
-                f"recipe: guidance_signal cannot be {self.guidance_signal}", "0 guides as asked; 1 is usual"
+                f"recipe: guidance_signal cannot be {self.guidance_signal}", "0 guides as asked; 1.5 is usual"
             )
         if not 0 <= self.ema < 1:
             raise UsageError(f"recipe: ema cannot be {self.ema}", "it takes 0 or a decay below 1, such as 0.99")

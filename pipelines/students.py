@@ -8,15 +8,15 @@ A fake student's files (of the distill stage): `student.safetensors` with
     nearest · <site>/weight, <site>/bias, where they were trained · <site>/gain, centre, taps, row_bits: see
     pipelines/quant/surroundings.py
 
-and the plan as `plan.yaml`, and `correction.safetensors` where one was measured. An integer model's files (of the
-export stage): `model.safetensors` with
+and the plan as `plan.yaml`, and `guidance.safetensors` and `correction.safetensors` where such were measured. An
+integer model's files (of the export stage): `model.safetensors` with
 
     <site>.weight packed uint8 · <site>.weight_scale fp32 · <site>.weight_zero packed · <site>.bias · tables.* as above
     · <site>.gain, centre, taps, row_bits, where there are such
     float.<name>, what is not quantised
 
-with `config.json`, which holds all that a loader needs, and `conditions.safetensors`, `first_stage/` and
-`correction.safetensors` as a model's folder has them.
+with `config.json`, which holds all that a loader needs, and `conditions.safetensors`, `first_stage/`,
+`guidance.safetensors` and `correction.safetensors` as a model's folder has them.
 """
 
 import copy
@@ -49,7 +49,8 @@ from pipelines.quant.spec import HALVES, SitePlan, site_from_dict, site_to_dict
 from pipelines.quant.tables import TimestepTables
 
 FORMAT = "hqdm-int"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READABLE = (3, 4)  # 4 may guide by shares, which a reader of 3 would pass over
 # What a loader has to compute, in words that go into config.json.
 ARITHMETIC = {
     "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum "
@@ -289,7 +290,7 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise FileFault(f"{path}: not readable: {error}", "export again: hqdm export --format int") from error
-    if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
+    if config.get("format") != FORMAT or config.get("version") not in READABLE:
         raise FileFault(
             f"{path}: format {config.get('format')!r} version {config.get('version')!r}, "
             f"this hqdm reads {FORMAT} {FORMAT_VERSION}",

@@ -25,7 +25,8 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(store):
-    return tiny_student(store, "hqdm", "tuned", "w3a3")
+    """At 8 bits, where the tiny model's guidance is not all noise."""
+    return tiny_student(store, "hqdm", "tuned", "w8a8")
 
 
 def noise(seed, *shape):
@@ -87,13 +88,13 @@ def test_without_a_share_the_unconditional_half_is_not_computed():
     assert rows == [3, 6, 3, 6]
 
 
-def test_a_coarse_student_is_nearer_to_its_teacher_by_its_shares_than_guided_as_asked(store):
+def test_a_coarse_student_is_nearer_to_its_teacher_by_its_shares_than_guided_as_asked(store, tmp_path):
     """Before any training, on images that were not measured: the share is least squares, so it cannot lose much."""
     plan = make(store, "plan", method="hqdm", variant="code", bits="w3a3")
     untrained = make(store, "distill", {"plan": plan.id}, trajectories=1, batch=2)
     teacher = load_denoiser(store.ancestor(untrained, "model").path)
     fake, _ = students(store, untrained)
-    shares = measure_guidance(teacher, fake, Course(1, STEPS, 8, 6.0, 0.0, 0), 1.0, Report())
+    shares = measure_guidance(teacher, fake, Course(1, STEPS, 8, 6.0, 0.0, 0), 1.0, tmp_path, Report())
     assert 0 <= shares.share.min() and shares.share.min() < 1 and shares.share.max() <= 1
     indices, errors = list(range(100, 108)), {}
     classes = diffusion.conditions_of(0, indices, 4)
@@ -112,8 +113,9 @@ def test_a_coarse_student_is_nearer_to_its_teacher_by_its_shares_than_guided_as_
 
 def test_integers_are_guided_as_their_fakes_are_between_timesteps_too(store, shared):
     fake, integer = students(store, shared)
-    assert torch.equal(fake.guidance_shares.share, integer.guidance_shares.share)
-    assert len(fake.guidance_shares.timesteps) == STEPS
+    share = fake.guidance_shares.share
+    assert torch.equal(share, integer.guidance_shares.share) and len(share) == STEPS
+    assert ((share > 0) & (share < 1)).any()
 
     def sampled(model, steps):
         schedule = model.info.schedule
@@ -140,7 +142,7 @@ def test_a_student_without_its_shares_is_refused(store, shared, tmp_path):
 def test_a_plan_says_so_only_where_shares_are_asked_for(store, shared):
     asked = plan_of(store, shared)
     assert asked.recipe.guidance_signal > 0 and "guidance_signal" in write_plan(asked)
-    published = make(store, "plan", method="hqdm", variant="code", bits="w3a3")
+    published = make(store, "plan", method="hqdm", variant="code", bits="w8a8")
     assert "guidance_signal" not in published.file("plan.yaml").read_text()
     with pytest.raises(UsageError, match="guidance_signal cannot be -1"):
         Recipe(guidance_signal=-1.0)
@@ -158,3 +160,71 @@ def test_relations_are_compared_of_the_half_that_both_have_computed(store, share
             term = relation.term(step)
     relation.remove()
     assert abs(term) < 1e-3
+
+
+def test_an_image_is_the_same_in_a_batch_of_mixed_timesteps(store, shared):
+    fake, _ = students(store, shared)
+    fake.guidance_shares = of([0.0, 0.6], (100, 700))
+    x, timesteps = noise(0, 3, 1, 8, 8), torch.tensor([100, 400, 700])
+    with torch.no_grad():
+        together = fake.predict(x, timesteps, CLASSES, 3.0)
+        for image, timestep in enumerate(timesteps):
+            alone = fake.predict(x[image : image + 1], timestep, CLASSES[image : image + 1], 3.0)
+            assert torch.allclose(together[image], alone[0], atol=1e-6)
+
+
+def test_guidance_of_one_or_less_is_as_asked():
+    shares = of([0.0, 0.5])
+    for guidance in (1.0, 0.5, 0.0):
+        assert shares.strength(guidance, torch.tensor(100)) == guidance
+        assert shares.strength(guidance, torch.tensor([100, 300])) == guidance
+
+
+def test_a_student_distilled_without_guidance_keeps_all_of_it(store, tmp_path):
+    """It has learned nothing that would stand in for what is left out."""
+    distilled = tiny_student(store, "hqdm", "tuned", "w3a3", guidance=1.0)
+    assert (GuidanceShares.load(distilled.path).share == 1).all()
+
+
+def test_sampling_at_another_guidance_than_the_distillations_is_warned_of(store, shared):
+    class Warned(Report):
+        def __init__(self):
+            self.said = []
+
+        def warn(self, text):
+            self.said.append(text)
+
+    exported, report = make(store, "export", {"distill": shared.id}), Warned()
+    for guidance in (1.5, 4.0):
+        make(store, "sample", {"source": exported.id}, report, count=2, batch=2, steps=STEPS, guidance=guidance)
+    assert report.said == ["the student was distilled at guidance 1.5, and this is 4"]
+
+
+def test_an_export_in_floating_point_says_what_it_leaves_behind(store, shared):
+    class Warned(Report):
+        said = ()
+
+        def warn(self, text):
+            self.said = (*self.said, text)
+
+    report = Warned()
+    exported = make(store, "export", {"distill": shared.id}, report, format="float")
+    assert len(report.said) == 1 and "shares of guidance" in report.said[0]
+    assert load_denoiser(exported.path).guidance_shares is None
+
+
+@pytest.mark.parametrize("family", ["ddpm", "flux"])
+def test_a_model_without_classifier_free_guidance_has_no_shares(tmp_path, family):
+    from families import save_tiny
+
+    from pipelines import runner
+    from pipelines.store import Store
+
+    path, options = save_tiny(family, tmp_path / "model")
+    store = Store(tmp_path / "workspace")
+    runner.make(store, "model", runner.model_config(path, **options))
+    make(store, "profile", steps=2, batch=1)
+    distilled = tiny_student(store, "efficientdm", "tuned")
+    exported = make(store, "export")
+    assert FILE not in distilled.manifest["files"] and FILE not in exported.manifest["files"]
+    assert load_integer(exported.path, "cpu").guidance_shares is None

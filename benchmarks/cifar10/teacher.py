@@ -41,7 +41,7 @@ def averages(state: Path, network: str) -> tuple[torch.nn.Module, int]:
     """The moving averages of a training's state, in its network, and the number of steps behind them."""
     if not state.exists():
         raise SystemExit(f"{state}: no such training; begin it: python -m benchmarks.cifar10.train {network} --train …")
-    kept = torch.load(state, weights_only=True, mmap=True)
+    kept = torch.load(state, weights_only=True, mmap=True, map_location="cpu")
     model = NETWORKS[network]()
     model.load_state_dict(kept["ema"])
     return model.eval(), kept["step"]

@@ -32,7 +32,7 @@ def check_saturation(name: str, largest_code: int, weight: torch.Tensor, vnni: b
         )
 
 
-SHAPES = 2  # input shapes for which a layer keeps its weights; a batch's rest is one, and so is a second guidance call
+SHAPES = 2  # input shapes for which a layer keeps its weights: a batch's rest is one, and half a batch without guidance
 
 
 class Prepared:

@@ -80,10 +80,11 @@ class Denoiser(nn.Module):
     def predict(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
     ) -> torch.Tensor:
-        """The guided prediction at x (N, C, H, W) for conditions (N,) int64: p_∅ + guidance·(p_c − p_∅), corrected.
+        """The guided prediction at x (N, C, H, W) for conditions (N,) int64: p_∅ + g·(p_c − p_∅), corrected; g is
+        `guidance`, or by a student's shares of it.
 
         `timestep` is the schedule's, a number or (N,). The conditional and unconditional halves are one batch of 2N
-        (guidance 1 needs the conditional half alone). With shares of guidance, those of the timestep hold.
+        (g = 1 needs the conditional half alone).
         """
         guided = self._guided(x, timestep, conditions, guidance)
         return guided if self.correction is None else self.correction.corrected(guided, timestep)
@@ -102,7 +103,9 @@ class Denoiser(nn.Module):
         both = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
         times = torch.cat([timestep, timestep]) if timestep.ndim else timestep
         without, given = self.family.call(self.network, both, times, given, guidance).chunk(2)
-        return without + strength * (given - without)
+        guided = without + strength * (given - without)
+        # An image of strength 1 is its conditional prediction in a mixed batch as it is alone.
+        return torch.where(strength == 1, given, guided) if isinstance(strength, torch.Tensor) else guided
 
     def check_images(self) -> None:
         """HqdmError where no images can be made of what is denoised."""

@@ -25,27 +25,37 @@ from pipelines.errors import FileFault
 from pipelines.quant.tables import between
 
 FILE = "guidance.safetensors"
-NAMES = ("timesteps", "share")
 LEAST = 0.1
 
 
 @dataclass(frozen=True)
 class GuidanceShares:
-    """Shares (T,) fp32 of g − 1 at `timesteps` (T,) fp64, ascending; linear between them, the ends' beyond."""
+    """Shares (T,) fp32 of g − 1 at `timesteps` (T,) fp64, ascending; linear between them, the ends' beyond.
+
+    guidance: () fp32, the strength that the student learned to make up for; None in files that do not say it.
+    """
 
     timesteps: torch.Tensor
     share: torch.Tensor
+    guidance: torch.Tensor | None = None
 
     def strength(self, guidance: float, timestep: torch.Tensor) -> float | torch.Tensor:
-        """g at a timestep: a number, or for timesteps (N,) that differ (N, 1, 1, 1) fp32."""
-        share = between(self.timesteps, self.share, timestep)
-        if bool((share == share[0]).all()):
-            return 1.0 + (guidance - 1.0) * share[0].item()
-        return (1.0 + (guidance - 1.0) * share).view(-1, 1, 1, 1)
+        """g at a timestep: a number, or for timesteps (N,) that differ (N, 1, 1, 1) fp32.
+
+        A strength of at most 1 adds nothing to the conditional prediction, and is as asked.
+        """
+        if guidance <= 1:
+            return guidance
+        # In fp64 for one timestep and for several, so that an image has the same strength in either batch.
+        strength = 1.0 + (guidance - 1.0) * between(self.timesteps, self.share, timestep).double()
+        if bool((strength == strength[0]).all()):
+            return strength[0].item()
+        return strength.float().view(-1, 1, 1, 1)
 
     def save(self, folder: Path) -> None:
         """Write `guidance.safetensors` into a folder."""
-        save_file({name: getattr(self, name).contiguous() for name in NAMES}, Path(folder) / FILE)
+        known = {name: value.contiguous() for name, value in vars(self).items() if value is not None}
+        save_file(known, Path(folder) / FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "GuidanceShares":

@@ -85,7 +85,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     losses, blocks, learned = [], [], 0
     signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
     if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
-        student.guidance_shares = measure_guidance(teacher, student, course, signal, report)
+        student.guidance_shares = measure_guidance(teacher, student, course, signal, out.work, report)
     if plan.recipe.updates == "distill":
         losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
         learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
@@ -96,7 +96,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         report.note(f"{plan.method} trains nothing: the student is as it was calibrated")
 
     if signal and plan.recipe.updates != "distill":
-        student.guidance_shares = measure_guidance(teacher, student, course, signal, report)
+        student.guidance_shares = measure_guidance(teacher, student, course, signal, out.work, report)
     if student.guidance_shares is not None:
         student.guidance_shares.save(out.path)
 

@@ -47,6 +47,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     if config.format == "float":
         merge_weights(student, teacher)
         save_denoiser(teacher, out.path)
+        for what, measured in (("shares of guidance", student.guidance_shares), ("correction", student.correction)):
+            if measured is not None:
+                report.warn(f"the student's {what} do not go with weights in floating point; its integers have them")
         return about | {"bytes": (out.path / WEIGHTS).stat().st_size}
     sizes = save_integer(student, plan, out.path)
     forms = dict(sorted(Counter(size["form"] for size in sizes.values()).items()))

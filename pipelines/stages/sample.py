@@ -98,8 +98,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             f"the scales were learned at {len(tables.timesteps)} timesteps; "
             f"{interpolated} of these {len(timesteps)} are interpolated between them"
         )
-    if model.correction is not None and abs((measured := model.correction.guidance.item()) - guidance) > 1e-6:
-        report.warn(f"the correction was measured at guidance {measured:g}, and this is {guidance:g}")
+    for what, kept in (("correction was measured", model.correction), ("student was distilled", model.guidance_shares)):
+        known = None if kept is None or kept.guidance is None else kept.guidance.item()
+        if known is not None and abs(known - guidance) > 1e-6:
+            report.warn(f"the {what} at guidance {known:g}, and this is {guidance:g}")
 
     starts = list(range(0, config.count, config.batch))
     conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)
@@ -116,7 +118,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             mine = conditions[indices]
             if len(indices) not in warm:  # packing for a new batch size is not sampling
                 with torch.inference_mode():
-                    model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timesteps[0]), mine, guidance)
+                    for timestep in _of_each_size(model, timesteps, guidance):
+                        model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timestep), mine, guidance)
                 give_back()
                 warm.add(len(indices))
             begun = time.perf_counter()
@@ -160,6 +163,16 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "backend": config.backend or ("cpu" if config.source == "int" else None),
         "threads": torch.get_num_threads(), **about,
     }  # fmt: skip
+
+
+def _of_each_size(model, timesteps: list[float], guidance: float) -> list[float]:
+    """The first timestep, and the first of those at which the unconditional half is not computed: half the batch."""
+    import torch
+
+    if (shares := model.guidance_shares) is None:
+        return timesteps[:1]
+    halved = [step for step in timesteps if shares.strength(guidance, torch.tensor(step)) == 1]
+    return list(dict.fromkeys([timesteps[0], *halved[:1]]))
 
 
 def _keep(path, **arrays) -> None:
