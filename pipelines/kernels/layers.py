@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipelines.kernels import backend
+from pipelines.kernels.attention import shorten
 from pipelines.memory import give_back
 from pipelines.quant.affine import quantise
 from pipelines.quant.hadamard import rotate_activation, rotate_last
@@ -111,6 +112,7 @@ def swap_in(
         name = plan.site.name
         layers[name] = IntegerLayer(weights[name], tables, index, span, backend_name)
         network.set_submodule(name, layers[name])
+    shorten(network)
     network.timestep_tables = tables
     tables.follow(network, unit)
     return layers
