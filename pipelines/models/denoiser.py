@@ -96,7 +96,7 @@ class Denoiser(nn.Module):
         strength: float | torch.Tensor = guidance
         if self.guidance_shares is not None and self.info.guidance == CLASSIFIER_FREE:
             strength = self.guidance_shares.strength(guidance, timestep)
-        if self.info.guidance != CLASSIFIER_FREE or (isinstance(strength, float) and strength == 1.0):
+        if self.info.guidance != CLASSIFIER_FREE or (not isinstance(strength, torch.Tensor) and strength == 1):
             return self.family.call(self.network, x, timestep, self.given(conditions), guidance)
         null = torch.full_like(conditions, self.info.conditions)
         given = self.given(torch.cat([null, conditions]))

@@ -9,28 +9,25 @@ the mean of ε twice; here b is what the slope leaves.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from pipelines.errors import FileFault
-from pipelines.quant.tables import between
+from pipelines.quant.tables import ByTimestep
 
 FILE = "correction.safetensors"
-NAMES = ("timesteps", "slope", "bias", "deviation", "guidance")
 
 
 @dataclass(frozen=True)
-class Correction:
+class Correction(ByTimestep):
     """Slopes (T,), biases (T, C) and the deviations of the rest (T,), fp32, at `timesteps` (T,) fp64, ascending.
 
     guidance: () fp32, the strength at which they were measured. Between timesteps all three are interpolated linearly;
     beyond the ends the end's hold.
     """
 
-    timesteps: torch.Tensor
+    FILE = FILE
+    WHAT = "correction"
+
     slope: torch.Tensor
     bias: torch.Tensor
     deviation: torch.Tensor
@@ -38,26 +35,13 @@ class Correction:
 
     def corrected(self, prediction: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """(ε̂ − b)/(1 + k) of ε̂ (N, C, H, W) at a timestep, a number or (N,)."""
-        bias, slope = (between(self.timesteps, values, timestep) for values in (self.bias, self.slope))
+        bias, slope = (self.at(values, timestep) for values in (self.bias, self.slope))
         return (prediction - bias[..., None, None]) / (1 + slope.reshape(-1, 1, 1, 1))
 
     def rest(self, timestep: torch.Tensor) -> float:
         """The deviation of what is left of the error in a corrected prediction, at one timestep."""
-        deviation, slope = (between(self.timesteps, values, timestep) for values in (self.deviation, self.slope))
+        deviation, slope = (self.at(values, timestep) for values in (self.deviation, self.slope))
         return (deviation / (1 + slope)).item()
-
-    def save(self, folder: Path) -> None:
-        """Write `correction.safetensors` into a folder."""
-        save_file({name: getattr(self, name).contiguous() for name in NAMES}, Path(folder) / FILE)
-
-    @classmethod
-    def load(cls, folder: Path) -> "Correction":
-        """The inverse of `save`. FileFault where the file is missing, damaged or holds something else."""
-        path = Path(folder) / FILE
-        try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
-            raise FileFault(f"{path}: no correction: {error}", "make the artifact again with --force") from error
 
 
 class Moments:

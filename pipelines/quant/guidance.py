@@ -15,27 +15,25 @@ Kynkäänniemi et al., "Applying Guidance in a Limited Interval", NeurIPS 2024.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from pipelines.errors import FileFault
-from pipelines.quant.tables import between
+from pipelines.quant.tables import ByTimestep
 
 FILE = "guidance.safetensors"
 LEAST = 0.1
 
 
 @dataclass(frozen=True)
-class GuidanceShares:
+class GuidanceShares(ByTimestep):
     """Shares (T,) fp32 of g − 1 at `timesteps` (T,) fp64, ascending; linear between them, the ends' beyond.
 
     guidance: () fp32, the strength that the student learned to make up for; None in files that do not say it.
     """
 
-    timesteps: torch.Tensor
+    FILE = FILE
+    WHAT = "shares of guidance"
+
     share: torch.Tensor
     guidance: torch.Tensor | None = None
 
@@ -47,26 +45,10 @@ class GuidanceShares:
         if guidance <= 1:
             return guidance
         # In fp64 for one timestep and for several, so that an image has the same strength in either batch.
-        strength = 1.0 + (guidance - 1.0) * between(self.timesteps, self.share, timestep).double()
+        strength = 1.0 + (guidance - 1.0) * self.at(self.share, timestep).double()
         if bool((strength == strength[0]).all()):
             return strength[0].item()
         return strength.float().view(-1, 1, 1, 1)
-
-    def save(self, folder: Path) -> None:
-        """Write `guidance.safetensors` into a folder."""
-        known = {name: value.contiguous() for name, value in vars(self).items() if value is not None}
-        save_file(known, Path(folder) / FILE)
-
-    @classmethod
-    def load(cls, folder: Path) -> "GuidanceShares":
-        """The inverse of `save`. FileFault where the file is missing, damaged or holds something else."""
-        path = Path(folder) / FILE
-        try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
-            raise FileFault(
-                f"{path}: no shares of guidance: {error}", "make the artifact again with --force"
-            ) from error
 
 
 class Differences:

@@ -8,28 +8,56 @@ counts calls. A batch may mix timesteps: every image is then quantised with the 
 import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines.errors import HqdmError
+from pipelines.errors import FileFault, HqdmError
 from pipelines.quant.affine import round_through
 
 SAME_TIMESTEP = 1e-2  # nearer timesteps are one: a pipeline may pass t/1000 in fp32 and multiply it again
 
 
-def between(timesteps: torch.Tensor, values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Rows of values (T, …) at timesteps `wanted`, (N,) or a number: (N, …) or (1, …).
+@dataclass(frozen=True)
+class ByTimestep:
+    """What was measured of a student at `timesteps` (T,) fp64, ascending: tensors that make up a file of their own."""
 
-    timesteps: (T,) fp64, ascending. Linear between two of them; beyond the ends the end's row holds.
-    """
-    at = wanted.double().reshape(-1)
-    above = torch.searchsorted(timesteps, at).clamp(max=len(timesteps) - 1)
-    below = (above - 1).clamp(min=0)
-    span = (timesteps[above] - timesteps[below]).clamp(min=1e-9)
-    share = ((at - timesteps[below]) / span).clamp(0, 1).float()
-    return torch.lerp(values[below], values[above], share.view(-1, *[1] * (values.ndim - 1)))
+    FILE: ClassVar[str]
+    WHAT: ClassVar[str]
+
+    timesteps: torch.Tensor
+
+    def at(self, values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Rows of values (T, …) at timesteps `wanted`, (N,) or a number: (N, …) or (1, …).
+
+        Linear between two timesteps; beyond the ends the end's row holds.
+        """
+        at = wanted.double().reshape(-1)
+        above = torch.searchsorted(self.timesteps, at).clamp(max=len(self.timesteps) - 1)
+        below = (above - 1).clamp(min=0)
+        span = (self.timesteps[above] - self.timesteps[below]).clamp(min=1e-9)
+        share = ((at - self.timesteps[below]) / span).clamp(0, 1).float()
+        return torch.lerp(values[below], values[above], share.view(-1, *[1] * (values.ndim - 1)))
+
+    def save(self, folder: Path) -> None:
+        """Write FILE into a folder."""
+        known = {name: value.contiguous() for name, value in vars(self).items() if value is not None}
+        save_file(known, Path(folder) / self.FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The inverse of `save`. FileFault where the file is missing, damaged or holds something else."""
+        path = Path(folder) / cls.FILE
+        try:
+            return cls(**load_file(path))
+        except (OSError, SafetensorError, TypeError) as error:
+            raise FileFault(f"{path}: no {cls.WHAT}: {error}", "make the artifact again with --force") from error
 
 
 @lru_cache(maxsize=64)
