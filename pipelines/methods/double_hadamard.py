@@ -19,7 +19,7 @@ Xi et al. train at blocks of 32 with LSQ's steps: `distilled` has blocks of 32 a
 from dataclasses import replace
 
 from pipelines.methods import hqdm
-from pipelines.methods.base import Measured, Method, Option, Recipe, Variant, one_for_all
+from pipelines.methods.base import TUNED, Measured, Method, Option, Recipe, Variant, one_for_all
 from pipelines.methods.equivalent import plan_of, widest
 from pipelines.quant.spec import ORDERS, Bits, Site, SitePlan
 
@@ -51,9 +51,14 @@ METHOD = Method(
             Recipe(),
             {"axis": "channels", "ranks": (2,), "order": hqdm.ORDER},
         ),
+        "tuned": Variant(
+            "`distilled` with the recipe of `hqdm --variant auto`",
+            TUNED,
+            {"axis": "channels", "ranks": (2,), "order": hqdm.ORDER},
+        ),
     },
     default_variant="quarot",
-    options={"order": Option(64, "largest Hadamard block; distilled starts from 32", ORDERS)},
+    options={"order": Option(64, "largest Hadamard block; distilled and tuned start from 32", ORDERS)},
     decide=decide,
     groups=groups,
 )

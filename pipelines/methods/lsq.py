@@ -13,7 +13,9 @@ where the paper's are unsigned after ReLU. First, last and time layers at 8 bits
 in floating point, as for the other methods here.
 """
 
-from pipelines.methods.base import Measured, Method, Recipe, Variant, one_for_all
+from dataclasses import replace
+
+from pipelines.methods.base import TUNED, Measured, Method, Recipe, Variant, one_for_all
 from pipelines.methods.equivalent import plan_of
 from pipelines.quant.spec import Bits, Site, SitePlan
 
@@ -38,8 +40,12 @@ METHOD = Method(
                 weight_scale_rate=1e-5,
                 activation_scale_rate=1e-3,
             ),
-        )
-    },  # fmt: skip
+        ),
+        "tuned": Variant(
+            "the same with what else `hqdm --variant auto` does, at rates for hundreds of updates",
+            replace(TUNED, trains=["weights", "biases", "weight_scales", "activation_scales"], weight_rate=1e-4),
+        ),
+    },
     default_variant="published",
     decide=decide,
     groups=one_for_all,

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipelines.errors import UsageError
-from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
+from pipelines.methods.base import TUNED, Measured, Method, Option, Recipe, Variant
 from pipelines.methods.equivalent import by_column, columns_max, few, outputs, plan_of
 from pipelines.methods.smoothquant import smoothing
 from pipelines.quant.spec import Bits, Site, SitePlan, integer_range
@@ -103,7 +103,10 @@ METHOD = Method(
     name="mpq_dm",
     summary="smoothed channels, weight widths by output from their kurtosis at the same mean, distilled",
     source="Feng et al., AAAI 2025 (arXiv 2412.11549); cantbebetter2/MPQ-DM",
-    variants={"published": Variant("with relation distillation", Recipe(relation=100.0))},
+    variants={
+        "published": Variant("with relation distillation", Recipe(relation=100.0)),
+        "tuned": Variant("the same with the recipe of `hqdm --variant auto`", replace(TUNED, relation=100.0)),
+    },
     default_variant="published",
     options={"mixed": Option(True, "widths by output; false: all outputs as asked")},
     decide=decide,

@@ -14,7 +14,9 @@ without any, attention and time layers are all that trains. First, last and time
 downsampling convolutions in floating point: as for the other methods here.
 """
 
-from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
+from dataclasses import replace
+
+from pipelines.methods.base import TUNED, Measured, Method, Option, Recipe, Variant
 from pipelines.methods.equivalent import plan_of
 from pipelines.quant.spec import Bits, Site, SitePlan
 
@@ -48,8 +50,17 @@ METHOD = Method(
                 bias_rate=1e-5,
                 activation_scale_rate=1e-4,
             ),
-        )
-    },  # fmt: skip
+        ),
+        "tuned": Variant(
+            "the same with what else `hqdm --variant auto` does, at rates for hundreds of updates",
+            replace(
+                TUNED,
+                trains=["weights", "biases", "activation_scales"],
+                roles=[*TIME, *SENSITIVE],
+                weight_rate=1e-4,
+            ),
+        ),
+    },
     default_variant="published",
     options={"groups": Option(20, "spans of timesteps that share activation scales; 1: static", least=1)},
     decide=decide,
