@@ -13,8 +13,10 @@ import typer
 
 from hqdm_cli import console
 from hqdm_cli.commands import (
+    bench,
     compare,
     distill,
+    doctor,
     export,
     methods,
     plan,
@@ -46,7 +48,11 @@ Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (profile, plan, distill, export, sample, score, compare, run, status, show, verify, methods, report):
+COMMANDS = (
+    profile, plan, distill, export, sample, score, compare, run, status, show, verify, methods, report, bench,
+    doctor,
+)  # fmt: skip
+for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]
     app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
 

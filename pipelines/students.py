@@ -34,6 +34,7 @@ from pipelines.diffusion import walker
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.kernels import cpu, reference
 from pipelines.kernels import layers as integer_layers
+from pipelines.kernels.attention import shorten
 from pipelines.memory import give_back, let_go
 from pipelines.models.denoiser import CONDITIONS, Denoiser, info_from_dict, ready, save_beside
 from pipelines.models.families import FAMILIES
@@ -56,7 +57,8 @@ ARITHMETIC = {
     "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum "
     "of the taps whose input lies in the image); dynamic centring: centre is the image's mean over its tokens, and "
     "y' = y + (mean·gain·blockdiag(D·H, …)·V)·(w/order) in fp32; row_bits: bits of each output, rows packed by them",
-    "prologue": "x~ = x'·blockdiag(D·H, …) in fp32 (H: Sylvester's ±1 matrix of `order`; D: `sign_diagonals`); "
+    "prologue": "x~ = x'·blockdiag(D·H, …) in fp32 (H: Sylvester's ±1 matrix of `order`; D: `sign_diagonals`), as D, "
+    "then stages of butterflies, values 1, 2, 4, … apart in a block becoming a + b and a - b; "
     "q = clamp(round_half_even(x~ / s_t) + z_t, low, high) - z_t",
     "ranges": "symmetric: ±(2^(bits-1) - 1), no zero-point; asymmetric: 0 … 2^bits - 1, zero-point clamped to it",
     "fold": "single: V = W·blockdiag(D·H, …) along the input channels; none, double: V = W; "
@@ -185,6 +187,8 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
             layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
         if freeze:
             layer.freeze()
+    if freeze:
+        shorten(student.network)
     if plan.recipe.guidance_signal and student.info.guidance == CLASSIFIER_FREE:
         student.guidance_shares = GuidanceShares.load(path.parent)
     if plan.recipe.correction:

@@ -162,15 +162,16 @@ def test_relations_are_compared_of_the_half_that_both_have_computed(store, share
     assert abs(term) < 1e-3
 
 
-def test_an_image_is_the_same_in_a_batch_of_mixed_timesteps(store, shared):
-    fake, _ = students(store, shared)
-    fake.guidance_shares = of([0.0, 0.6], (100, 700))
+def test_an_image_is_the_same_in_a_batch_of_mixed_timesteps(store):
+    """In floating point: a batch's size moves rounding, and quantisers would make steps of it."""
+    guided = load_denoiser(store.current("model").path)
+    guided.guidance_shares = of([0.0, 0.6], (100, 700))
     x, timesteps = noise(0, 3, 1, 8, 8), torch.tensor([100, 400, 700])
     with torch.no_grad():
-        together = fake.predict(x, timesteps, CLASSES, 3.0)
+        together = guided.predict(x, timesteps, CLASSES, 3.0)
         for image, timestep in enumerate(timesteps):
-            alone = fake.predict(x[image : image + 1], timestep, CLASSES[image : image + 1], 3.0)
-            assert torch.allclose(together[image], alone[0], atol=1e-6)
+            alone = guided.predict(x[image : image + 1], timestep, CLASSES[image : image + 1], 3.0)
+            assert torch.allclose(together[image], alone[0], atol=1e-5)
 
 
 def test_guidance_of_one_or_less_is_as_asked():

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.kernels import backend, cpu, forms
-from pipelines.kernels.layers import IN_CACHE, IntegerLayer, forget_weights
+from pipelines.kernels.layers import IntegerLayer, forget_weights
+from pipelines.kernels.prologue import IN_CACHE, Prologue, centred_operand
 from pipelines.quant.affine import centred_codes, choose, dequantise, quantise
 from pipelines.quant.hadamard import hadamard, rotate_activation, rotate_weight
 from pipelines.quant.integers import IntegerWeights, PackedWeights
@@ -81,7 +82,9 @@ def check(plan: SitePlan, x: torch.Tensor, seed: int) -> str:
     weights = fake.integers().packed()
     tables = fake._tables[0]
     layers = {name: IntegerLayer(weights, tables, 0, fake.span, name) for name in ("reference", "cpu")}
-    centred, _, _ = layers["reference"].codes(x.clone())
+    scale, zero = tables.numbers_of(0)
+    zero = 0 if plan.activation_quantiser == "symmetric" else max(0, min(plan.activation_range[1], zero))
+    centred, _ = Prologue(fake.surroundings)(x.clone(), scale, zero, centred_operand(plan))
     accumulators = by_definition(centred, plan, weights)
     for name, layer in layers.items():
         assert torch.equal(layer.prepared.accumulators(centred).long(), accumulators), name
@@ -164,13 +167,36 @@ def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bit
     inverse = "none" if transform.is_identity else "single"
     plan = SitePlan(site(kind, channels=64), True, transform, inverse, weight_bits, 4, weight_quantiser, "symmetric")
     weights = wide_weights(plan, wide)
-    centred = torch.randint(-7, 8, (2, 5, 64) if kind == "linear" else (2, 64, 8, 8)).float()
+    centred = torch.randint(-7, 8, (2, 5, 64) if kind == "linear" else (2, 64, 8, 8))
     prepared = cpu.prepare(weights)
     assert prepared.form == form
     assert torch.equal(prepared.accumulators(centred).long(), by_definition(centred, plan, weights))
-    scale = torch.tensor(0.0371)
-    truth = backend("reference").prepare(weights)(centred, 0, scale, weights.scale)
-    assert torch.equal(prepared(centred.clone(), 0, scale, weights.scale), truth)
+    scale = 0.0371
+    truth = backend("reference").prepare(weights)(centred, centred_operand(plan), scale, weights.scale)
+    operand = prepared.operand(0)
+    codes = operand.of(centred, 1 if kind == "conv" else -1)
+    assert torch.equal(prepared(codes, operand, scale, weights.scale), truth)
+
+
+@pytest.mark.parametrize("bits, quantiser", [(4, "symmetric"), (4, "asymmetric"), (3, "asymmetric"), (8, "symmetric")])
+@pytest.mark.parametrize("value", [-7, 7, 1])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_constant_channels_carry_the_largest_zero_points_and_sums(bits, quantiser, value, stride):
+    """Every weight of one sign, so that the sums that they take out are as large as they can be."""
+    plan = SitePlan(site("conv", channels=256, stride=stride), True, IDENTITY, "none", 4, bits, "symmetric", quantiser)
+    centred = torch.full(plan.site.weight, value, dtype=torch.int16)
+    weights = IntegerWeights(plan, centred, torch.zeros(6, dtype=torch.int16), torch.rand(6), torch.randn(6)).packed()
+    prepared = cpu.Prepared(weights, vnni=True)
+    assert prepared.carried is not None
+    low, high = plan.activation_range
+    for zero in (low, high) if quantiser == "asymmetric" else (0,):
+        codes = torch.randint(low - zero, high - zero + 1, (2, 256, 8, 8), generator=torch.Generator().manual_seed(1))
+        operand = prepared.operand(zero)
+        assert len(operand.carried) == prepared.carried.width and max(operand.carried) <= 255
+        truth = backend("reference").prepare(weights)(codes, centred_operand(plan), 0.05, weights.scale)
+        assert torch.equal(prepared(operand.of(codes, 1), operand, 0.05, weights.scale), truth)
+    if bits < 8:  # 8 bits are refused without VNNI
+        assert cpu.Prepared(weights, vnni=False).carried is None
 
 
 def test_entries_of_a_folded_block_have_one_parity():

@@ -1,39 +1,67 @@
-"""Cross-attention to one token, as of class-conditional models, without its queries and keys.
+"""Attention in floating point, for inference: one pass over the scores, and nothing computed that cannot matter.
 
-The softmax over one key is 1, so whatever the query, attention gives that token's value: o(v(c)), once for an image
-instead of once for each of its positions. The bits are those of the whole computation.
+Where the context is one token, as of class-conditional models, the softmax over one key is 1: whatever the query,
+attention gives that token's value, o(v(c)), once for an image instead of once for each of its positions, with the bits
+of the whole computation. Elsewhere compiled kernels take softmax(QKᵀ/√d)·V, where there are such; fake and integer
+students take the same, so that their bits agree.
 """
 
 import torch
 from torch import nn
 
+from pipelines import native
 
-class OneToken:
-    """A processor of diffusers' `Attention` that takes the short way where it is one, and else the `usual` one."""
 
-    def __init__(self, usual):
-        self.usual = usual
+class Short:
+    """The forward pass of a diffusers `Attention`, which takes the `usual` one wherever a shorter does not apply."""
+
+    def __init__(self, attention: nn.Module):
+        self.attention, self.usual = attention, attention.forward
 
     def __call__(
-        self, attention: nn.Module, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None, *args, **kwargs,
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None, **kwargs,
     ) -> torch.Tensor:  # fmt: skip
-        context = encoder_hidden_states
-        if context is None or context.shape[1] != 1 or attention_mask is not None or hidden_states.ndim != 3:
-            return self.usual(attention, hidden_states, context, attention_mask, temb, *args, **kwargs)
-        if attention.norm_cross:
+        attention, context = self.attention, encoder_hidden_states
+        if attention_mask is not None or hidden_states.ndim != 3 or torch.is_grad_enabled():
+            return self.usual(hidden_states, context, attention_mask, temb=temb, **kwargs)
+        if context is not None and attention.norm_cross:
             context = attention.norm_encoder_hidden_states(context)
-        out = attention.to_out[0](attention.to_v(context))
-        out = attention.to_out[1](out).expand(-1, hidden_states.shape[1], -1)
+        if context is not None and context.shape[1] == 1:
+            out = attention.to_v(context)
+        elif (kernels := native.library()) is not None and hidden_states.dtype == torch.float32:
+            source = hidden_states if context is None else context
+            q, k, v = attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source)
+            out = attend(q, k, v, attention.heads, kernels)
+        else:
+            return self.usual(hidden_states, encoder_hidden_states, attention_mask, temb=temb, **kwargs)
+        out = attention.to_out[1](attention.to_out[0](out)).expand(-1, hidden_states.shape[1], -1)
         if attention.residual_connection:
             out = out + hidden_states
-        return out / attention.rescale_output_factor
+        return out / attention.rescale_output_factor if attention.rescale_output_factor != 1 else out
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, kernels) -> torch.Tensor:
+    """softmax(QKᵀ/√d)·V of every head: (N, tokens, heads·d) fp32 from q and (N, keys, heads·d) k and v."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (images, queries, channels), keys, threads = q.shape, k.shape[1], torch.get_num_threads()
+    width, out = channels // heads, torch.empty_like(q)
+    scratch = torch.empty(kernels.hqdm_attention_scratch(images, keys, heads, width, threads))
+    kernels.hqdm_attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), images, queries, keys, heads, width, width**-0.5,
+        scratch.data_ptr(), threads,
+    )  # fmt: skip
+    return out
 
 
 def shorten(network: nn.Module) -> None:
-    """Give the attentions of a network that have diffusers' own processor the short way, in place."""
+    """Give the attentions of a network that are as diffusers makes them the shorter forward pass, in place."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     for module in network.modules():
-        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
-            module.set_processor(OneToken(module.processor))
+        if not isinstance(module, Attention) or type(module.processor) is not AttnProcessor2_0:
+            continue
+        others = ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj")
+        same_width = module.inner_kv_dim == module.inner_dim
+        if same_width and all(getattr(module, name, None) is None for name in others):
+            module.forward = Short(module)

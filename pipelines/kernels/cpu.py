@@ -9,7 +9,8 @@ layer is prepared), added as int32, and the epilogue follows in torch.
 import torch
 
 from pipelines.errors import HqdmError, NumericalFault
-from pipelines.kernels.forms import PARTIAL_OFFSET, Form, Term, choose_form, low_digit
+from pipelines.kernels.forms import PARTIAL_OFFSET, Form, Term, carried, choose_form, low_digit
+from pipelines.kernels.prologue import Operand, centred_operand
 from pipelines.memory import give_back
 from pipelines.quant.integers import PackedWeights, accumulator_bound
 from pipelines.quant.layers import EXACT_FP32, epilogue
@@ -51,7 +52,6 @@ class Prepared:
             )
         low, high = plan.activation_range
         self.offset = 0 if low == 0 else 2 ** (plan.activation_bits - 1)
-        self.fits_int8 = high - low <= 254 and (low < 0 or high <= 127)
         if plan.inverse == "activation":
             largest = self.growth * max(abs(low), high)
             count = 1
@@ -63,6 +63,9 @@ class Prepared:
         form = self._form(folded)
         self.form, self.fused = form.name, form.fused
         self.repeated, self.group = form.repeated, form.group
+        # Constant channels are large codes beside large weights: without VNNI pairs of these products saturate.
+        convolves = plan.site.kind == "conv" and form.name in ("one", "columns")
+        self.carried = carried(folded, high + self.offset if low == 0 else self.offset) if vnni and convolves else None
         wide = form.name == "parity" or plan.inverse == "activation"
         self.partial = wide
         largest_code = 255 if wide else high + self.offset
@@ -111,7 +114,12 @@ class Prepared:
             del self._packed[next(iter(self._packed))]
         site, packed = self.site, []
         one = self.form == "one" and self.activation_digits == 1  # V itself, known to fit
-        terms = (Term(self.weights.folded(torch.int8)),) if one else self._form(self.weights.folded()).terms
+        folded = self.weights.folded(torch.int8 if one else None)
+        terms = (Term(folded),) if one else self._form(folded).terms
+        if self.carried is not None:  # after V's own channels, and before those that are given twice
+            (term,), own = terms, folded.shape[1]
+            parts = [term.weight[:, :own], self.carried.weights(folded), term.weight[:, own:]]
+            terms = (Term(torch.cat(parts, 1)),)
         for term in terms:
             weight = term.weight.contiguous()
             if site.kind == "linear":
@@ -153,47 +161,43 @@ class Prepared:
             site.dilation, site.groups, 1.0, 0, torch.float32, "none", [], None,
         )  # fmt: skip
 
-    def _operands(self, centred: torch.Tensor, zero: int) -> tuple[list[torch.Tensor], int]:
+    def operand(self, zero: int) -> Operand:
+        """Bytes with their zero-point, where the operators take them as they are; else centred codes."""
+        if self.group or self.plan.inverse == "activation":
+            return centred_operand(self.plan)
+        stored = zero + self.offset
+        return Operand(torch.uint8, stored, self.carried.values(stored) if self.carried else ())
+
+    def _operands(self, codes: torch.Tensor, operand: Operand) -> tuple[list[torch.Tensor], int]:
         """u8 operands, one for each activation digit, and their common zero-point."""
         channel = 1 if self.site.kind == "conv" else -1
         if self.plan.inverse == "activation":
-            rest, digits = centred, []
+            rest, digits = codes, []
             for _ in range(self.activation_digits - 1):
                 low = low_digit(rest)
                 digits.append(low)
                 rest = (rest - low) / 128
             return [(digit + PARTIAL_OFFSET).to(torch.uint8) for digit in [*digits, rest]], PARTIAL_OFFSET
         if self.group:
-            sums = centred.unflatten(channel, (-1, self.group)).sum(2 if self.site.kind == "conv" else -1)
-            both = torch.cat([centred * 2, sums], channel)
+            sums = codes.unflatten(channel, (-1, self.group)).sum(2 if self.site.kind == "conv" else -1)
+            both = torch.cat([codes * 2, sums], channel)
             return [(both + PARTIAL_OFFSET).to(torch.uint8)], PARTIAL_OFFSET
-        u8_zero = zero + self.offset
-        # The zero-point is added to bytes, which are four times fewer than floats; int8 wraps as u8 wants it. Only
-        # asymmetric 8-bit codes do not fit int8 before it is added.
-        small = centred.to(torch.int8 if self.fits_int8 else torch.int16)
-        if not self.fits_int8:
-            u8 = small.add_(u8_zero).to(torch.uint8)
-        else:
-            u8 = small.add_(u8_zero - 256 if u8_zero > 127 else u8_zero).view(torch.uint8)
         if self.repeated is not None:
-            u8 = torch.cat([u8, u8.index_select(channel, self.repeated)], channel)
-        return [u8], u8_zero
+            codes = torch.cat([codes, codes.index_select(channel, self.repeated)], channel)
+        return [codes], 0 if operand.carried else operand.offset
 
     def accumulators(self, centred: torch.Tensor) -> torch.Tensor:
-        """int32 accumulators of centred codes (fp32, integer-valued), read through the operators themselves."""
+        """int32 accumulators of centred codes, of any type, read through the operators themselves."""
         low, _ = self.plan.activation_range
-        zero = 0
-        if (
-            low == 0 and self.plan.inverse != "activation"
-        ):  # asymmetric codes are unsigned: any zero-point that fits will do
-            zero = max(0, int(-centred.min()))
-        total = self._sum(centred, zero)
+        # Asymmetric codes are unsigned: any zero-point that fits will do.
+        operand = self.operand(max(0, int(-centred.min())) if low == 0 else 0)
+        total = self._sum(operand.of(centred, 1 if self.site.kind == "conv" else -1), operand)
         return total if self.site.kind == "conv" else total.view(*centred.shape[:-1], self.outputs)
 
-    def _sum(self, centred: torch.Tensor, zero: int) -> torch.Tensor:
+    def _sum(self, codes: torch.Tensor, operand: Operand) -> torch.Tensor:
         """The accumulators of all terms, int32."""
-        operands, u8_zero = self._operands(centred, zero)
-        operands = [self._layout(operand) for operand in operands]
+        operands, u8_zero = self._operands(codes, operand)
+        operands = [self._layout(value) for value in operands]
         total = None
         for digit, factor, packed in self._terms(operands[0].shape):
             part = self._run(operands[digit], u8_zero, packed, 1.0, self._ones, None).to(torch.int32) * factor
@@ -205,15 +209,17 @@ class Prepared:
             return operand.contiguous(memory_format=torch.channels_last)
         return operand.reshape(-1, operand.shape[-1])
 
-    def __call__(self, centred: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
-        """centred: code − zero-point, fp32 integer-valued; zero: that zero-point, which u8 operands carry."""
-        lead = centred.shape[:-1]
+    def __call__(
+        self, codes: torch.Tensor, operand: Operand, activation_scale: float, weight_scale: torch.Tensor
+    ) -> torch.Tensor:
+        """codes: as `operand` has them."""
+        lead = codes.shape[:-1]
         if self.fused:
-            operands, u8_zero = self._operands(centred, zero)
+            operands, u8_zero = self._operands(codes, operand)
             u8 = self._layout(operands[0])
-            y = self._run(u8, u8_zero, self._terms(u8.shape)[0][2], activation_scale.item(), weight_scale, self.bias)
+            y = self._run(u8, u8_zero, self._terms(u8.shape)[0][2], activation_scale, weight_scale, self.bias)
         else:
-            y = epilogue(self._sum(centred, zero).float(), activation_scale, weight_scale, self.bias)
+            y = epilogue(self._sum(codes, operand).float(), torch.tensor(activation_scale), weight_scale, self.bias)
         return y if self.site.kind == "conv" else y.view(*lead, self.outputs)
 
 

@@ -12,6 +12,10 @@ A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 
               one product for every pair of digits.
 
 The choice is made per layer from the integers themselves. Forms with one product keep the fused epilogue.
+
+Codes are stored as bytes u = q + z. Operators that subtract z themselves sum up the weights for it in every call, which
+took three quarters of a convolution of 960 channels at 8×8. `Carried` channels do it in the product: beside u they hold
+the constant z, and V' holds −ΣV at each place of the kernel, so that Σ u·V − z·ΣV = Σ q·V, at the border too.
 """
 
 from dataclasses import dataclass
@@ -47,6 +51,50 @@ class Form:
     @property
     def fused(self) -> bool:
         return len(self.terms) == 1
+
+
+CARRY = 16  # the second and later carried channels hold z times this, where a byte holds that
+GROUP = 4  # channels that one instruction takes
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Constant channels that take a zero-point out of a sum: `count` of them hold z, then z·unit each; the rest 0."""
+
+    count: int
+    unit: int
+
+    @property
+    def width(self) -> int:
+        return -(-self.count // GROUP) * GROUP
+
+    def values(self, zero: int) -> tuple[int, ...]:
+        """What the channels hold."""
+        used = (zero, *[zero * self.unit] * (self.count - 1))
+        return (*used, *[0] * (self.width - self.count))
+
+    def weights(self, folded: torch.Tensor) -> torch.Tensor:
+        """Their part of V', (out, width, kh, kw) int8, with Σ values·weights = −z·ΣV. folded: V (out, in, kh, kw)."""
+        left = -folded.sum(1, dtype=torch.int32)
+        result = folded.new_zeros((len(folded), self.width, *folded.shape[2:]), dtype=torch.int8)
+        half = self.unit // 2
+        first = (left + half) % self.unit - half if self.unit > 1 else left.clamp(-INT8, INT8)
+        left = (left - first) // self.unit
+        result[:, 0] = first
+        for place in range(1, self.count):
+            result[:, place] = left.clamp(-INT8, INT8)
+            left = left - result[:, place]
+        return result
+
+
+def carried(folded: torch.Tensor, most: int) -> Carried | None:
+    """The channels that carry zero-points up to `most` for V (out, in, kh, kw); None where it would take too many."""
+    largest = int(folded.sum(1, dtype=torch.int32).abs().max())
+    if most * CARRY <= 255:
+        found = Carried(1 + -(-(largest + CARRY) // (CARRY * INT8)), CARRY)
+    else:
+        found = Carried(max(1, -(-largest // INT8)), 1)
+    return found if found.width <= max(GROUP, folded.shape[1] // 16) else None
 
 
 def low_digit(values: torch.Tensor) -> torch.Tensor:

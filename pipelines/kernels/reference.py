@@ -6,6 +6,7 @@ Slow, exact, and without any condition on the processor.
 import torch
 
 from pipelines.errors import NumericalFault
+from pipelines.kernels.prologue import Operand, centred_operand
 from pipelines.quant.integers import PackedWeights, accumulator_bound
 from pipelines.quant.layers import epilogue
 from pipelines.quant.spec import Site
@@ -35,7 +36,7 @@ def accumulate(codes: torch.Tensor, folded: torch.Tensor, site: Site) -> torch.T
 
 
 class Prepared:
-    """One layer, ready to run: (centred codes, s_x, s_w) to fp32 outputs. V is unpacked again for every call."""
+    """One layer, ready to run: (codes, operand, s_x, s_w) to fp32 outputs. V is unpacked again for every call."""
 
     form = "int32"
 
@@ -53,14 +54,20 @@ class Prepared:
     def forget(self) -> None:
         """Nothing is held."""
 
+    def operand(self, zero: int) -> Operand:
+        """Centred codes, whatever the zero-point."""
+        return centred_operand(self.plan)
+
     def accumulators(self, centred: torch.Tensor) -> torch.Tensor:
-        """int32 accumulators of centred codes (fp32, integer-valued)."""
+        """int32 accumulators of centred codes, of any type."""
         folded = self.weights.folded().to(torch.int32)
         return accumulate(centred.to(torch.int32), folded, self.plan.site)
 
-    def __call__(self, centred: torch.Tensor, zero: int, activation_scale: torch.Tensor, weight_scale: torch.Tensor):
-        """centred: code − zero-point, fp32 integer-valued; zero is only of interest to unsigned operators."""
-        return epilogue(self.accumulators(centred).float(), activation_scale, weight_scale, self.bias)
+    def __call__(
+        self, codes: torch.Tensor, operand: Operand, activation_scale: float, weight_scale: torch.Tensor
+    ) -> torch.Tensor:
+        """codes: as `operand` has them."""
+        return epilogue(self.accumulators(codes).float(), torch.tensor(activation_scale), weight_scale, self.bias)
 
 
 def prepare(weights: PackedWeights) -> Prepared:

@@ -54,7 +54,8 @@ class Kind:
     spatial: int
     size: int | None  # the only height and width it takes; None where it resizes by itself
     classes: int | None  # how many classes its logits name, where they are the labels' classes
-    weights: Callable[[str | None], Path]  # the user's path or None -> the file of the weights
+    file: Callable[[], Path]  # where its weights lie, or will once they are fetched
+    url: str  # that they are fetched from; empty where they come with the project
     load: Callable[[Path], Callable[[torch.Tensor], Features]]  # -> images (N, 1 or 3, H, W) uint8 to features
 
 
@@ -145,7 +146,7 @@ register_feature_extractor("cifar10", Cifar10Extractor)
 def load_extractor(name: str, weights: str | None = None) -> Extractor:
     """An extractor of the table with its weights: the file `weights`, or those it comes with or fetches."""
     kind = find_kind(name)
-    file = kind.weights(weights)
+    file = _weights(kind, weights)
     return Extractor(kind, sha256_of_file(file), kind.load(file))
 
 
@@ -156,15 +157,16 @@ def find_kind(name: str) -> Kind:
     return EXTRACTORS[name]
 
 
-def _shipped(name: str, file: Path) -> Callable[[str | None], Path]:
-    """The weights' file of an extractor that brings its own."""
-
-    def weights(path: str | None) -> Path:
-        if path is not None:
-            raise UsageError(f"the extractor {name!r} comes with its weights", "leave --weights away")
-        return file
-
-    return weights
+def _weights(kind: Kind, path: str | None) -> Path:
+    """The given file, else the kind's own, fetched where it is not there yet."""
+    if path is not None and not kind.url:
+        raise UsageError(f"the extractor {kind.name!r} comes with its weights", "leave --weights away")
+    if path is not None and not Path(path).is_file():
+        raise FileFault(f"{path}: no such file of weights")
+    file = kind.file() if path is None else Path(path)
+    if not file.is_file():
+        _fetch(kind.url, file)
+    return file
 
 
 def _classifier(name: str, kind: type[ClassifierExtractor]) -> Callable[[Path], Callable[[torch.Tensor], Features]]:
@@ -175,16 +177,9 @@ def _classifier(name: str, kind: type[ClassifierExtractor]) -> Callable[[Path], 
     return load
 
 
-def _inception_weights(path: str | None) -> Path:
-    """The given file, else torch-fidelity's own in torch's hub folder, fetched where it is not there yet."""
-    if path is not None:
-        if not Path(path).is_file():
-            raise FileFault(f"{path}: no such file of Inception weights")
-        return Path(path)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
-    if not cached.is_file():
-        _fetch(URL_INCEPTION_V3, cached)
-    return cached
+def _in_hub() -> Path:
+    """torch-fidelity's own file, in torch's hub folder."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
 
 
 def _fetch(url: str, file: Path) -> None:
@@ -235,11 +230,11 @@ def _load_inception(file: Path) -> Callable[[torch.Tensor], Features]:
 
 EXTRACTORS = {
     "digits": Kind(
-        "digits", 64, 128, SIZE, CLASSES, _shipped("digits", digits.CLASSIFIER), _classifier("digits", DigitsExtractor)
+        "digits", 64, 128, SIZE, CLASSES, lambda: digits.CLASSIFIER, "", _classifier("digits", DigitsExtractor)
     ),
     "cifar10": Kind(
-        "cifar10", 192, 512, cifar10.SIZE, len(cifar10.CLASSES), _shipped("cifar10", cifar10.CLASSIFIER),
+        "cifar10", 192, 512, cifar10.SIZE, len(cifar10.CLASSES), lambda: cifar10.CLASSIFIER, "",
         _classifier("cifar10", Cifar10Extractor),
     ),
-    "inception": Kind("inception", 2048, 2023, None, None, _inception_weights, _load_inception),
+    "inception": Kind("inception", 2048, 2023, None, None, _in_hub, URL_INCEPTION_V3, _load_inception),
 }  # fmt: skip

@@ -9,9 +9,8 @@ from functools import lru_cache
 
 import torch
 
+from pipelines import native
 from pipelines.quant.spec import Transform
-
-NARROW = 16  # a product with a smaller matrix takes twice as long; several blocks are one matrix then, with equal sums
 
 
 def hadamard(order: int) -> torch.Tensor:
@@ -36,25 +35,75 @@ def sign_diagonal(order: int, seed: int | None) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # a cached tensor made while sampling could not take part in a backward pass later
-def _matrix(transform: Transform) -> torch.Tensor:
-    return sign_diagonal(transform.order, transform.signs)[:, None] * hadamard(transform.order)
+def signs_of(transform: Transform) -> torch.Tensor | None:
+    """The diagonal of D (order,) fp32, or None where there is none."""
+    return None if transform.signs is None else sign_diagonal(transform.order, transform.signs)
 
 
 def matrix(transform: Transform) -> torch.Tensor:
     """M = D·H_raw (order, order), fp32, with M·Mᵀ = order·I."""
-    return _matrix(transform)
+    return sign_diagonal(transform.order, transform.signs)[:, None] * hadamard(transform.order)
 
 
 def rotate_last(x: torch.Tensor, transform: Transform, inverse: bool = False) -> torch.Tensor:
     """x·blockdiag(M, …) along the last dimension; with `inverse`, x·blockdiag(Mᵀ, …), which is order times the
     inverse.
+
+    Defined as D, where there are signs, and log₂(order) stages of butterflies: values 1, 2, 4, … apart within a block
+    become a + b and a − b (`inverse`: the butterflies, then D). Additions in a fixed order have the same bits on every
+    machine, which matrix products have not. fp32 on a processor takes compiled butterflies where there are such.
     """
-    small = matrix(transform)
-    if transform.order < NARROW and x.shape[-1] % NARROW == 0:
-        small = torch.block_diag(*[small] * (NARROW // transform.order))
-    small = small.to(x.device, x.dtype)
-    blocks = x.reshape(-1, small.shape[0])
-    return (blocks @ (small.T if inverse else small)).view(x.shape)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotated.apply(x, transform, inverse)
+    return _rotated(x.contiguous(), transform, inverse)
+
+
+def _rotated(x: torch.Tensor, transform: Transform, inverse: bool) -> torch.Tensor:
+    compiled = compiled_for(x, x.numel(), transform.order)
+    if compiled is None:
+        return _butterflies(x, transform, inverse)
+    y, signs = torch.empty_like(x), signs_of(transform)
+    compiled.hqdm_rotate(
+        x.data_ptr(), y.data_ptr(), x.numel(), transform.order, None if signs is None else signs.data_ptr(), inverse,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+class _Rotated(torch.autograd.Function):
+    """The gradient of x·M is that of x, times Mᵀ."""
+
+    @staticmethod
+    def forward(ctx, x, transform, inverse):
+        ctx.transform, ctx.inverse = transform, inverse
+        return _rotated(x.contiguous(), transform, inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return rotate_last(grad, ctx.transform, not ctx.inverse), None, None
+
+
+def compiled_for(x: torch.Tensor, length: int, order: int):
+    """The compiled kernels, where they take what x holds in rows of `length`; else None."""
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and length % max(order, native.LANES) == 0
+    return native.library() if fits else None
+
+
+def _butterflies(x: torch.Tensor, transform: Transform, inverse: bool) -> torch.Tensor:
+    order, signs = transform.order, signs_of(transform)
+    signs = None if signs is None else signs.to(x.device, x.dtype)
+    y = x.reshape(-1, order)
+    if signs is not None and not inverse:
+        y = y * signs
+    half = 1
+    while half < order:
+        a, b = y.view(-1, order // (2 * half), 2, half).unbind(2)
+        y = torch.stack([a + b, a - b], 2)
+        half *= 2
+    y = y.view(-1, order)
+    if signs is not None and inverse:
+        y = y * signs
+    return y.view(x.shape)
 
 
 def rotate_activation(x: torch.Tensor, transform: Transform, spatial: bool, inverse: bool = False) -> torch.Tensor:

@@ -30,26 +30,23 @@ class Surroundings(nn.Module):
         for name in NAMES:
             self.register_buffer(name, tensors.get(name), persistent=False)
 
-    @property
-    def plain(self) -> bool:
-        """Whether inputs and outputs pass through unchanged."""
-        return self.gain is None and self.centre is None and self.plan.centring != "dynamic"
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """Those that are there."""
         return {name: getattr(self, name) for name in NAMES if getattr(self, name) is not None}
 
     def before(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(x − c)·g, and an image's own c where it is dynamic: (N, 1, …, C), the mean over its tokens."""
-        if self.plain:
-            return x, None
-        mean = None
-        if self.plan.centring == "dynamic":
-            mean = x.mean(tuple(range(1, x.ndim - 1)), keepdim=True)
-            x = x - mean
-        elif self.centre is not None:
+        x, mean = self.without_mean(x)
+        if self.centre is not None:
             x = x - self._by_channel(self.centre)
         return (x if self.gain is None else x * self._by_channel(self.gain)), mean
+
+    def without_mean(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x without an image's own mean where that is its centre, and that mean; else x."""
+        if self.plan.centring != "dynamic":
+            return x, None
+        mean = x.mean(tuple(range(1, x.ndim - 1)), keepdim=True)
+        return x - mean, mean
 
     def _by_channel(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(-1, 1, 1) if self.plan.site.kind == "conv" else values

@@ -9,7 +9,7 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -78,6 +78,20 @@ def timestep_argument(network: nn.Module, args: tuple, kwargs: Mapping) -> torch
     return found
 
 
+@dataclass
+class _Row:
+    """What the layers read at one timestep: scales and zero-points of all sites (n,), factors (m,) or None."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    factor: torch.Tensor | None
+
+    @cached_property
+    def numbers(self) -> tuple[list[float], list[int]]:
+        """Scales and zero-points as numbers, read once for all sites."""
+        return self.scale.tolist(), [int(value) for value in self.zero.tolist()]
+
+
 class TimestepTables(nn.Module):
     """Activation scales and zero-points of n sites at T timesteps, and optionally factors on their weight scales.
 
@@ -122,8 +136,8 @@ class TimestepTables(nn.Module):
         self.factor = None
         if factor is not None:
             self.factor = nn.ParameterList([nn.Parameter(factor[index].clone()) for index in heads])
-        self._now: tuple[torch.Tensor, ...] | None = None
-        self._mixed: tuple[int, list[tuple[tuple[torch.Tensor, ...], list[int]]]] | None = None
+        self._now: _Row | None = None
+        self._mixed: tuple[int, list[tuple[_Row, list[int]]]] | None = None
 
     @torch.no_grad()
     def raw(self) -> dict[str, torch.Tensor]:
@@ -166,11 +180,10 @@ class TimestepTables(nn.Module):
             timestep = given[0]
         self._now = self._at(float(timestep))
 
-    def _at(self, timestep: float) -> tuple[torch.Tensor, ...]:
-        """Scales, zero-points and factors (or None) of all sites at one timestep."""
+    def _at(self, timestep: float) -> _Row:
         scale = self._in_units(self._row(self.scale_at, timestep, log=True))
         zero = round_through(self._row(self._zero_at, timestep, log=False))
-        return scale, zero, None if self.factor is None else self._row(self._factor_at, timestep, log=True)
+        return _Row(scale, zero, None if self.factor is None else self._row(self._factor_at, timestep, log=True))
 
     def _nearest(self, timestep: float) -> int | None:
         """The row that is this timestep's own, or None."""
@@ -221,15 +234,23 @@ class TimestepTables(nn.Module):
         return result.contiguous(memory_format=torch.channels_last) if result.ndim == 4 else result
 
     def of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero-point of site `index` at the current timestep, scalars."""
+        """Scale and zero-point of site `index` at the current timestep, scalars that have gradients."""
+        now = self._current()
+        return now.scale[index], now.zero[index]
+
+    def numbers_of(self, index: int) -> tuple[float, int]:
+        """The same as plain numbers, for where nothing is learned."""
+        scales, zeros = self._current().numbers
+        return scales[index], zeros[index]
+
+    def _current(self) -> _Row:
         if self._now is None:
             raise HqdmError("a quantised layer ran before its denoiser was called", "call the denoiser, not the layer")
-        scale, zero, _ = self._now
-        return scale[index], zero[index]
+        return self._now
 
     def factors_of(self, span: slice) -> torch.Tensor | None:
         """Factors on the weight scales of the outputs in `span`, or None where the tables have none."""
-        factor = self._now[2]
+        factor = self._now.factor
         return None if factor is None else factor[span]
 
     def follow(self, network: nn.Module, unit: float = 1.0) -> None:

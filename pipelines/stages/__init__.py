@@ -14,8 +14,8 @@ from types import ModuleType
 from pipelines.errors import UsageError, did_you_mean
 
 ROAD = ("model", "profile", "plan", "distill", "export", "sample", "score")
-# `compare` is made of scores, beside the road: a recipe of the road does not name it.
-STAGES: dict[str, str] = {name: f"pipelines.stages.{name}" for name in (*ROAD, "compare")}
+# `compare` is made of scores and `bench` of a machine, beside the road: a recipe of the road does not name them.
+STAGES: dict[str, str] = {name: f"pipelines.stages.{name}" for name in (*ROAD, "compare", "bench")}
 
 
 def _module_name(name: str) -> str:

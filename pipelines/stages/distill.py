@@ -18,7 +18,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "distill"
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)

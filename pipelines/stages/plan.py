@@ -21,7 +21,7 @@ from pipelines.quant.spec import Bits, SitePlan, site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "plan"
-VERSION = 6
+VERSION = 7
 
 
 @dataclass(frozen=True)

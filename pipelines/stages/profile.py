@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.quant.observe import Observer
 
 NAME = "profile"
-VERSION = 3
+VERSION = 4
 
 BITS = (8, 6, 4, 3)
 # Candidates by what they have in common: a site's own order along the width, or its largest channel order, may differ.

@@ -18,7 +18,7 @@ from pipelines.quant.spec import site_from_dict
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "sample"
-VERSION = 2
+VERSION = 3
 MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
 FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
 
@@ -66,7 +66,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     import numpy as np
     import torch
 
-    from pipelines import diffusion
+    from pipelines import diffusion, native
     from pipelines.kernels.layers import forget_weights
     from pipelines.memory import give_back, return_freed_memory
     from pipelines.models.denoiser import load_denoiser
@@ -86,6 +86,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         size = weights.stat().st_size + maker.file("student.safetensors").stat().st_size
     else:
         model = load_integer(maker.path, config.backend or "cpu")
+        if native.library() is None:
+            report.warn(f"no compiled kernels, so this takes longer: {native.state().why_not}; see hqdm doctor")
         size = maker.file("model.safetensors").stat().st_size
     model.check_images()
     info = model.info
@@ -161,6 +163,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "images_per_second": config.count / seconds, "bytes": size,
         "interpolated_timesteps": interpolated,
         "backend": config.backend or ("cpu" if config.source == "int" else None),
+        "compiled": native.library() is not None,
         "threads": torch.get_num_threads(), **about,
     }  # fmt: skip
 

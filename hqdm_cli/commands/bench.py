@@ -1,0 +1,77 @@
+"""hqdm bench: how fast a model's step is on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hqdm_cli import console
+from hqdm_cli.options import WORKSPACE, Debug, Guidance, Json, Workspace
+from hqdm_cli.skin import config_of
+
+EXAMPLE = "hqdm bench --batch 1,4"
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="An export, a model, or a checkpoint; by default the newest export.", metavar="[ID|FILE]"),
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Images of a step, with commas.", metavar="N,…")] = None,
+    turns: Annotated[int | None, typer.Option(help="How often each is measured.", metavar="N")] = None,
+    guidance: Guidance = None,
+    memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Measure memory as well.")] = None,
+    workspace: Workspace = WORKSPACE,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a denoising step: fp32, bfloat16, integers.
+
+    They run in turns in one process. The table has milliseconds with the tenth and ninetieth percentile, the share of
+    each kind of layer, memory, and what part of the machine's best the integer products reach. JSON and a picture are
+    kept as an artifact.
+    """
+    import json
+
+    from pipelines import runner
+    from pipelines.store import Store
+
+    store = Store(workspace)
+    with console.Progress() as progress:
+        chosen = {}
+        if model is not None and Path(model).exists() and not model.startswith(("export/", "model/")):
+            chosen["model"] = runner.make(store, "model", runner.model_config(model), {}, progress).artifact.id
+        elif model is not None:
+            artifact = store.get(model)
+            chosen["export" if artifact.stage == "export" else "model"] = artifact.id
+        config = config_of("bench", batch=batch, turns=turns, guidance=guidance, memory=memory)
+        outcome = runner.make(store, "bench", config, chosen, progress, force=True)
+    table = json.loads(outcome.artifact.file("bench.json").read_text(encoding="utf-8"))
+    if as_json:
+        console.print_json(table)
+        return
+    rows = [
+        {"contender": row["contender"], "batch": row["batch"], "ms": round(row["ms"]["median"], 1),
+         "p10": round(row["ms"]["p10"], 1), "p90": round(row["ms"]["p90"], 1),
+         "ms/image": round(row["ms"]["median"] / row["batch"], 1),
+         "times fp32": round(row["times_as_fast_as_fp32"]["median"], 2),
+         "quartiles": "{low:.2f}–{high:.2f}".format(**row["times_as_fast_as_fp32"]),
+         "s/image": round(row["ms"]["median"] / row["batch"] * table["steps_of_an_image"] / 1e3, 2),
+         "GB": round(table["memory_gb"][row["contender"]], 2) if row["contender"] in table["memory_gb"] else None}
+        for row in table["steps"]
+    ]  # fmt: skip
+    print("\n".join(console.table(rows)))
+    print()
+    shares = [{"ms of a step": name} | {kind: round(ms, 1) for kind, ms in mine.items() if kind in _kinds(mine)}
+              for name, mine in table["shares"].items()]  # fmt: skip
+    print("\n".join(console.table(shares)))
+    print()
+    print("\n".join(console.table([{name: round(value, 1) for name, value in table["peaks"].items()}])))
+    for name, mine in table["shares"].items():
+        if "fraction_of_int8_peak" in mine:
+            print(f"{name}: its products reach {mine['fraction_of_int8_peak']:.0%} of the machine's best in int8")
+    console.say(f"{outcome.artifact.id}\t{outcome.artifact.path}")
+
+
+def _kinds(shares: dict) -> list[str]:
+    return [kind for kind in shares if kind != "fraction_of_int8_peak"]

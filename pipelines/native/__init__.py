@@ -1,0 +1,137 @@
+"""Kernels in C++, built once for this machine by the compiler that is there and kept in a cache folder.
+
+What they compute is defined in torch, elsewhere, and is the same to the last bit; here is only how they are built and
+called. Where there is no compiler `library` is None, and torch's definition runs: slower, the same integers. `state`
+says which it is and why. HQDM_NATIVE=0 leaves them out.
+
+This is floor 0: numbers and addresses, no torch.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+# Contraction into fused multiply-adds would change bits where integers hang on them.
+SOURCES = {"exact.cpp": "-ffp-contract=off", "attention.cpp": "-ffp-contract=fast"}
+COMPILERS = ("c++", "g++", "clang++")
+# errno and traps of rounding are of no use and cost vectors.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+THREADS = ("-fopenmp",)  # torch's own threads, where its OpenMP is the compiler's
+LANES = 16  # of the widest vectors: what divides by max(order, 16) suits every machine
+PATIENCE = 300  # seconds that a compiler may take
+
+
+@dataclass(frozen=True)
+class State:
+    """What became of the library: the file that is loaded, or why there is none."""
+
+    path: Path | None
+    compiler: str = ""
+    why_not: str = ""
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: HQDM_CACHE, or hqdm in the user's cache folder (XDG)."""
+    named = os.environ.get("HQDM_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hqdm"
+
+
+@lru_cache(maxsize=1)
+def _built() -> tuple[ctypes.CDLL | None, State]:
+    if os.environ.get("HQDM_NATIVE") == "0":
+        return None, State(None, why_not="HQDM_NATIVE is 0")
+    named = os.environ.get("CXX")
+    compiler = next((found for name in ([named] if named else COMPILERS) if (found := shutil.which(name))), None)
+    if compiler is None:
+        missing = f"there is no C++ compiler ({', '.join(COMPILERS)})"
+        return None, State(None, why_not=f"CXX names {named}, which is not there" if named else missing)
+    try:
+        path = _compiled(compiler)
+        return _declared(ctypes.CDLL(str(path))), State(path, compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        return None, State(None, compiler, f"{compiler} built no library: {reason.strip().splitlines()[0]}")
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, built where they are not yet; None where they cannot be."""
+    return _built()[0]
+
+
+def state() -> State:
+    """Which library is in use, or why none is; builds it where it is not yet."""
+    return _built()[1]
+
+
+def _machine() -> str:
+    """What -march=native looks at: a cache folder may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        flags = platform.processor()
+    return f"{platform.system()} {platform.machine()} {flags}"
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's file, from the cache or built now. Two processes that build at once write the same file."""
+    version = _run([compiler, "--version"])
+    texts = [path.read_text() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
+    parts = [*texts, *SOURCES.values(), *FLAGS, *THREADS, version, _machine()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"kernels-{key}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = Path(work) / path.name
+        try:
+            _compile(compiler, Path(work), made, THREADS)
+        except subprocess.CalledProcessError:  # a compiler without OpenMP still gives one thread
+            _compile(compiler, Path(work), made, ())
+        made.replace(path)
+    return path
+
+
+def _compile(compiler: str, work: Path, made: Path, threads: Sequence[str]) -> None:
+    objects = []
+    for name, contraction in SOURCES.items():
+        objects.append(str(work / f"{name}.o"))
+        _run([compiler, *FLAGS, *threads, contraction, "-c", str(FOLDER / name), "-o", objects[-1]])
+    _run([compiler, "-shared", *threads, *objects, "-o", str(made)])
+
+
+def _run(command: list[str]) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command, stderr=run.stderr)
+    return run.stdout
+
+
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    address, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+    count = ctypes.c_int64
+    found.hqdm_rotate.argtypes = [address, address, count, number, address, number, number]
+    found.hqdm_codes.argtypes = [
+        address, address, count, count, number, address, address, address, real, real, real, ctypes.c_int32,
+        ctypes.c_char_p, count, number,
+    ]  # fmt: skip
+    found.hqdm_attention_scratch.argtypes = [count, count, count, count, number]
+    found.hqdm_attention_scratch.restype = count
+    found.hqdm_attention.restype = None
+    found.hqdm_attention.argtypes = [
+        address, address, address, address, count, count, count, count, count, real, address, number
+    ]  # fmt: skip
+    return found

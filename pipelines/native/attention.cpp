@@ -1,0 +1,168 @@
+// Attention in floating point: softmax(q·kᵀ·scale)·v of every head, rows of queries at a time.
+//
+// Here sums may be contracted into fused multiply-adds: no integers are at stake. Every row is computed by itself in a
+// fixed order, so that neither the batch nor the number of threads changes a bit.
+
+#include <cstdint>
+#include <cstring>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int KEYS = 2 * LANES;            // keys that a pass over a head's width takes
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // queries at a time: twice as many sums as these fit into registers
+
+// exp(x) for x ≤ 0, to about two units in the last place: 2^n·p(r) with |r| ≤ ln 2 / 2.
+inline Floats exponential(Floats x) {
+  const Floats least = Floats{} - 87.0f;
+  x = x < least ? least : x;
+  const Floats shifted = x * 1.44269504f + MAGIC;
+  const Floats n = shifted - MAGIC;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = Floats{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Integers power = ((Integers)shifted - MAGIC_BITS) << 23;
+  return (Floats)((Integers)p + power);
+}
+
+inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < LANES; ++i) total += v[i];
+  return total;
+}
+
+inline float largest(Floats v) {
+  float found = v[0];
+  for (int i = 1; i < LANES; ++i) found = v[i] > found ? v[i] : found;
+  return found;
+}
+
+struct Shape {
+  int64_t queries, keys, heads, width;  // width: of a head
+  int64_t padded_keys, padded_width;    // to KEYS and LANES
+};
+
+// COUNT rows of scores times some columns of v, of which `left` are to be written.
+template <int COUNT, int VECTORS>
+void weighted(const float* scores, const float* v, float* out, const Shape& shape, const float* inverse,
+              int64_t left) {
+  Floats sums[COUNT][VECTORS] = {};
+  for (int64_t key = 0; key < shape.keys; ++key) {
+    Floats value[VECTORS];
+    for (int i = 0; i < VECTORS; ++i) value[i] = load(v + key * shape.padded_width + i * LANES);
+    for (int r = 0; r < COUNT; ++r) {
+      const float weight = scores[r * shape.padded_keys + key];
+      for (int i = 0; i < VECTORS; ++i) sums[r][i] += value[i] * weight;
+    }
+  }
+  const int64_t written = left < VECTORS * LANES ? left : VECTORS * LANES;
+  for (int r = 0; r < COUNT; ++r) {
+    for (int i = 0; i < VECTORS; ++i) sums[r][i] *= inverse[r];
+    std::memcpy(out + r * shape.heads * shape.width, sums[r], written * sizeof(float));
+  }
+}
+
+// COUNT queries of one head. k: (width, padded_keys), v: (padded_keys, padded_width); scores: COUNT × padded_keys.
+template <int COUNT>
+void rows_of(const float* q, const float* k, const float* v, float* out, const Shape& shape, float scale,
+             float* scores) {
+  const int64_t stride = shape.heads * shape.width;
+  for (int64_t key = 0; key < shape.padded_keys; key += KEYS) {
+    Floats s[COUNT][2] = {};
+    for (int64_t d = 0; d < shape.width; ++d) {
+      const Floats a = load(k + d * shape.padded_keys + key), b = load(k + d * shape.padded_keys + key + LANES);
+      for (int r = 0; r < COUNT; ++r) {
+        const float factor = q[r * stride + d];
+        s[r][0] += a * factor;
+        s[r][1] += b * factor;
+      }
+    }
+    for (int r = 0; r < COUNT; ++r) {
+      s[r][0] *= scale;
+      s[r][1] *= scale;
+      std::memcpy(scores + r * shape.padded_keys + key, s[r], sizeof s[r]);
+    }
+  }
+  float inverse[COUNT];
+  for (int r = 0; r < COUNT; ++r) {
+    float* row = scores + r * shape.padded_keys;
+    for (int64_t key = shape.keys; key < shape.padded_keys; ++key) row[key] = -1e30f;  // adds e^-87, less than a bit
+    Floats high = load(row);
+    for (int64_t key = LANES; key < shape.padded_keys; key += LANES) {
+      const Floats now = load(row + key);
+      high = now > high ? now : high;
+    }
+    const float top = largest(high);
+    Floats total = {};
+    for (int64_t key = 0; key < shape.padded_keys; key += LANES) {
+      const Floats e = exponential(load(row + key) - top);
+      total += e;
+      std::memcpy(row + key, &e, sizeof e);
+    }
+    inverse[r] = 1.0f / sum(total);
+  }
+  for (int64_t d = 0; d < shape.padded_width; d += 2 * LANES)
+    if (d + LANES < shape.padded_width)
+      weighted<COUNT, 2>(scores, v + d, out + d, shape, inverse, shape.width - d);
+    else
+      weighted<COUNT, 1>(scores, v + d, out + d, shape, inverse, shape.width - d);
+}
+
+constexpr int64_t BLOCK = 64;  // queries that a thread takes at a time
+
+int64_t padded(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace
+
+extern "C" {
+
+// Floats of scratch memory that hqdm_attention wants.
+int64_t hqdm_attention_scratch(int64_t batch, int64_t keys, int64_t heads, int64_t width, int threads) {
+  const int64_t padded_keys = padded(keys, KEYS);
+  return batch * heads * padded_keys * (width + padded(width, LANES)) + threads * ROWS * padded_keys;
+}
+
+// out (batch, queries, heads·width) = attention of q (…queries…), k and v (…keys…), contiguous fp32.
+void hqdm_attention(const float* q, const float* k, const float* v, float* out, int64_t batch, int64_t queries,
+                   int64_t keys, int64_t heads, int64_t width, float scale, float* scratch, int threads) {
+  const Shape shape{queries, keys, heads, width, padded(keys, KEYS), padded(width, LANES)};
+  const int64_t stride = heads * width, of_keys = width * shape.padded_keys,
+                of_values = shape.padded_keys * shape.padded_width;
+  float* turned = scratch;
+  float* values = turned + batch * heads * of_keys;
+  float* scores = values + batch * heads * of_values;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t each = 0; each < batch * heads; ++each) {
+    const int64_t from = (each / heads) * keys * stride + (each % heads) * width;
+    float *kt = turned + each * of_keys, *vp = values + each * of_values;
+    std::memset(kt, 0, of_keys * sizeof(float));
+    std::memset(vp, 0, of_values * sizeof(float));
+    for (int64_t key = 0; key < keys; ++key) {
+      for (int64_t d = 0; d < width; ++d) kt[d * shape.padded_keys + key] = k[from + key * stride + d];
+      std::memcpy(vp + key * shape.padded_width, v + from + key * stride, width * sizeof(float));
+    }
+  }
+  const int64_t blocks = (queries + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < threads; ++part)
+    for (int64_t item = part; item < batch * heads * blocks; item += threads) {
+      const int64_t each = item / blocks, first = item % blocks * BLOCK;
+      const int64_t last = first + BLOCK < queries ? first + BLOCK : queries;
+      const int64_t from = (each / heads) * queries * stride + (each % heads) * width;
+      const float *kt = turned + each * of_keys, *vp = values + each * of_values;
+      float* mine = scores + part * ROWS * shape.padded_keys;
+      int64_t row = first;  // which rows are computed together depends on the number of queries alone
+      for (; row + ROWS <= last; row += ROWS)
+        rows_of<ROWS>(q + from + row * stride, kt, vp, out + from + row * stride, shape, scale, mine);
+      for (; row < last; ++row)
+        rows_of<1>(q + from + row * stride, kt, vp, out + from + row * stride, shape, scale, mine);
+    }
+}
+
+}

@@ -1,0 +1,152 @@
+"""How fast things are here: contenders in turns, what the machine can do at best, and where a network's time goes.
+
+Whatever is compared runs in turns in one process, so that a change in the machine's speed meets all of it; a ratio is
+the median of the ratios within turns.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import activation
+
+from pipelines.kernels.layers import IntegerLayer
+from pipelines.kernels.prologue import Prologue
+
+WARM_UP = 2  # turns that are not counted: oneDNN makes its kernels in the first
+SIDE = 2048  # of the matrices by which the machine's best is measured: 17 GFLOP, far beyond the caches
+TRIES = 5
+
+# What a layer is, in the order in which shares are told.
+KINDS = ("convolutions", "linears", "quantisers", "attention", "norms", "activations", "the rest")
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], object]], turns: int, clock: Callable[[], float] = time.perf_counter,
+    after: Callable[[int], None] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of every run in every turn; each turn starts with another of them. `after` is told each turn."""
+    names, taken = list(runs), {name: [] for name in runs}
+    for turn in range(WARM_UP + turns):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            begun = clock()
+            runs[name]()
+            if turn >= WARM_UP:
+                taken[name].append(clock() - begun)
+        if after is not None:
+            after(turn + 1)
+    return taken
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios within turns."""
+    values = [a / b for a, b in zip(above, below, strict=True)]
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median": median, "low": low, "high": high}
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Milliseconds: the median, and the tenth and ninetieth percentile (the extremes of fewer than ten)."""
+    values = sorted(value * 1e3 for value in seconds)
+    if len(values) < 10:
+        return {"median": statistics.median(values), "p10": values[0], "p90": values[-1]}
+    tenths = statistics.quantiles(values, n=10)
+    return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
+
+
+def _best(run: Callable[[], object]) -> float:
+    """The least of some times, in seconds."""
+    run()
+    found = []
+    for _ in range(TRIES):
+        begun = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begun)
+    return min(found)
+
+
+@torch.inference_mode()
+def peaks() -> dict[str, float]:
+    """What this machine does at best, by the operators that networks are made of: fp32 and bf16 products in GFLOP/s,
+    int8 products in GOP/s (0 where torch has no operator for them), and a copy in GB/s, read and written.
+    """
+    operations = 2 * SIDE**3 / 1e9
+    x, y = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    result = {"fp32_gflops": operations / _best(lambda: x @ y)}
+    narrow = x.bfloat16(), y.bfloat16()
+    result["bf16_gflops"] = operations / _best(lambda: narrow[0] @ narrow[1])
+    result["int8_gops"] = 0.0
+    if hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available():
+        codes = torch.randint(0, 16, (SIDE, SIDE), dtype=torch.uint8)
+        packed = torch.ops.onednn.qlinear_prepack(torch.randint(-7, 8, (SIDE, SIDE), dtype=torch.int8), [SIDE, SIDE])
+        ones, zeros = torch.ones(SIDE), torch.zeros(SIDE, dtype=torch.int8)
+
+        def product():
+            torch.ops.onednn.qlinear_pointwise(
+                codes, 1.0, 8, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+
+        result["int8_gops"] = operations / _best(product)
+    large = torch.randn(2**26)
+    into = torch.empty_like(large)
+    result["copy_gb_per_s"] = 2 * large.numel() * 4 / 1e9 / _best(lambda: into.copy_(large))
+    return result
+
+
+def kind_of(module: nn.Module) -> str:
+    """Which of KINDS a module's own time counts as, without that of the modules in it."""
+    if isinstance(module, IntegerLayer):
+        return "convolutions" if module.plan.site.kind == "conv" else "linears"
+    if isinstance(module, Prologue):
+        return "quantisers"
+    if isinstance(module, nn.Conv2d):
+        return "convolutions"
+    if isinstance(module, nn.Linear):
+        return "linears"
+    name = type(module).__name__
+    if "Norm" in name:
+        return "norms"
+    if type(module).__module__ == activation.__name__ or "activations" in type(module).__module__:
+        return "activations"
+    return "attention" if "Attention" in name and "Block" not in name else "the rest"
+
+
+class Shares:
+    """Where the time of a network's calls goes, by kind of layer, while it is entered.
+
+    seconds: of each of KINDS. operations: of the integer layers' products, two for a multiplication and its addition.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.operations = {"convolutions": 0, "linears": 0}
+        self._open: list[list[float]] = []  # when each module that runs was called, and the seconds of those in it
+
+    def __enter__(self) -> "Shares":
+        self._handles = []
+        for module in self.network.modules():
+            self._handles.append(module.register_forward_pre_hook(self._begin))
+            self._handles.append(module.register_forward_hook(self._end, always_call=True))
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._open.append([time.perf_counter(), 0.0])
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        begun, within = self._open.pop()
+        taken = time.perf_counter() - begun
+        if self._open:
+            self._open[-1][1] += taken
+        kind = kind_of(module)
+        self.seconds[kind] += taken - within
+        if isinstance(module, IntegerLayer):
+            weight = module.plan.site.weight
+            self.operations[kind] += 2 * output.numel() * torch.Size(weight[1:]).numel()

@@ -1,0 +1,86 @@
+"""hqdm bench: contenders in turns, where their time goes, and what the machine can do."""
+
+import json
+
+import pytest
+import torch
+from roads import make, tiny_store, tiny_student
+from torch import nn
+
+from hqdm_cli.app import main
+from pipelines import speed
+from pipelines.errors import UsageError
+from pipelines.stages import load
+
+
+def test_each_turn_begins_with_another_and_warm_turns_are_not_counted():
+    called, clock = [], iter(range(1000))
+    runs = {name: lambda name=name: called.append(name) for name in ("a", "b", "c")}
+    taken = speed.in_turns(runs, 2, clock=lambda: next(clock))
+    assert called == ["a", "b", "c", "b", "c", "a", "c", "a", "b", "a", "b", "c"]
+    assert taken == {"a": [1, 1], "b": [1, 1], "c": [1, 1]}
+
+
+def test_a_ratio_is_the_median_of_those_within_turns():
+    assert speed.ratio([2, 30, 4], [1, 10, 1])["median"] == 3  # a slow turn is slow for both
+    assert speed.spread([0.001 * n for n in range(1, 102)]) == pytest.approx({"median": 51, "p10": 10.2, "p90": 91.8})
+
+
+def test_a_networks_time_goes_to_the_layers_that_took_it(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+
+    class Slow(nn.Conv2d):
+        def forward(self, x):
+            clock[0] += 3
+            return super().forward(x)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = Slow(1, 1, 1), nn.GroupNorm(1, 1)
+
+        def forward(self, x):
+            clock[0] += 1
+            return self.norm(self.conv(x))
+
+    network = nn.Sequential(Block(), nn.SiLU())
+    with speed.Shares(network) as shares, torch.no_grad():
+        network(torch.zeros(1, 1, 2, 2))
+    assert {kind: seconds for kind, seconds in shares.seconds.items() if seconds} == {"convolutions": 3, "the rest": 1}
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, capsys):
+    store = tiny_store(tmp_path)
+    make(store, "export", {"distill": tiny_student(store, "hqdm", "ours", "w4a4").id})
+    workspace = ["-w", str(store.root)]
+    assert main(["bench", "--batch", "1,2", "--turns", "2", "--no-memory", "--guidance", "1", "--json", *workspace]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [(row["contender"], row["batch"]) for row in table["steps"]] == [
+        (name, batch) for batch in (1, 2) for name in ("fp32", "bf16", "int")
+    ]
+    assert all(row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"] for row in table["steps"])
+    assert table["shares"]["int"]["quantisers"] > 0 and table["shares"]["fp32"]["quantisers"] == 0
+    assert 0 < table["shares"]["int"]["fraction_of_int8_peak"] < 1
+    assert all(value > 0 for value in table["peaks"].values())
+    kept = store.current("bench")
+    assert json.loads(kept.file("bench.json").read_text()) == table
+    assert kept.file("bench.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["bench", "--batch", "1", "--turns", "1", "--no-memory", *workspace]) == 0  # always anew
+    shown = capsys.readouterr().out
+    assert "times fp32" in shown and store.current("bench").id != kept.id
+
+
+def test_memory_is_that_of_a_process_of_its_own(tmp_path):
+    store = tiny_store(tmp_path)
+    model = store.current("model").id
+    artifact = make(store, "bench", {"model": model}, batch="1", turns=1)
+    memory = json.loads(artifact.file("bench.json").read_text())["memory_gb"]
+    assert memory["libraries"] <= memory["fp32"] and set(memory) == {"libraries", "fp32", "bf16"}
+
+
+@pytest.mark.parametrize("values", [{"batch": "1,x"}, {"batch": "0"}, {"batch": ""}, {"turns": 0}])
+def test_what_cannot_be_measured_is_refused(values):
+    with pytest.raises(UsageError, match="bench: "):
+        load("bench").Config(**values)

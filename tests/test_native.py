@@ -1,0 +1,159 @@
+"""Compiled kernels: the bits of their definition in torch, built once, and never in silence left out."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hqdm_cli.app import main
+from pipelines import native
+from pipelines.errors import NumericalFault
+from pipelines.kernels import cpu, prologue
+from pipelines.kernels.prologue import Operand, Prologue
+from pipelines.quant import hadamard
+from pipelines.quant.hadamard import matrix, rotate_last
+from pipelines.quant.spec import IDENTITY, Site, SitePlan, Transform
+from pipelines.quant.surroundings import Surroundings
+
+built = pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
+ORDERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """A switch to torch's definition."""
+
+    def switch():
+        for module in (hadamard, prologue):
+            monkeypatch.setattr(module, "compiled_for", lambda *_: None)
+
+    return switch
+
+
+@built
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("signs", [None, 3])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_compiled_rotation_has_the_bits_of_the_butterflies_in_torch(order, signs, inverse, in_torch):
+    transform = Transform("channels", order, signs)
+    x = torch.randn(5, 7, 256, generator=torch.Generator().manual_seed(order)) * 10
+    compiled = rotate_last(x, transform, inverse)
+    in_torch()
+    assert torch.equal(compiled, rotate_last(x, transform, inverse))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_butterflies_are_the_product_with_the_matrix_and_their_gradient_is_its_transpose(order, inverse):
+    transform = Transform("channels", order, 5)
+    m = matrix(transform).double()
+    m = m.T if inverse else m
+    x = torch.randn(3, 512, requires_grad=True)
+    y = rotate_last(x, transform, inverse)
+    wanted = (x.detach().double().view(-1, order) @ m).view(3, 512)
+    assert (y - wanted).abs().max() <= 1e-6 * order * x.abs().max()
+    upstream = torch.randn(3, 512)
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    wanted = (upstream.double().view(-1, order) @ m.T).view(3, 512)
+    assert (grad - wanted).abs().max() <= 1e-6 * order * upstream.abs().max()
+
+
+def layer(kind: str, channels: int, transform: Transform, bits: int, quantiser: str, around: str):
+    site = Site("layer", kind, "residual", (4, channels) + ((3, 3) if kind == "conv" else ()), padding=(1, 1), rank=3)
+    plan = SitePlan(
+        site, True, transform, "none" if transform.is_identity else "single", 4, bits, "symmetric", quantiser,
+        centring="static" if "c" in around else "none", scaling="g" in around,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(channels)
+    tensors = {}
+    if "c" in around:
+        tensors["centre"] = torch.randn(channels, generator=generator)
+    if "g" in around:
+        tensors["gain"] = torch.rand(channels, generator=generator) + 0.5
+    return Surroundings(plan, tensors)
+
+
+@built
+@settings(max_examples=120, deadline=None)
+@given(st.data())
+def test_compiled_codes_have_the_integers_of_torch_for_any_layer(data):
+    order = data.draw(st.sampled_from((1, 8, 16, 32, 64)))
+    channels = order * data.draw(st.integers(1, 6))
+    transform = IDENTITY if order == 1 else Transform("channels", order, data.draw(st.sampled_from([None, 2])))
+    bits, quantiser = data.draw(st.sampled_from((3, 4, 8))), data.draw(st.sampled_from(("symmetric", "asymmetric")))
+    kind, around = data.draw(st.sampled_from(("linear", "conv"))), data.draw(st.sampled_from(("", "c", "g", "cg")))
+    surroundings = layer(kind, channels, transform, bits, quantiser, around)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    shape = (2, channels, 3, 5) if kind == "conv" else (2, 5, channels)
+    x = torch.randn(shape, generator=generator) * 3
+    scale = data.draw(st.sampled_from((0.0130000002682209, 0.5, 2.700000047683716)))
+    x.view(-1)[:4] = torch.tensor([0.5, 1.5, -2.5, 1e30]) * scale  # ties, and far out of range
+    low, high = surroundings.plan.activation_range
+    zero = 0 if quantiser == "symmetric" else data.draw(st.integers(low, high))
+    carried = data.draw(st.sampled_from(((), (3, 48, 0, 0), (255,))))
+    operand = Operand(torch.uint8, zero if low == 0 else 2 ** (bits - 1), carried)
+    compiled, _ = Prologue(surroundings)(x, scale, zero, operand)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (hadamard, prologue):
+            patch.setattr(module, "compiled_for", lambda *_: None)
+        wanted, _ = Prologue(surroundings)(x, scale, zero, operand)
+    assert compiled.dtype == torch.uint8 and torch.equal(compiled, wanted)
+    assert compiled.stride() == wanted.stride()
+
+
+@built
+def test_nan_in_a_layers_input_is_named_by_its_site():
+    surroundings = layer("linear", 64, Transform("channels", 32), 4, "symmetric", "")
+    x = torch.randn(2, 5, 64)
+    x[1, 3, 40] = torch.nan
+    with pytest.raises(NumericalFault, match="site layer: its input holds NaN"):
+        Prologue(surroundings)(x, 0.5, 0, Operand(torch.uint8, 8))
+
+
+def said(environment: dict[str, str]) -> str:
+    """What a process of its own says of its kernels."""
+    code = "from pipelines import native; s = native.state(); print(s.path, '|', s.why_not)"
+    clean = {name: value for name, value in os.environ.items() if name not in ("CXX", "HQDM_NATIVE", "HQDM_CACHE")}
+    run = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@built
+def test_kernels_are_built_once_and_found_again(tmp_path):
+    first = said({"HQDM_CACHE": str(tmp_path)})
+    [library] = tmp_path.iterdir()
+    assert str(library) in first
+    made = library.stat().st_mtime_ns
+    assert said({"HQDM_CACHE": str(tmp_path)}) == first and library.stat().st_mtime_ns == made
+
+
+def test_doctor_tries_integers_and_says_how_to_get_what_is_missing(monkeypatch, tmp_path, capsys):
+    def told() -> dict[str, dict]:
+        assert main(["doctor", "--json", "-w", str(tmp_path / "not yet/there")]) == 0
+        return {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
+
+    assert told()["integers (cpu)"]["state"] == "fine" and "GB free" in told()["workspace"]["found"]
+    monkeypatch.setattr(native, "_built", lambda: (None, native.State(None, why_not="there is no C++ compiler")))
+    monkeypatch.setattr(cpu.Prepared, "accumulators", lambda self, codes: torch.zeros(5, 16, dtype=torch.int32))
+    found = told()
+    assert found["compiled kernels"]["state"] == "slower" and "g++" in found["compiled kernels"]["hint"]
+    assert found["integers (cpu)"]["found"] == "wrong sums" and found["integers (reference)"]["state"] == "fine"
+
+
+def test_where_there_are_none_the_reason_is_told(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'kernels.cpp:1: no such thing' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    cache = {"HQDM_CACHE": str(tmp_path / "cache")}
+    assert said({"HQDM_NATIVE": "0"}) == "None | HQDM_NATIVE is 0\n"
+    assert "no C++ compiler" in said(cache | {"PATH": str(tmp_path)})
+    assert "CXX names nothing-such, which is not there" in said(cache | {"CXX": "nothing-such"})
+    assert "built no library: kernels.cpp:1: no such thing" in said(cache | {"CXX": str(broken)})
+    assert not list((tmp_path / "cache").iterdir())
