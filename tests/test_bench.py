@@ -55,7 +55,8 @@ def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, cap
     store = tiny_store(tmp_path)
     make(store, "export", {"distill": tiny_student(store, "hqdm", "ours", "w4a4").id})
     workspace = ["-w", str(store.root)]
-    assert main(["bench", "--batch", "1,2", "--turns", "2", "--no-memory", "--guidance", "1", "--json", *workspace]) == 0
+    options = ["--batch", "1,2", "--turns", "2", "--no-memory", "--guidance", "1"]
+    assert main(["bench", *options, "--json", *workspace]) == 0
     table = json.loads(capsys.readouterr().out)
     assert [(row["contender"], row["batch"]) for row in table["steps"]] == [
         (name, batch) for batch in (1, 2) for name in ("fp32", "bf16", "int")

@@ -20,6 +20,9 @@ def bench(
     batch: Annotated[str | None, typer.Option(help="Images of a step, with commas.", metavar="N,…")] = None,
     turns: Annotated[int | None, typer.Option(help="How often each is measured.", metavar="N")] = None,
     guidance: Guidance = None,
+    attention: Annotated[
+        str | None, typer.Option(help="What integers' attention multiplies in.", metavar="fp32|int8")
+    ] = None,
     memory: Annotated[bool | None, typer.Option("--memory/--no-memory", help="Measure memory as well.")] = None,
     workspace: Workspace = WORKSPACE,
     as_json: Json = False,
@@ -44,7 +47,7 @@ def bench(
         elif model is not None:
             artifact = store.get(model)
             chosen["export" if artifact.stage == "export" else "model"] = artifact.id
-        config = config_of("bench", batch=batch, turns=turns, guidance=guidance, memory=memory)
+        config = config_of("bench", batch=batch, turns=turns, guidance=guidance, attention=attention, memory=memory)
         outcome = runner.make(store, "bench", config, chosen, progress, force=True)
     table = json.loads(outcome.artifact.file("bench.json").read_text(encoding="utf-8"))
     if as_json:

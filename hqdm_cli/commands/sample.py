@@ -38,6 +38,9 @@ def sample(
     backend: Annotated[
         str | None, typer.Option(help="Who computes the integers: cpu or reference.", metavar="NAME")
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="What a student's attention multiplies in.", metavar="fp32|int8")
+    ] = None,
     low_memory: Annotated[
         bool | None,
         typer.Option("--low-memory", help="Return memory as soon as it is free: slower, the same images."),
@@ -78,6 +81,7 @@ def sample(
         config = config_of(
             "sample", source=source, count=count, steps=steps, eta=eta, guidance=guidance, scheduler=scheduler,
             batch=batch, backend=None if source in beside_int else backend, low_memory=low_memory,
+            attention=None if source == "teacher" and sources[1:] else attention,
             seed=seed,
         )  # fmt: skip
         named = {"source": store.ancestor(chosen, runner.SOURCES[config.source]).id} if chosen else {}

@@ -3,13 +3,17 @@
 Where the context is one token, as of class-conditional models, the softmax over one key is 1: whatever the query,
 attention gives that token's value, o(v(c)), once for an image instead of once for each of its positions, with the bits
 of the whole computation. Elsewhere compiled kernels take softmax(QKᵀ/√d)·V, where there are such; fake and integer
-students take the same, so that their bits agree.
+students take the same, so that their bits agree. Those products can be of 8-bit integers (`choose_products`): rows of q
+and k and columns of v have a scale of their own each, as in SageAttention (Zhang et al., ICLR 2025), weights 16 bits.
 """
 
 import torch
 from torch import nn
 
 from pipelines import native
+from pipelines.errors import HqdmError
+
+PRODUCTS = ("fp32", "int8")
 
 
 class Short:
@@ -17,6 +21,7 @@ class Short:
 
     def __init__(self, attention: nn.Module):
         self.attention, self.usual = attention, attention.forward
+        self.products = PRODUCTS[0]
 
     def __call__(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
@@ -32,7 +37,7 @@ class Short:
         elif (kernels := native.library()) is not None and hidden_states.dtype == torch.float32:
             source = hidden_states if context is None else context
             q, k, v = attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source)
-            out = attend(q, k, v, attention.heads, kernels)
+            out = attend(q, k, v, attention.heads, kernels, self.products)
         else:
             return self.usual(hidden_states, encoder_hidden_states, attention_mask, temb=temb, **kwargs)
         out = attention.to_out[1](attention.to_out[0](out)).expand(-1, hidden_states.shape[1], -1)
@@ -41,17 +46,32 @@ class Short:
         return out / attention.rescale_output_factor if attention.rescale_output_factor != 1 else out
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, kernels) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, kernels, products: str = PRODUCTS[0]
+) -> torch.Tensor:
     """softmax(QKᵀ/√d)·V of every head: (N, tokens, heads·d) fp32 from q and (N, keys, heads·d) k and v."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     (images, queries, channels), keys, threads = q.shape, k.shape[1], torch.get_num_threads()
     width, out = channels // heads, torch.empty_like(q)
+    pointers = [value.data_ptr() for value in (q, k, v, out)]
+    shape = images, queries, keys, heads, width, width**-0.5
+    if products == "int8":
+        if kernels.hqdm_attention8(*pointers, *shape, threads):
+            what = f"attention of {keys} keys in heads of {width} is too large for products of 8-bit integers"
+            raise HqdmError(what, "leave --attention out")
+        return out
     scratch = torch.empty(kernels.hqdm_attention_scratch(images, keys, heads, width, threads))
-    kernels.hqdm_attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), images, queries, keys, heads, width, width**-0.5,
-        scratch.data_ptr(), threads,
-    )  # fmt: skip
+    kernels.hqdm_attention(*pointers, *shape, scratch.data_ptr(), threads)
     return out
+
+
+def choose_products(network: nn.Module, products: str) -> None:
+    """What a student's attentions multiply in: "fp32", or "int8". HqdmError where int8 cannot be."""
+    if products == "int8" and native.library() is None:
+        raise HqdmError(f"attention in 8-bit integers needs compiled kernels: {native.state().why_not}", "hqdm doctor")
+    for module in network.modules():
+        if isinstance(short := vars(module).get("forward"), Short):
+            short.products = products
 
 
 def shorten(network: nn.Module) -> None:

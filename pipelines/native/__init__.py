@@ -21,7 +21,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 # Contraction into fused multiply-adds would change bits where integers hang on them.
-SOURCES = {"exact.cpp": "-ffp-contract=off", "attention.cpp": "-ffp-contract=fast"}
+SOURCES = {
+    "exact.cpp": "-ffp-contract=off", "attention.cpp": "-ffp-contract=fast", "attention8.cpp": "-ffp-contract=fast"
+}  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
 # errno and traps of rounding are of no use and cost vectors.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -133,5 +135,8 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hqdm_attention.restype = None
     found.hqdm_attention.argtypes = [
         address, address, address, address, count, count, count, count, count, real, address, number
+    ]  # fmt: skip
+    found.hqdm_attention8.argtypes = [
+        address, address, address, address, count, count, count, count, count, real, number
     ]  # fmt: skip
     return found

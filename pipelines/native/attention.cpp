@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "exponential.h"
 #include "lanes.h"
 
 namespace {
@@ -13,34 +14,10 @@ namespace {
 constexpr int KEYS = 2 * LANES;            // keys that a pass over a head's width takes
 constexpr int ROWS = LANES == 16 ? 8 : 4;  // queries at a time: twice as many sums as these fit into registers
 
-// exp(x) for x ≤ 0, to about two units in the last place: 2^n·p(r) with |r| ≤ ln 2 / 2.
-inline Floats exponential(Floats x) {
-  const Floats least = Floats{} - 87.0f;
-  x = x < least ? least : x;
-  const Floats shifted = x * 1.44269504f + MAGIC;
-  const Floats n = shifted - MAGIC;
-  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Floats p = Floats{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Integers power = ((Integers)shifted - MAGIC_BITS) << 23;
-  return (Floats)((Integers)p + power);
-}
-
 inline float sum(Floats v) {
   float total = 0;
   for (int i = 0; i < LANES; ++i) total += v[i];
   return total;
-}
-
-inline float largest(Floats v) {
-  float found = v[0];
-  for (int i = 1; i < LANES; ++i) found = v[i] > found ? v[i] : found;
-  return found;
 }
 
 struct Shape {
@@ -93,12 +70,7 @@ void rows_of(const float* q, const float* k, const float* v, float* out, const S
   for (int r = 0; r < COUNT; ++r) {
     float* row = scores + r * shape.padded_keys;
     for (int64_t key = shape.keys; key < shape.padded_keys; ++key) row[key] = -1e30f;  // adds e^-87, less than a bit
-    Floats high = load(row);
-    for (int64_t key = LANES; key < shape.padded_keys; key += LANES) {
-      const Floats now = load(row + key);
-      high = now > high ? now : high;
-    }
-    const float top = largest(high);
+    const float top = largest_of(row, shape.padded_keys);
     Floats total = {};
     for (int64_t key = 0; key < shape.padded_keys; key += LANES) {
       const Floats e = exponential(load(row + key) - top);

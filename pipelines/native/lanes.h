@@ -28,4 +28,6 @@ inline Floats load(const float* from) {
   return v;
 }
 
+inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
 }  // namespace

@@ -9,7 +9,7 @@ import multiprocessing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
@@ -26,6 +26,7 @@ class Config:
     batch: str = "1,4"  # images of a step, with commas
     turns: int = 9
     guidance: float | None = None  # the model's; with 1 the network is called once a step
+    attention: Literal["fp32", "int8"] = "fp32"  # what the integer model's attention multiplies in
     memory: bool = True  # whether each contender also runs in a process of its own, for its memory
 
     def __post_init__(self):
@@ -68,7 +69,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     paths = {name: str(inputs["model"].path) for name in FLOAT}
     if "export" in inputs:
         paths["int"] = str(inputs["export"].path)
-    steps = _steps(paths, config.guidance)
+    steps = _steps(paths, config)
     rows, shares = [], {}
     report.begin("steps", len(config.batches) * (config.turns + speed.WARM_UP), unit="turns")
     for index, batch in enumerate(config.batches):
@@ -87,6 +88,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     table = {
         "steps": rows, "shares": shares, "peaks": peaks, "memory_gb": memory, "threads": torch.get_num_threads(),
         "steps_of_an_image": STEPS, "guidance": steps["fp32"].guidance, "processor": _processor(),
+        "attention": config.attention,
     }  # fmt: skip
     text = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False)
     (out.path / "bench.json").write_text(text + "\n", encoding="utf-8")
@@ -102,19 +104,22 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 class Step:
     """A contender's step: one guided prediction of a batch at the first timestep of its tables."""
 
-    def __init__(self, kind: str, path: str, guidance: float | None, timestep: float | None):
+    def __init__(self, kind: str, path: str, config: Config, timestep: float | None):
         import torch
 
         from pipelines import diffusion
+        from pipelines.kernels.attention import choose_products
         from pipelines.models.denoiser import load_denoiser
         from pipelines.students import load_integer
 
         model = load_integer(Path(path), "cpu") if kind == "int" else load_denoiser(Path(path))
         self.model = model.bfloat16() if kind == "bf16" else model
         self.dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        if kind != "int":
+        if kind == "int":
+            choose_products(model.network, config.attention)
+        else:
             self.model.network.to(memory_format=torch.channels_last)
-        self.guidance = model.info.guidance_or(guidance)
+        self.guidance = model.info.guidance_or(config.guidance)
         tables = getattr(model.network, "timestep_tables", None)
         if timestep is None:
             schedule = model.info.schedule
@@ -138,11 +143,11 @@ class Step:
         return step
 
 
-def _steps(paths: Mapping[str, str], guidance: float | None) -> dict[str, Step]:
+def _steps(paths: Mapping[str, str], config: Config) -> dict[str, Step]:
     """Every contender, all at the timestep of the integers."""
     steps, timestep = {}, None
     for name in sorted(paths, key=lambda name: name in FLOAT):
-        steps[name] = Step(name, paths[name], guidance, timestep)
+        steps[name] = Step(name, paths[name], config, timestep)
         timestep = steps[name].timestep
     return {name: steps[name] for name in paths}
 
@@ -189,7 +194,7 @@ def _peak(sender, name: str, path: str, config: Config) -> None:
 
     reuse_freed_memory()
     if path:
-        call = Step(name, path, config.guidance, None).of(config.batches[0])
+        call = Step(name, path, config, None).of(config.batches[0])
         call()
         call()
     else:

@@ -34,6 +34,7 @@ class Config:
     seed: int = 0
     batch: int = 50
     backend: Literal["cpu", "reference"] | None = None  # of the integer model; cpu by default
+    attention: Literal["fp32", "int8"] = "fp32"  # what a student's attention multiplies in
     low_memory: bool = field(default=False, metadata={"key": False})  # takes longer; the images are the same
 
     def __post_init__(self):
@@ -58,6 +59,8 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
         )
     if config.backend is not None and config.source != "int":
         raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
+    if config.attention != "fp32" and config.source == "teacher":
+        raise UsageError(f"--attention {config.attention} is for students, not for the teacher", "leave it out")
     return {"source": maker} | ({"model": store.ancestor(maker, "model")} if config.source == "fake" else {})
 
 
@@ -67,6 +70,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     import torch
 
     from pipelines import diffusion, native
+    from pipelines.kernels.attention import choose_products
     from pipelines.kernels.layers import forget_weights
     from pipelines.memory import give_back, return_freed_memory
     from pipelines.models.denoiser import load_denoiser
@@ -89,6 +93,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         if native.library() is None:
             report.warn(f"no compiled kernels, so this takes longer: {native.state().why_not}; see hqdm doctor")
         size = maker.file("model.safetensors").stat().st_size
+    if config.source != "teacher":
+        choose_products(model.network, config.attention)
     model.check_images()
     info = model.info
     guidance, scheduler = info.guidance_or(config.guidance), config.scheduler or diffusion.walker(info.schedule)
@@ -163,7 +169,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "images_per_second": config.count / seconds, "bytes": size,
         "interpolated_timesteps": interpolated,
         "backend": config.backend or ("cpu" if config.source == "int" else None),
-        "compiled": native.library() is not None,
+        "attention": config.attention, "compiled": native.library() is not None,
         "threads": torch.get_num_threads(), **about,
     }  # fmt: skip
 

@@ -1,0 +1,240 @@
+// Attention with products of 8-bit integers: softmax(q·kᵀ·scale)·v of every head.
+//
+// q and k have a scale for each row, v one for each column of a head; of k its mean over the keys is taken off, which the
+// softmax does not see. Weights have 16 bits, as two bytes, so that many small ones are not lost beside a large one.
+// Sums of products are exact, whatever the processor; the softmax between them is in floating point.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#include <immintrin.h>
+#endif
+
+#include "exponential.h"
+#include "lanes.h"
+
+namespace {
+
+constexpr int KEYS = 2 * LANES;
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // queries at a time: twice as many sums as these fit into registers
+constexpr float TOP = 65535.0f;  // of a weight's integers
+constexpr int OFFSET = 128;      // that makes bytes of q unsigned
+
+// sums + Σ of four products, u8 from every fourth of `codes` (repeated in each lane) with s8 from `weights`.
+inline Integers dot(Integers sums, int32_t codes, const int8_t* weights) {
+#if defined(__AVX512VNNI__) && LANES == 16
+  return (Integers)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(codes), _mm512_loadu_si512(weights));
+#elif defined(__AVXVNNI__) && LANES == 8
+  return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(codes),
+                                           _mm256_loadu_si256((const __m256i*)weights));
+#else
+  uint8_t code[4];
+  std::memcpy(code, &codes, 4);
+  for (int lane = 0; lane < LANES; ++lane)
+    for (int i = 0; i < 4; ++i) sums[lane] += int32_t(code[i]) * int32_t(weights[4 * lane + i]);
+  return sums;
+#endif
+}
+
+inline Floats as_floats(Integers v) { return __builtin_convertvector(v, Floats); }
+
+inline Integers nearest(Floats v) { return (Integers)(v + MAGIC) - MAGIC_BITS; }
+
+inline Floats size_of(Floats v) { return (Floats)((Integers)v & 0x7FFFFFFF); }
+
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+constexpr int MOST = 1024;  // of a head's width
+
+// A row of a head, filled up with zeros to whole vectors.
+struct Row {
+  float values[MOST];
+
+  Row(const float* from, int64_t width, int64_t padded_width) {
+    std::memcpy(values, from, width * sizeof(float));
+    std::memset(values + width, 0, (padded_width - width) * sizeof(float));
+  }
+};
+
+struct Head {  // k, v of one head as the products take them
+  std::vector<int8_t> keys;     // (width / 4, padded keys, 4)
+  std::vector<int32_t> sums;    // of each key's bytes, times OFFSET
+  std::vector<float> scale;     // of each key
+  std::vector<int8_t> values;   // (padded keys / 4, padded width, 4)
+  std::vector<float> by_column; // scales of v
+};
+
+int64_t padded(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64_t width, Head& head) {
+  const int64_t columns = padded(width, LANES), all = padded(keys, KEYS);
+  head.keys.assign(padded(width, 4) * all, 0);
+  head.values.assign(all * columns, 0);
+  head.sums.assign(all, 0);
+  head.scale.assign(all, 0);
+  head.by_column.assign(columns, 0);
+  float mean[MOST] = {}, most[MOST] = {}, inverse[MOST] = {};
+  for (int64_t key = 0; key < keys; ++key) {
+    const Row of_k(k + key * stride, width, columns), of_v(v + key * stride, width, columns);
+    for (int64_t d = 0; d < columns; d += LANES) {
+      store(mean + d, load(mean + d) + load(of_k.values + d));
+      store(most + d, larger(load(most + d), size_of(load(of_v.values + d))));
+    }
+  }
+  for (int64_t d = 0; d < columns; ++d) {
+    mean[d] /= float(keys);
+    head.by_column[d] = most[d] / 127.0f;
+    inverse[d] = most[d] > 0 ? 127.0f / most[d] : 0.0f;
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    Row row(k + key * stride, width, columns);
+    Floats largest = {};
+    for (int64_t d = 0; d < columns; d += LANES) {
+      const Floats value = load(row.values + d) - load(mean + d);
+      store(row.values + d, value);
+      largest = larger(largest, size_of(value));
+    }
+    const float top = largest_lane(largest), factor = top > 0 ? 127.0f / top : 0.0f;
+    head.scale[key] = top / 127.0f;
+    Integers total = {};
+    for (int64_t d = 0; d < columns; d += LANES) {
+      const Integers codes = nearest(load(row.values + d) * factor);
+      const Bytes bytes = __builtin_convertvector(codes, Bytes);
+      total += codes;
+      for (int64_t i = 0; i < LANES && d + i < width; i += 4)
+        std::memcpy(head.keys.data() + ((d + i) / 4 * all + key) * 4, (const char*)&bytes + i, 4);
+    }
+    for (int i = 0; i < LANES; ++i) head.sums[key] += total[i] * OFFSET;
+  }
+  for (int64_t key = 0; key < keys; key += 4)
+    for (int64_t d = 0; d < columns; d += LANES) {
+      Integers four = {};
+      for (int64_t i = 0; i < 4 && key + i < keys; ++i) {
+        const Row row(v + (key + i) * stride + d, width - d < LANES ? width - d : LANES, LANES);
+        four |= (nearest(load(row.values) * load(inverse + d)) & 255) << int(8 * i);
+      }
+      std::memcpy(head.values.data() + (key / 4 * columns + d) * 4, &four, sizeof four);
+    }
+}
+
+struct Room {  // of one thread
+  std::vector<float> scores;
+  std::vector<uint8_t> high, low;
+};
+
+template <int COUNT>
+void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t stride, int64_t width, float scale,
+             Room& room) {
+  const int64_t wide = padded(width, 4), columns = padded(width, LANES), all = padded(keys, KEYS);
+  int32_t codes[COUNT][MOST / 4];
+  float factor[COUNT];
+  for (int r = 0; r < COUNT; ++r) {
+    const Row row(q + r * stride, width, columns);
+    Floats largest = {};
+    for (int64_t d = 0; d < columns; d += LANES) largest = larger(largest, size_of(load(row.values + d)));
+    const float top = largest_lane(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
+    factor[r] = top / 127.0f * scale;
+    for (int64_t d = 0; d < columns; d += LANES) {
+      const Bytes bytes = __builtin_convertvector(nearest(load(row.values + d) * inverse) + OFFSET, Bytes);
+      std::memcpy((char*)codes[r] + d, &bytes, LANES);
+    }
+  }
+  for (int64_t key = 0; key < all; key += KEYS) {
+    Integers sums[COUNT][2] = {};
+    for (int64_t d = 0; d < wide / 4; ++d)
+      for (int r = 0; r < COUNT; ++r)
+        for (int i = 0; i < 2; ++i)
+          sums[r][i] = dot(sums[r][i], codes[r][d], head.keys.data() + (d * all + key + i * LANES) * 4);
+    for (int i = 0; i < 2; ++i) {
+      Integers offset;
+      std::memcpy(&offset, head.sums.data() + key + i * LANES, sizeof offset);
+      const Floats by_key = load(head.scale.data() + key + i * LANES);
+      for (int r = 0; r < COUNT; ++r) {
+        const Floats score = as_floats(sums[r][i] - offset) * (by_key * factor[r]);
+        std::memcpy(room.scores.data() + r * all + key + i * LANES, &score, sizeof score);
+      }
+    }
+  }
+  float inverse[COUNT];
+  for (int r = 0; r < COUNT; ++r) {
+    float* row = room.scores.data() + r * all;
+    for (int64_t key = keys; key < all; ++key) row[key] = -1e30f;
+    const float top = largest_of(row, all);
+    Integers total = {};
+    for (int64_t key = 0; key < all; key += LANES) {
+      // Rounded by the addition, whose low bits then hold the integer.
+      const Integers weight = (Integers)(exponential(load(row + key) - top) * TOP + MAGIC) - MAGIC_BITS;
+      total += weight;
+      const Bytes high = __builtin_convertvector(weight >> 8, Bytes), low = __builtin_convertvector(weight, Bytes);
+      std::memcpy(room.high.data() + r * all + key, &high, LANES);
+      std::memcpy(room.low.data() + r * all + key, &low, LANES);
+    }
+    float whole = 0;
+    for (int i = 0; i < LANES; ++i) whole += float(total[i]);
+    inverse[r] = 1.0f / whole;
+  }
+  for (int64_t d = 0; d < columns; d += LANES) {
+    Integers high[COUNT] = {}, low[COUNT] = {};
+    for (int64_t key = 0; key < padded(keys, 4); key += 4) {
+      const int8_t* values = head.values.data() + (key / 4 * columns + d) * 4;
+      for (int r = 0; r < COUNT; ++r) {
+        int32_t four;
+        std::memcpy(&four, room.high.data() + r * all + key, 4);
+        high[r] = dot(high[r], four, values);
+        std::memcpy(&four, room.low.data() + r * all + key, 4);
+        low[r] = dot(low[r], four, values);
+      }
+    }
+    const int64_t left = width - d < LANES ? width - d : LANES;
+    const Floats by_column = load(head.by_column.data() + d);
+    for (int r = 0; r < COUNT; ++r) {
+      const Floats result = (as_floats(high[r]) * 256.0f + as_floats(low[r])) * (by_column * inverse[r]);
+      std::memcpy(out + r * stride + d, &result, left * sizeof(float));
+    }
+  }
+}
+
+constexpr int64_t BLOCK = 64;
+
+}  // namespace
+
+extern "C" {
+
+// As hqdm_attention, with products of 8-bit integers. 1: a head wider than 1,024, or more than 65,536 keys.
+int hqdm_attention8(const float* q, const float* k, const float* v, float* out, int64_t batch, int64_t queries,
+                    int64_t keys, int64_t heads, int64_t width, float scale, int threads) {
+  if (width > MOST || keys > 65536) return 1;
+  const int64_t stride = heads * width, all = padded(keys, KEYS);
+  std::vector<Head> prepared(batch * heads);
+  std::vector<Room> rooms(threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t each = 0; each < batch * heads; ++each) {
+    const int64_t from = (each / heads) * keys * stride + (each % heads) * width;
+    prepare(k + from, v + from, keys, stride, width, prepared[each]);
+  }
+  const int64_t blocks = (queries + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t part = 0; part < threads; ++part) {
+    Room& room = rooms[part];
+    room.scores.resize(ROWS * all);
+    room.high.resize(ROWS * all);
+    room.low.resize(ROWS * all);
+    for (int64_t item = part; item < batch * heads * blocks; item += threads) {
+      const int64_t each = item / blocks, first = item % blocks * BLOCK;
+      const int64_t last = first + BLOCK < queries ? first + BLOCK : queries;
+      const int64_t from = (each / heads) * queries * stride + (each % heads) * width;
+      int64_t row = first;
+      for (; row + ROWS <= last; row += ROWS)
+        rows_of<ROWS>(q + from + row * stride, out + from + row * stride, prepared[each], keys, stride, width, scale,
+                      room);
+      for (; row < last; ++row)
+        rows_of<1>(q + from + row * stride, out + from + row * stride, prepared[each], keys, stride, width, scale,
+                   room);
+    }
+  }
+  return 0;
+}
+
+}
