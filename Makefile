@@ -2,6 +2,7 @@
 # make test        the tests
 # make size        memory and time of every stage on 400 million parameters, random weights (about 10 minutes, 8 GB of disk)
 # make training    what a step of distillation costs, beside training in full precision (about 15 minutes)
+# make bench       a step of published models' shapes in fp32, bfloat16 and integers on this machine (about 20 minutes)
 # make tricks      what each part of hqdm's variant auto gives: one thing changed at a time (about 40 minutes)
 # make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher, the close calls
 #                  with three seeds, and orders of the transform (docs/cifar10.md; hours)
@@ -22,7 +23,7 @@ READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test size training tricks benchmark-cifar10 lint clean
+.PHONY: demo test size training bench tricks benchmark-cifar10 lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(OUTER) -m venv --clear --without-pip $(VENV)
@@ -47,6 +48,9 @@ size: $(READY)
 
 training: $(READY)
 	python -m benchmarks.training
+
+bench: $(READY)
+	python -m benchmarks.speed
 
 tricks: $(READY)
 	python -m benchmarks.tricks

@@ -29,8 +29,8 @@ COMMANDS = {
 }
 
 
-def write_checkpoint(path: Path) -> None:
-    """Random weights under the published names: variance 1/inputs, ones for norms, zeros for biases."""
+def write_checkpoint(path: Path, model: str) -> None:
+    """Random weights under a published model's names: variance 1/inputs, ones for norms, zeros for biases."""
     import diffusers
     import torch
 
@@ -39,14 +39,16 @@ def write_checkpoint(path: Path) -> None:
     from pipelines.models.compvis_published import PUBLISHED
     from pipelines.models.families import FAMILIES
 
-    params = PUBLISHED["cin256-v2"]
+    params = PUBLISHED[model]
     family, arguments, options = unet_arguments(params)
     network = FAMILIES[family].build(arguments, options)
     name, arguments = first_stage_arguments(params)
     with torch.device("meta"):
         first_stage = getattr(diffusers, name)(**arguments)
     generator = torch.Generator().manual_seed(0)
-    state = {CLASSES: torch.randn(params.cond_stage_config.params.n_classes, params.unet.context_dim)}
+    state = {}
+    if params.unet.context_dim is not None:
+        state[CLASSES] = torch.randn(params.cond_stage_config.params.n_classes, params.unet.context_dim)
     for source in [*unet_sources(network, averaged=False).values(), *first_stage_sources(first_stage).values()]:
         if len(source.shape) == 1:
             state[source.key] = torch.full(source.shape, 1.0 if source.key.endswith("weight") else 0.0)
@@ -72,9 +74,10 @@ def main() -> None:
     parser.add_argument("--method", default="hqdm")
     parser.add_argument("--keep", action="store_true", help="go on with what an earlier run left there")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--published", default="cin256-v2", help=argparse.SUPPRESS)  # the model whose shape is written
     options = parser.parse_args()
     if options.write:
-        write_checkpoint(options.write)
+        write_checkpoint(options.write, options.published)
         return
     if not options.keep:
         shutil.rmtree(options.folder, ignore_errors=True)

@@ -22,6 +22,8 @@ from pipelines.memory import peak_bytes, reset_peak, reuse_freed_memory
 from pipelines.quant.spec import Bits
 from pipelines.store import Artifact, Store, key_of, links, sha256_of_file
 
+MOST_REASONS = 4  # that are told of why a stage runs
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -120,7 +122,10 @@ def _changes(artifact: Artifact, version: int, config: Any, inputs: Mapping[str,
         )
     if not changes:  # the same run, whose key was made by other rules
         return 0, f"{artifact.id} is of another workspace format"
-    return sum(count for count, _ in changes), "; ".join(text for _, text in changes)
+    told = [text for _, text in changes]
+    if len(told) > MOST_REASONS:  # a comparison has hundreds of inputs
+        told = [*told[: MOST_REASONS - 1], f"{len(told) - MOST_REASONS + 1} more changes"]
+    return sum(count for count, _ in changes), "; ".join(told)
 
 
 def _lineages(artifacts: list[Artifact]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Attention the short ways: to one token without queries and keys, to more through compiled kernels."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
@@ -110,6 +112,13 @@ def test_more_tokens_take_compiled_kernels_and_give_what_diffusers_gives():
     expected = own(x)
     shorten(own)
     assert torch.allclose(own(x), expected, atol=1e-6)
+    block = Attention(64, heads=4, dim_head=16, norm_num_groups=8, residual_connection=True, bias=True).eval()
+    image = noise(3, 2, 64, 6, 5)
+    for laid in (image, image.contiguous(memory_format=torch.channels_last)):
+        expected = block(laid)
+        again = copy.deepcopy(block)
+        shorten(again)
+        assert isinstance(again.forward, Short) and torch.allclose(again(laid), expected, atol=1e-6)
 
 
 @torch.no_grad()

@@ -7,9 +7,11 @@ import torch
 from roads import make, tiny_store, tiny_student
 from torch import nn
 
+from benchmarks import speed as benchmark
 from hqdm_cli.app import main
 from pipelines import speed
 from pipelines.errors import UsageError
+from pipelines.kernels.prologue import Prologue
 from pipelines.stages import load
 
 
@@ -78,10 +80,29 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path):
     model = store.current("model").id
     artifact = make(store, "bench", {"model": model}, batch="1", turns=1)
     memory = json.loads(artifact.file("bench.json").read_text())["memory_gb"]
-    assert memory["libraries"] <= memory["fp32"] and set(memory) == {"libraries", "fp32", "bf16"}
+    assert set(memory) == {"libraries", "fp32", "bf16"}
+    assert memory["libraries"]["resident"] <= memory["fp32"]["resident"] <= memory["fp32"]["peak"]
 
 
 @pytest.mark.parametrize("values", [{"batch": "1,x"}, {"batch": "0"}, {"batch": ""}, {"turns": 0}])
 def test_what_cannot_be_measured_is_refused(values):
     with pytest.raises(UsageError, match="bench: "):
         load("bench").Config(**values)
+
+
+def test_the_benchmark_measures_rotations_on_a_steps_inputs_and_scales_batch_and_side(tmp_path, monkeypatch):
+    store = tiny_store(tmp_path)
+    export = make(store, "export", {"distill": tiny_student(store, "hqdm", "code", "w4a4").id})
+    rotations = []
+    monkeypatch.setattr(Prologue, "forward", lambda self, *args, own=Prologue.forward: (
+        rotations.append(self.plan.transform.is_identity), own(self, *args))[1])  # fmt: skip
+    row = benchmark.hadamard_of(export, 1)
+    assert row["step_ms"] > 0 and row["rotated_ms"] > 0 and row["plain_ms"] > 0
+    assert 0 < rotations.count(False) < rotations.count(True)  # each turn without rotations has none
+    monkeypatch.setattr(benchmark, "BATCHES", (1, 2))
+    monkeypatch.setattr(benchmark, "SIDES", (8, 16))
+    rows = benchmark.scaling_of(store.current("model"), export, 1)
+    assert [row.get("batch", row.get("side")) for row in rows] == [1, 2, 8, 16]
+    results = {"machine": "a machine", "hadamard": {"tiny": row}, "scaling": rows}
+    text = "\n".join(benchmark.lines_of(results))
+    assert "| batch | int_ms | fp32_ms | bf16_ms | int_times_fp32 |" in text and "Rotations in a step of tiny" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hqdm_cli.app import main
 from pipelines import native
 from pipelines.errors import NumericalFault
 from pipelines.kernels import cpu, prologue
+from pipelines.kernels.attention import PRODUCTS, attend
 from pipelines.kernels.prologue import Operand, Prologue
 from pipelines.quant import hadamard
 from pipelines.quant.hadamard import matrix, rotate_last
@@ -108,6 +110,31 @@ def test_compiled_codes_have_the_integers_of_torch_for_any_layer(data):
 
 
 @built
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors_compute_the_same_bits(processor, monkeypatch, tmp_path):
+    surroundings = layer("conv", 96, Transform("channels", 32, 1), 4, "asymmetric", "cg")
+    x = torch.randn(2, 96, 5, 7, generator=torch.Generator().manual_seed(0)) * 3
+    q, k, v = torch.randn(3, 2, 50, 72, generator=torch.Generator().manual_seed(1))
+
+    def computed():
+        codes, _ = Prologue(surroundings)(x, 0.5, 3, Operand(torch.uint8, 3, (3, 48)))
+        attended = [attend(q, k, v, 4, native.library(), products) for products in PRODUCTS]
+        return [rotate_last(x.flatten(1), Transform("channels", order, 2)) for order in ORDERS[:6]], codes, attended
+
+    rotated, codes, attended = computed()
+    flags = [f"-march={processor}" if flag.startswith("-march") else flag for flag in native.FLAGS]
+    monkeypatch.setattr(native, "FLAGS", flags)
+    monkeypatch.setenv("HQDM_CACHE", str(tmp_path / "cache"))
+    narrow, _ = native._built.__wrapped__()
+    monkeypatch.setattr(native, "library", lambda: narrow)
+    others = computed()
+    assert all(torch.equal(*pair) for pair in zip(rotated, others[0], strict=True)) and torch.equal(codes, others[1])
+    for mine, other in zip(attended, others[2], strict=True):
+        assert (mine - other).abs().max() <= 1e-4  # floating point; and a tie of 8 bits may fall otherwise
+
+
+@built
 def test_nan_in_a_layers_input_is_named_by_its_site():
     surroundings = layer("linear", 64, Transform("channels", 32), 4, "symmetric", "")
     x = torch.randn(2, 5, 64)
@@ -157,3 +184,7 @@ def test_where_there_are_none_the_reason_is_told(tmp_path):
     assert "CXX names nothing-such, which is not there" in said(cache | {"CXX": "nothing-such"})
     assert "built no library: kernels.cpp:1: no such thing" in said(cache | {"CXX": str(broken)})
     assert not list((tmp_path / "cache").iterdir())
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    assert "others may write to it" in said({"HQDM_CACHE": str(shared)})

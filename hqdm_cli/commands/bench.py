@@ -31,8 +31,8 @@ def bench(
     """Measure a denoising step: fp32, bfloat16, integers.
 
     They run in turns in one process. The table has milliseconds with the tenth and ninetieth percentile, the share of
-    each kind of layer, memory, and what part of the machine's best the integer products reach. JSON and a picture are
-    kept as an artifact.
+    each kind of layer, resident memory, and what part of the machine's best the integer products reach. JSON and a
+    picture are kept as an artifact.
     """
     import json
 
@@ -60,7 +60,7 @@ def bench(
          "times fp32": round(row["times_as_fast_as_fp32"]["median"], 2),
          "quartiles": "{low:.2f}–{high:.2f}".format(**row["times_as_fast_as_fp32"]),
          "s/image": round(row["ms"]["median"] / row["batch"] * table["steps_of_an_image"] / 1e3, 2),
-         "GB": round(table["memory_gb"][row["contender"]], 2) if row["contender"] in table["memory_gb"] else None}
+         "GB": round(table["memory_gb"][row["contender"]]["resident"], 2) if table["memory_gb"] else None}
         for row in table["steps"]
     ]  # fmt: skip
     print("\n".join(console.table(rows)))

@@ -27,20 +27,27 @@ class Short:
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None, temb: torch.Tensor | None = None, **kwargs,
     ) -> torch.Tensor:  # fmt: skip
-        attention, context = self.attention, encoder_hidden_states
-        if attention_mask is not None or hidden_states.ndim != 3 or torch.is_grad_enabled():
+        attention, context, kernels = self.attention, encoder_hidden_states, native.library()
+        one = context is not None and context.shape[1] == 1
+        compiled = kernels is not None and hidden_states.dtype == torch.float32
+        if attention_mask is not None or torch.is_grad_enabled() or not (one or compiled):
             return self.usual(hidden_states, context, attention_mask, temb=temb, **kwargs)
+        x = hidden_states
+        if x.ndim == 4:
+            x = x.view(*x.shape[:2], -1).transpose(1, 2)
+        if attention.group_norm is not None:
+            x = attention.group_norm(x.transpose(1, 2)).transpose(1, 2)
         if context is not None and attention.norm_cross:
             context = attention.norm_encoder_hidden_states(context)
-        if context is not None and context.shape[1] == 1:
-            out = attention.to_v(context)
-        elif (kernels := native.library()) is not None and hidden_states.dtype == torch.float32:
-            source = hidden_states if context is None else context
-            q, k, v = attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source)
-            out = attend(q, k, v, attention.heads, kernels, self.products)
+        source = x if context is None else context
+        if one:
+            out = attention.to_v(source)
         else:
-            return self.usual(hidden_states, encoder_hidden_states, attention_mask, temb=temb, **kwargs)
-        out = attention.to_out[1](attention.to_out[0](out)).expand(-1, hidden_states.shape[1], -1)
+            q, k, v = attention.to_q(x), attention.to_k(source), attention.to_v(source)
+            out = attend(q, k, v, attention.heads, kernels, self.products)
+        out = attention.to_out[1](attention.to_out[0](out)).expand(-1, x.shape[1], -1)
+        if hidden_states.ndim == 4:
+            out = out.transpose(-1, -2).reshape(hidden_states.shape)
         if attention.residual_connection:
             out = out + hidden_states
         return out / attention.rescale_output_factor if attention.rescale_output_factor != 1 else out
@@ -81,7 +88,7 @@ def shorten(network: nn.Module) -> None:
     for module in network.modules():
         if not isinstance(module, Attention) or type(module.processor) is not AttnProcessor2_0:
             continue
-        others = ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj")
+        others = ("spatial_norm", "norm_q", "norm_k", "add_k_proj")
         same_width = module.inner_kv_dim == module.inner_dim
         if same_width and all(getattr(module, name, None) is None for name in others):
             module.forward = Short(module)

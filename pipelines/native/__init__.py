@@ -1,8 +1,9 @@
 """Kernels in C++, built once for this machine by the compiler that is there and kept in a cache folder.
 
-What they compute is defined in torch, elsewhere, and is the same to the last bit; here is only how they are built and
-called. Where there is no compiler `library` is None, and torch's definition runs: slower, the same integers. `state`
-says which it is and why. HQDM_NATIVE=0 leaves them out.
+Rotations and quantisers (exact.cpp) are defined in torch, elsewhere, and have the same bits here; attention is
+floating point, and takes the place of torch's. Here is only how they are built and called. Where there is no compiler
+`library` is None, and torch computes: slower, the same integers. `state` says which it is and why. HQDM_NATIVE=0 leaves
+them out.
 
 This is floor 0: numbers and addresses, no torch.
 """
@@ -62,8 +63,8 @@ def _built() -> tuple[ctypes.CDLL | None, State]:
         path = _compiled(compiler)
         return _declared(ctypes.CDLL(str(path))), State(path, compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        return None, State(None, compiler, f"{compiler} built no library: {reason.strip().splitlines()[0]}")
+        reason = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
+        return None, State(None, compiler, f"{compiler} built no library: {reason.splitlines()[0]}")
 
 
 def library() -> ctypes.CDLL | None:
@@ -94,6 +95,9 @@ def _compiled(compiler: str) -> Path:
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:  # whoever can write there could have this process run code
+        raise PermissionError(f"{folder} is somebody else's, or others may write to it")
     path = folder / f"kernels-{key}.so"
     if path.exists():
         return path

@@ -132,8 +132,6 @@ bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, cons
 
 extern "C" {
 
-int hqdm_lanes() { return LANES; }
-
 // y = x·blockdiag(M, …) over `values` contiguous floats, M = D·H of `order`, or Mᵀ. y may be x. 1: no such order, or
 // `values` is no multiple of max(order, lanes).
 int hqdm_rotate(const float* x, float* y, int64_t values, int order, const float* signs, int inverse, int threads) {

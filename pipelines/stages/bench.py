@@ -169,8 +169,10 @@ def _shares(step: Step, batch: int, peaks: Mapping[str, float]) -> dict[str, Any
     return result
 
 
-def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[str, float]:
-    """Peak resident GB of each contender in a process of its own, libraries included; `libraries` is theirs alone."""
+def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[str, dict[str, float]]:
+    """GB of each contender in a process of its own, libraries included: resident after two steps at the smallest batch,
+    and at its peak, which loading may have been; `libraries` is theirs alone.
+    """
     context = multiprocessing.get_context("spawn")
     report.begin("memory", len(paths) + 1, unit="processes")
     result = {}
@@ -180,7 +182,7 @@ def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[st
         child.start()
         sender.close()
         try:
-            result[name] = receiver.recv() / 1e9
+            result[name] = {what: held / 1e9 for what, held in receiver.recv().items()}
         except EOFError:
             report.warn(f"memory of {name}: its process ended with {child.exitcode}")
         child.join()
@@ -190,16 +192,16 @@ def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[st
 
 
 def _peak(sender, name: str, path: str, config: Config) -> None:
-    from pipelines.memory import peak_bytes, reuse_freed_memory
+    from pipelines.memory import peak_bytes, resident_bytes, reuse_freed_memory
 
     reuse_freed_memory()
     if path:
-        call = Step(name, path, config, None).of(config.batches[0])
+        call = Step(name, path, config, None).of(min(config.batches))
         call()
         call()
     else:
         from pipelines import students  # noqa: F401  (all that a step imports)
-    sender.send(peak_bytes())
+    sender.send({"resident": resident_bytes(), "peak": peak_bytes()})
 
 
 def _processor() -> str:
