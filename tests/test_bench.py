@@ -84,6 +84,18 @@ def test_memory_is_that_of_a_process_of_its_own(tmp_path):
     assert memory["libraries"]["resident"] <= memory["fp32"]["resident"] <= memory["fp32"]["peak"]
 
 
+def test_what_has_no_step_is_refused_by_name(tmp_path, capsys):
+    store = tiny_store(tmp_path)
+    for asked, said, code in (
+        ("profile/0001", "error: profile/0001 is no model, and has no step to measure", 2),
+        ("missing.ckpt", "error: missing.ckpt does not exist", 1),
+        ("export/9", "error: there is no artifact 'export/9'", 2),
+    ):
+        assert main(["bench", asked, "-w", str(store.root)]) == code
+        assert said in capsys.readouterr().err
+    assert store.current("bench") is None
+
+
 @pytest.mark.parametrize("values", [{"batch": "1,x"}, {"batch": "0"}, {"batch": ""}, {"turns": 0}])
 def test_what_cannot_be_measured_is_refused(values):
     with pytest.raises(UsageError, match="bench: "):

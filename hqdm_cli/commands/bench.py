@@ -37,6 +37,7 @@ def bench(
     import json
 
     from pipelines import runner
+    from pipelines.errors import FileFault
     from pipelines.store import Store
 
     store = Store(workspace)
@@ -44,6 +45,8 @@ def bench(
         chosen = {}
         if model is not None and Path(model).exists() and not model.startswith(("export/", "model/")):
             chosen["model"] = runner.make(store, "model", runner.model_config(model), {}, progress).artifact.id
+        elif model is not None and Path(model).suffix:
+            raise FileFault(f"{model} does not exist", "name a checkpoint, a folder, or an artifact such as export/1")
         elif model is not None:
             artifact = store.get(model)
             chosen["export" if artifact.stage == "export" else "model"] = artifact.id

@@ -46,6 +46,10 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     def fits(artifact: Artifact) -> bool:
         return artifact.config.get("format") == "int"
 
+    for role, ident in chosen.items():
+        if store.get(ident).stage != role:
+            hint = "name an export or a model, as in export/1, or a checkpoint's file"
+            raise UsageError(f"{ident} is no {role}, and has no step to measure", hint)
     if "model" in chosen:
         return {"model": store.get(chosen["model"])}
     export = store.get(chosen["export"]) if "export" in chosen else store.current("export", fits)
@@ -65,6 +69,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     report.begin("the machine's best", 1, unit="measurements")
     peaks = speed.peaks()
+    report.advance(1)
     report.end()
     paths = {name: str(inputs["model"].path) for name in FLOAT}
     if "export" in inputs:
