@@ -40,12 +40,12 @@ from pipelines.quant.hadamard import matrix, rotate_activation, rotate_weight
 from pipelines.quant.layers import QuantLayer
 from pipelines.quant.spec import IDENTITY, Site, SitePlan, Transform
 from pipelines.quant.tables import TimestepTables
+from pipelines.speed import WARM_UP, in_turns, ratio
 from pipelines.stages import load
 from pipelines.store import Artifact, Store
 
 RANK = 32  # of the adapters, as published
 BATCH = 4  # two images with guidance, as published
-WARM_UP = 2  # turns that are not counted: oneDNN makes its kernels in the first
 PLAIN = "full precision"
 
 
@@ -208,24 +208,6 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - begun
 
 
-def in_turns(runs: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
-    """CPU seconds of every run in every turn; each turn starts with another of them."""
-    names, taken = list(runs), {name: [] for name in runs}
-    for turn in range(WARM_UP + turns):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            value = seconds(runs[name])
-            if turn >= WARM_UP:
-                taken[name].append(value)
-    return taken
-
-
-def ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios within turns."""
-    values = [a / b for a, b in zip(above, below, strict=True)]
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median": median, "low": low, "high": high}
-
-
 def shown(value: dict[str, float]) -> str:
     return f"{value['median']:.2f} ({value['low']:.2f}–{value['high']:.2f})"
 
@@ -259,7 +241,8 @@ def layer_table(turns: int, batch: int, wanted: str) -> list[dict]:
             plan = SitePlan(site, True, transform, inverse, 4, 4, "asymmetric", quantiser)
             ours, published = both_layers(plan, x)
             layers = {"plain": plain_layer(site), "ours": ours, "published": published}
-            taken = in_turns({name: pass_of(layer, x) for name, layer in layers.items()}, turns)
+            passes = {name: pass_of(layer, x) for name, layer in layers.items()}
+            taken = in_turns(passes, turns, time.process_time)
             rows.append(
                 {"layer": site.name, "kind": kind}
                 | {f"{name}_ms": statistics.median(values) * 1e3 for name, values in taken.items()}

@@ -1,7 +1,6 @@
 """What this machine has for hqdm, each thing tried and not only looked for."""
 
 import os
-import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pipelines.kernels import BACKENDS, backend
 from pipelines.metrics.extractors import EXTRACTORS
 from pipelines.quant.integers import IntegerWeights
 from pipelines.quant.spec import Site, SitePlan, Transform
-from pipelines.store import libraries
+from pipelines.store import libraries, machine
 
 LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "transformers", "safetensors", "torch-fidelity", "typer")
 
@@ -45,12 +44,8 @@ def _libraries() -> Finding:
 def _processor() -> Finding:
     has = [name for name in ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "amx_bf16")
            if torch.cpu.get_capabilities().get(name)]  # fmt: skip
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        name = platform.processor()
-    found = f"{name or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    here = machine()
+    found = f"{here['cpu']}, {os.cpu_count()} cores, {here['threads']} threads"
     return Finding("processor", f"{found}, {' '.join(has) or 'none of the vector instructions that help'}")
 
 

@@ -12,6 +12,8 @@ from pipelines import native
 from pipelines.errors import HqdmError, UsageError
 from pipelines.kernels.attention import Short, attend, choose_products, shorten
 
+compiled = pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
+
 
 def noise(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -47,7 +49,7 @@ def test_masked_ones_and_those_that_learn_take_the_usual_way():
         assert torch.equal(usual(x, several), short(x, several))
 
 
-@pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
+@compiled
 @pytest.mark.parametrize("images, queries, keys, heads, width", [
     (2, 64, 64, 4, 32), (1, 100, 77, 8, 40), (3, 9, 1, 2, 8), (1, 33, 19, 5, 160), (2, 7, 300, 1, 72), (1, 99, 65, 3, 3)
 ])  # fmt: skip
@@ -68,7 +70,7 @@ def attended(q, k, v, heads):
     return (weights @ split[2]).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
+@compiled
 @pytest.mark.parametrize("images, queries, keys, heads, width", [
     (2, 64, 64, 4, 32), (1, 100, 77, 8, 40), (3, 9, 2, 2, 8), (1, 33, 19, 5, 160), (1, 9, 65, 3, 3), (1, 8, 99, 1, 960)
 ])  # fmt: skip
@@ -90,7 +92,7 @@ def test_attention_in_integers_rounds_rows_of_q_and_k_and_columns_of_v_and_no_mo
     assert (found - exact).norm() <= 0.02 * exact.norm()
 
 
-@pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
+@compiled
 def test_many_small_weights_beside_a_large_one_count_in_integers_too():
     """One key of weight 1 and two thousand of 1/1000 each: in 8 bits all of these would be nothing."""
     q, k = torch.ones(1, 1, 4), torch.zeros(1, 2001, 4)
@@ -101,7 +103,7 @@ def test_many_small_weights_beside_a_large_one_count_in_integers_too():
     assert torch.allclose(found, torch.full((1, 1, 4), 2 / 3), atol=0.01)
 
 
-@pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
+@compiled
 @torch.no_grad()
 def test_more_tokens_take_compiled_kernels_and_give_what_diffusers_gives():
     usual, short = both()

@@ -10,9 +10,10 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.training import PublishedLayer, both_layers, in_turns, layer_input, plain_layer, ratio
+from benchmarks.training import PublishedLayer, both_layers, layer_input, plain_layer
 from pipelines.quant.layers import QuantLayer
 from pipelines.quant.spec import IDENTITY, QUANTISERS, Site, SitePlan, Transform
+from pipelines.speed import in_turns, ratio
 
 TOLERANCE = 1e-5  # fp32 against fp64
 PLACEMENTS = [

@@ -68,16 +68,13 @@ def bench(
     ]  # fmt: skip
     print("\n".join(console.table(rows)))
     print()
-    shares = [{"ms of a step": name} | {kind: round(ms, 1) for kind, ms in mine.items() if kind in _kinds(mine)}
+    fraction = "fraction_of_int8_peak"
+    shares = [{"ms of a step": name} | {kind: round(ms, 1) for kind, ms in mine.items() if kind != fraction}
               for name, mine in table["shares"].items()]  # fmt: skip
     print("\n".join(console.table(shares)))
     print()
     print("\n".join(console.table([{name: round(value, 1) for name, value in table["peaks"].items()}])))
     for name, mine in table["shares"].items():
-        if "fraction_of_int8_peak" in mine:
-            print(f"{name}: its products reach {mine['fraction_of_int8_peak']:.0%} of the machine's best in int8")
+        if fraction in mine:
+            print(f"{name}: its products reach {mine[fraction]:.0%} of the machine's best in int8")
     console.say(f"{outcome.artifact.id}\t{outcome.artifact.path}")
-
-
-def _kinds(shares: dict) -> list[str]:
-    return [kind for kind in shares if kind != "fraction_of_int8_peak"]

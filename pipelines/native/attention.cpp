@@ -6,13 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "exponential.h"
-#include "lanes.h"
+#include "attention.h"
 
 namespace {
 
-constexpr int KEYS = 2 * LANES;            // keys that a pass over a head's width takes
-constexpr int ROWS = LANES == 16 ? 8 : 4;  // queries at a time: twice as many sums as these fit into registers
 
 inline float sum(Floats v) {
   float total = 0;
@@ -85,10 +82,6 @@ void rows_of(const float* q, const float* k, const float* v, float* out, const S
     else
       weighted<COUNT, 1>(scores, v + d, out + d, shape, inverse, shape.width - d);
 }
-
-constexpr int64_t BLOCK = 64;  // queries that a thread takes at a time
-
-int64_t padded(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace
 

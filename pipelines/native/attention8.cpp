@@ -12,13 +12,10 @@
 #include <immintrin.h>
 #endif
 
-#include "exponential.h"
-#include "lanes.h"
+#include "attention.h"
 
 namespace {
 
-constexpr int KEYS = 2 * LANES;
-constexpr int ROWS = LANES == 16 ? 8 : 4;  // queries at a time: twice as many sums as these fit into registers
 constexpr float TOP = 65535.0f;  // of a weight's integers
 constexpr int OFFSET = 128;      // that makes bytes of q unsigned
 
@@ -65,8 +62,6 @@ struct Head {  // k, v of one head as the products take them
   std::vector<int8_t> values;   // (padded keys / 4, padded width, 4)
   std::vector<float> by_column; // scales of v
 };
-
-int64_t padded(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64_t width, Head& head) {
   const int64_t columns = padded(width, LANES), all = padded(keys, KEYS);
@@ -195,8 +190,6 @@ void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t
     }
   }
 }
-
-constexpr int64_t BLOCK = 64;
 
 }  // namespace
 

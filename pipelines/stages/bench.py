@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.store import Artifact, Draft, Store
+from pipelines.store import Artifact, Draft, Store, machine
 
 NAME = "bench"
 VERSION = 1
@@ -62,11 +62,10 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
 
 
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
-    """Measure; figures: the ratio of fp32 to integers (or bf16) at each batch, milliseconds, the machine's peaks."""
-    import torch
-
+    """Measure; figures: the ratio of fp32 to integers (or bf16) at each batch, and milliseconds."""
     from pipelines import speed
 
+    here = machine()
     report.begin("the machine's best", 1, unit="measurements")
     peaks = speed.peaks()
     report.advance(1)
@@ -91,9 +90,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     report.end()
     memory = _memory(paths, config, report) if config.memory else {}
     table = {
-        "steps": rows, "shares": shares, "peaks": peaks, "memory_gb": memory, "threads": torch.get_num_threads(),
-        "steps_of_an_image": STEPS, "guidance": steps["fp32"].guidance, "processor": _processor(),
-        "attention": config.attention,
+        "steps": rows, "shares": shares, "peaks": peaks, "memory_gb": memory, "steps_of_an_image": STEPS,
+        "guidance": steps["fp32"].guidance, "attention": config.attention, "processor": here["cpu"],
+        "threads": here["threads"],
     }  # fmt: skip
     text = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False)
     (out.path / "bench.json").write_text(text + "\n", encoding="utf-8")
@@ -207,16 +206,6 @@ def _peak(sender, name: str, path: str, config: Config) -> None:
     else:
         from pipelines import students  # noqa: F401  (all that a step imports)
     sender.send({"resident": resident_bytes(), "peak": peak_bytes()})
-
-
-def _processor() -> str:
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _picture(table: Mapping[str, Any], path: Path) -> None:

@@ -1,10 +1,16 @@
-// What a softmax is made of.
+// What both attentions are made of.
 
 #pragma once
 
 #include "lanes.h"
 
 namespace {
+
+constexpr int KEYS = 2 * LANES;            // keys that a pass over a head's width takes
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // queries at a time: twice as many sums as these fit into registers
+constexpr int64_t BLOCK = 64;              // queries that a thread takes at a time
+
+inline int64_t padded(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // exp(x) for x ≤ 0, to about two units in the last place: 2^n·p(r) with |r| ≤ ln 2 / 2.
 inline Floats exponential(Floats x) {
