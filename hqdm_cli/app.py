@@ -29,6 +29,7 @@ from hqdm_cli.commands import (
     status,
     verify,
 )  # fmt: skip
+from pipelines import processes
 
 app = typer.Typer(
     name="hqdm",
@@ -60,9 +61,37 @@ for module in COMMANDS:
 def main(args: list[str] | None = None) -> int:
     """Run one command line; its exit code. Everything a user can mend is one `error:` line and a `hint:`."""
     args = list(sys.argv[1:] if args is None else args)
+    processes.end_with_launcher()
+    if processes.asked() > 1 and os.environ.get("RANK", "0") != "0":
+        return _follow("--debug" in args)
+    try:
+        return _lead(args)
+    finally:
+        if processes.asked() > 1:
+            processes.dismiss()
+
+
+def _follow(debug: bool) -> int:
+    """Share the leader's work. Who failed says why; that another process ended is no fault of this one."""
+    from pipelines.runner import follow
+
+    try:
+        follow()
+    except processes.PeerLost:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as fault:
+        return _failed(fault, debug)
+    return 0
+
+
+def _lead(args: list[str]) -> int:
     debug = "--debug" in args
     try:
-        code = typer.main.get_command(app).main(args=args or ["--help"], prog_name="hqdm", standalone_mode=False)
+        code = typer.main.get_command(app).main(
+            args=args or ["--help"], prog_name="hqdm", standalone_mode=False, obj={"args": args}
+        )
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output left. Point stdout elsewhere, or the interpreter complains again while it closes.

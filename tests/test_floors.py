@@ -16,6 +16,7 @@ FLOORS = {
     "pipelines.events": 0,
     "pipelines.memory": 0,
     "pipelines.native": 0,
+    "pipelines.processes": 0,
     "pipelines.config": 0,
     "pipelines.quant.spec": 0,
     "pipelines.store": 1,

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pipelines.errors import HqdmError, UsageError
@@ -64,12 +65,19 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     return {"source": maker} | ({"model": store.ancestor(maker, "model")} if config.source == "fake" else {})
 
 
+def shared(config: Config, inputs: Mapping[str, Artifact]) -> bool:
+    """Several processes are dealt the batches."""
+    return True
+
+
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
-    """Sample; figures: images per second (of the denoising loop, all batches), bytes of the model's files, source."""
+    """Sample; figures: images per second (of the denoising loop, all batches; of one process), bytes of the model's
+    files, source.
+    """
     import numpy as np
     import torch
 
-    from pipelines import diffusion, native
+    from pipelines import diffusion, native, processes
     from pipelines.kernels.attention import choose_products
     from pipelines.kernels.layers import forget_weights
     from pipelines.memory import give_back, return_freed_memory
@@ -115,49 +123,52 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)
     if config.low_memory:
         return_freed_memory()
-    report.begin(f"sample {config.source}", config.count, unit="images")
-    seconds, warm = 0.0, set()
-    for start in starts:
-        indices = list(range(start, min(start + config.batch, config.count)))
-        kept = out.work / f"latents-{start:06d}.npz"
-        if kept.exists():
-            seconds += float(np.load(kept)["seconds"])
-        else:
-            mine = conditions[indices]
-            if len(indices) not in warm:  # packing for a new batch size is not sampling
-                with torch.inference_mode():
-                    for timestep in _of_each_size(model, timesteps, guidance):
-                        model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timestep), mine, guidance)
-                give_back()
-                warm.add(len(indices))
-            begun = time.perf_counter()
-            latents = diffusion.sample(
-                model, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
-                config.seed, indices,
-            )  # fmt: skip
-            taken = time.perf_counter() - begun
-            seconds += taken
-            if not torch.isfinite(latents).all():
-                raise HqdmError(f"images {indices[0]} … {indices[-1]} hold NaN or Inf", "distill again at lower rates")
-            _keep(kept, latents=latents.numpy(), seconds=taken)
-        report.advance(indices[-1] + 1, images_per_second=(indices[-1] + 1) / max(seconds, 1e-9))
+    crew = processes.here()
+    latents_of, images_of = (_files(out.work, what, starts) for what in ("latents", "images"))
+    size_of = {start: min(config.batch, config.count - start) for start in starts}
+    missing = crew.told([start for start in starts if not latents_of[start].exists()])
+    report.begin(f"sample {config.source}", config.count, _images_in(latents_of, size_of), unit="images")
+    warm: set[int] = set()
+    for start in crew.dealt(missing):
+        indices = list(range(start, start + size_of[start]))
+        mine = conditions[indices]
+        if len(indices) not in warm:  # packing for a new batch size is not sampling
+            with torch.inference_mode():
+                for timestep in _of_each_size(model, timesteps, guidance):
+                    model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timestep), mine, guidance)
+            give_back()
+            warm.add(len(indices))
+        begun = time.perf_counter()
+        latents = diffusion.sample(
+            model, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
+            config.seed, indices,
+        )  # fmt: skip
+        taken = time.perf_counter() - begun
+        if not torch.isfinite(latents).all():
+            raise HqdmError(f"images {indices[0]} … {indices[-1]} hold NaN or Inf", "distill again at lower rates")
+        _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
+        report.advance(_images_in(latents_of, size_of))
+    crew.gathered(None)  # all latents are there
+    report.advance(config.count)
     report.end()
 
     # Decoding comes after all sampling, when a large model's weights have left memory.
     forget_weights(model.network)
     if model.first_stage is not None:
         report.begin("decode", config.count, unit="images")
-    for start in starts:
-        kept = out.work / f"images-{start:06d}.npz"
-        if not kept.exists():
-            latents = torch.from_numpy(np.load(out.work / f"latents-{start:06d}.npz")["latents"])
-            _keep(kept, images=diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy())
+    for start in crew.dealt(crew.told([start for start in starts if not images_of[start].exists()])):
+        latents = torch.from_numpy(np.load(latents_of[start])["latents"])
+        _keep(images_of[start], images=diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy())
         if model.first_stage is not None:
-            report.advance(min(start + config.batch, config.count))
+            report.advance(_images_in(images_of, size_of))
+    crew.gathered(None)
     if model.first_stage is not None:
         report.end()
+    if not crew.leads:
+        return {}
 
-    images = np.concatenate([np.load(out.work / f"images-{start:06d}.npz")["images"] for start in starts])
+    images = np.concatenate([np.load(images_of[start])["images"] for start in starts])
+    seconds = sum(float(np.load(latents_of[start])["seconds"]) for start in starts)
     _write_pngs(images, out.path / "images")
     _write_npz(images, conditions.numpy(), out.path / "samples.npz")
     save_grid(images[:100], out.path / "grid.png")
@@ -182,6 +193,16 @@ def _of_each_size(model, timesteps: list[float], guidance: float) -> list[float]
         return timesteps[:1]
     halved = [step for step in timesteps if shares.strength(guidance, torch.tensor(step)) == 1]
     return list(dict.fromkeys([timesteps[0], *halved[:1]]))
+
+
+def _files(folder: Path, what: str, starts: list[int]) -> dict[int, Path]:
+    """Where the arrays of each batch are kept, by its first image."""
+    return {start: folder / f"{what}-{start:06d}.npz" for start in starts}
+
+
+def _images_in(files: Mapping[int, Path], size_of: Mapping[int, int]) -> int:
+    """How many images of all processes are kept."""
+    return sum(size_of[start] for start, file in files.items() if file.exists())
 
 
 def _keep(path, **arrays) -> None:
