@@ -22,6 +22,7 @@ from hqdm_cli.commands import (
     plan,
     profile,
     report,
+    reproduce,
     run,
     sample,
     score,
@@ -29,6 +30,7 @@ from hqdm_cli.commands import (
     status,
     verify,
 )  # fmt: skip
+from hqdm_cli.journal import journalled
 from pipelines import processes
 
 app = typer.Typer(
@@ -49,13 +51,23 @@ Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (
-    profile, plan, distill, export, sample, score, compare, run, status, show, verify, methods, report, bench,
-    doctor,
-)  # fmt: skip
-for module in COMMANDS:
+LONG = (
+    profile,
+    plan,
+    distill,
+    export,
+    sample,
+    score,
+    compare,
+    run,
+    reproduce,
+    bench,
+)  # they show progress and can keep a journal
+SHORT = (status, show, verify, methods, report, doctor)
+for module in (*LONG, *SHORT):
     name = module.__name__.rpartition(".")[2]
-    app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
+    command = getattr(module, name)
+    app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(journalled(command) if module in LONG else command)
 
 
 def main(args: list[str] | None = None) -> int:

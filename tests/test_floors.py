@@ -46,6 +46,7 @@ FLOORS = {
     "pipelines.doctor": 5,
     "pipelines.runner": 6,
     "pipelines.compare": 7,
+    "pipelines.reproduce": 7,
     "hqdm_cli": 8,
 }
 
