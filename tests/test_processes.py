@@ -136,3 +136,14 @@ def test_parts_of_a_batch_go_together_and_apart_again(halves):
     parts = [_rows_of(crew.part(5), whole, 5) for crew in crews]
     assert sum(map(len, parts)) == len(whole) and torch.equal(_whole(parts, 5), whole)
     assert sorted(item for crew in crews for item in crew.dealt(range(7))) == list(range(7))
+
+
+def test_a_large_jobs_plan_counts_what_a_layer_has_and_does():
+    from benchmarks.budget import RANK, Size
+
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Flatten(2), torch.nn.Linear(64, 7))
+    size = Size.of(layer.to("meta"), torch.empty(1, 3, 8, 8, device="meta"))
+    assert size.parameters == 5 * 27 + 5 + 64 * 7 + 7 and size.weights == 5 * 27 + 64 * 7
+    assert size.operations == 2 * (64 * 5 * 27 + 5 * 64 * 7)
+    assert size.adapters == RANK * (27 + 5 + 64 + 7)
+    assert size.packed(4) == size.weights / 2 + 4 * 12
