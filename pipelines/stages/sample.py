@@ -80,7 +80,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines import diffusion, native, processes
     from pipelines.kernels.attention import choose_products
     from pipelines.kernels.layers import forget_weights
-    from pipelines.memory import give_back, return_freed_memory
+    from pipelines.memory import return_freed_memory, trim
     from pipelines.models.denoiser import load_denoiser
     from pipelines.report.grids import save_grid
     from pipelines.students import load_fake, load_integer
@@ -136,7 +136,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             with torch.inference_mode():
                 for timestep in _of_each_size(model, timesteps, guidance):
                     model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timestep), mine, guidance)
-            give_back()
+            trim()
             warm.add(len(indices))
         begun = time.perf_counter()
         latents = diffusion.sample(
