@@ -5,16 +5,14 @@ guided-diffusion's layout) and `grid.png`. The noise and condition of image i de
 are fixed by `batch`, which is part of the key, because the composition of a batch moves floating-point rounding.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
-from pipelines.plans import read_plan
-from pipelines.quant.spec import site_from_dict
+from pipelines.plans import read_plan, read_sites
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "sample"
@@ -83,7 +81,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         model = load_denoiser(maker.path)
         size = maker.file("denoiser/diffusion_pytorch_model.safetensors").stat().st_size
     elif config.source == "fake":
-        sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+        sites = read_sites(inputs["model"].file("sites.json"))
         plan = read_plan(maker.file("plan.yaml"), sites)
         model = load_fake(load_denoiser(inputs["model"].path), plan, maker.file("student.safetensors"))
         weights = inputs["model"].file("denoiser/diffusion_pytorch_model.safetensors")
@@ -137,8 +135,6 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             )  # fmt: skip
             taken = time.perf_counter() - begun
             seconds += taken
-            if not torch.isfinite(latents).all():
-                raise HqdmError(f"images {indices[0]} … {indices[-1]} hold NaN or Inf", "distill again at lower rates")
             _keep(kept, latents=latents.numpy(), seconds=taken)
         report.advance(indices[-1] + 1, images_per_second=(indices[-1] + 1) / max(seconds, 1e-9))
     report.end()
@@ -151,7 +147,14 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         kept = out.work / f"images-{start:06d}.npz"
         if not kept.exists():
             latents = torch.from_numpy(np.load(out.work / f"latents-{start:06d}.npz")["latents"])
-            _keep(kept, images=diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy())
+            decoded = model.decode(latents)
+            bad = (~decoded.isfinite().flatten(1).all(1)).nonzero().flatten()
+            if len(bad):
+                named = ", ".join(str(start + index) for index in bad.tolist())
+                raise NumericalFault(
+                    f"images {named} hold NaN or Inf once decoded", "see the model's first stage (vae)"
+                )
+            _keep(kept, images=diffusion.to_uint8(decoded).permute(0, 2, 3, 1).numpy())
         if model.first_stage is not None:
             report.advance(min(start + config.batch, config.count))
     if model.first_stage is not None:
