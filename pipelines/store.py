@@ -399,7 +399,8 @@ def _state_of(folder: Path) -> dict[str, Any]:
     try:
         state = _json_in(folder / "draft.json")
         known = isinstance(state, dict) and isinstance(state.get("key"), str) and isinstance(state.get("request"), dict)
-        if not known or not all(isinstance(state.get(name) or 0.0, int | float) for name in ("seconds", "session")):
+        numbers = (state[name] for name in ("seconds", "session") if state.get(name) is not None) if known else ()
+        if not known or not all(isinstance(value, int | float) and value >= 0 for value in numbers):
             raise ValueError("it is not what a run records of itself")
         return state
     except (FileNotFoundError, NotADirectoryError):

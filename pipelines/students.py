@@ -245,7 +245,7 @@ def check_places(network: nn.Module, plans: list[SitePlan], path: Path) -> None:
         if half in HALVES:
             halves[whole] = halves.get(whole, shape[1]) - site.channels
             wanted = wanted[0], shape[1], *wanted[2:]
-        fits = isinstance(layer, nn.Linear if site.kind == "linear" else nn.Conv2d) and shape == wanted
+        fits = isinstance(layer, {"linear": nn.Linear, "conv": nn.Conv2d}[site.kind]) and shape == wanted
         if site.kind == "conv" and fits:
             own = layer.stride, layer.padding, layer.dilation, layer.groups
             fits = own == (site.stride, site.padding, site.dilation, site.groups)

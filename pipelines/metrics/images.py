@@ -108,7 +108,7 @@ def read_images(path: str | Path, source: str | None = None, report: Report | No
         found = _decode(_zip(place) if is_zip else _tar(place), place, report)
     if len(found) < FEWEST:
         count = f"{len(found)} image{'' if len(found) == 1 else 's'}"
-        raise FileFault(f"{path}: holds {count}, scores need at least {FEWEST}")
+        raise FileFault(f"{path}: holds {count}, scores need at least {FEWEST}", "give the folder or archive of all")
     return ImageSet(found.images, found.labels, found.names, source, sha256, found.remarks)
 
 
@@ -126,7 +126,9 @@ def hash_of_images(path: str | Path) -> str:
 def images_file(path: Path) -> Path:
     """Where the images of `path` are: a sample artifact's `samples.npz`, otherwise the path itself."""
     if not path.exists():
-        raise FileFault(f"{path}: no such file or folder")
+        raise FileFault(f"{path}: no such file or folder", "check the path")
+    if not path.is_dir() and not path.is_file():
+        raise FileFault(f"{path}: a pipe or a device", "save it to a file first")
     if path.is_dir() and (path / "manifest.json").is_file() and (path / "samples.npz").is_file():
         return path / "samples.npz"
     return path
@@ -151,6 +153,8 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     for name in names:
         with _naming(f"{path}: {name}"), np.load(path, allow_pickle=False) as archive:
             arrays[name] = archive[name]
+            if not isinstance(arrays[name], np.ndarray):  # numpy gives bytes where a member does not begin as an array
+                raise ValueError("it is no array")
     return arrays
 
 
@@ -179,7 +183,10 @@ def _naming(file: object) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise FileFault(f"{file}: cannot be read: {error}") from error
+        reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+        raise FileFault(
+            f"{file}: cannot be read: {reason}", "it is damaged or of another kind: make it again"
+        ) from error
 
 
 def _natural(name: str) -> list[tuple[bool, int, str, str]]:
@@ -225,7 +232,7 @@ def _zip(path: Path) -> _Files:
     members.sort(key=lambda member: _natural(member.filename))
     for member in members:
         if member.flag_bits & 1:
-            raise FileFault(f"{path}: {member.filename} is encrypted")
+            raise FileFault(f"{path}: {member.filename} is encrypted", "pack it without a password")
 
     def read() -> Iterator[tuple[int, bytes]]:
         with zipfile.ZipFile(path) as archive:
@@ -287,7 +294,8 @@ def _tar(path: Path) -> _Files:
         kept, place = [], 0
         for place, member in enumerate(archive):
             if member.size > MEMBER_BYTES:
-                raise FileFault(f"{path}: {member.name} takes {member.size / 2**20:.0f} MiB, the limit is 256 MiB")
+                raise FileFault(f"{path}: {member.name} takes {member.size / 2**20:.0f} MiB, the limit is 256 MiB",
+                                "leave it out: no image is as large")  # fmt: skip
             if member.isreg() and _is_image_name(member.name):  # links are not followed
                 kept.append((member.name, place))
     kept.sort(key=lambda item: _natural(item[0]))
@@ -305,7 +313,7 @@ def _tar(path: Path) -> _Files:
 
 def _bounded(data: bytes, file: str) -> bytes:
     if len(data) > MEMBER_BYTES:
-        raise FileFault(f"{file} takes more than {MEMBER_BYTES / 2**20:.0f} MiB")
+        raise FileFault(f"{file} takes more than {MEMBER_BYTES / 2**20:.0f} MiB", "leave it out: no image is as large")
     return data
 
 
@@ -341,7 +349,9 @@ def decode_image(data: bytes, name: str) -> tuple[np.ndarray, str]:
     with _naming(name):
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MEMBER_PIXELS:
-                raise FileFault(f"{name}: {image.width}×{image.height} pixels, at most {MEMBER_PIXELS} are read")
+                raise FileFault(
+                    f"{name}: {image.width}×{image.height} pixels, at most {MEMBER_PIXELS} are read", "leave it out"
+                )
             image.verify()  # checksums, which decoding skips in part
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.load()
@@ -354,7 +364,7 @@ def decode_image(data: bytes, name: str) -> tuple[np.ndarray, str]:
             elif image.mode in ("P", "1"):
                 image = image.convert("RGB" if image.mode == "P" else "L")
             if image.mode not in ("L", "RGB"):
-                raise FileFault(f"{name}: mode {image.mode}, scores need 8-bit grey or RGB images")
+                raise FileFault(f"{name}: mode {image.mode}, scores need 8-bit grey or RGB images", "convert it")
             pixels = np.asarray(image)
     return pixels.reshape(*pixels.shape[:2], -1), image_format
 
@@ -369,14 +379,16 @@ def _image_arrays(path: Path, held: frozenset[str]) -> tuple[np.ndarray, np.ndar
     if images.dtype != np.uint8:
         raise FileFault(f"{path}: arr_0 is {images.dtype}, not uint8", "scale the images to 0…255 and round them")
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:]:
-        hint = "transpose it to NHWC" if images.ndim == 4 and images.shape[1] in (1, 3) else ""
+        channels_first = images.ndim == 4 and images.shape[1] in (1, 3)
+        hint = "transpose it to NHWC" if channels_first else "stack the images: guided-diffusion's layout"
         raise FileFault(f"{path}: arr_0 has shape {images.shape}, not (N, H, W, 1 or 3)", hint)
     if labels is not None:
         if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
             raise FileFault(f"{path}: arr_1 has shape {labels.shape} and type {labels.dtype}, "
-                            f"not ({len(images)},) integers")  # fmt: skip
+                            f"not ({len(images)},) integers", "give the class of each image, or no arr_1")  # fmt: skip
         if len(labels) and not (-MOST_CLASSES < labels.min() and labels.max() < MOST_CLASSES):
-            raise FileFault(f"{path}: arr_1 holds {labels.min()} to {labels.max()}, which are no classes")
+            raise FileFault(f"{path}: arr_1 holds {labels.min()} to {labels.max()}, which are no classes",
+                            "number the classes from 0")  # fmt: skip
         labels = labels.astype(np.int64)
     return images, labels
 

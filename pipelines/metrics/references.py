@@ -25,6 +25,7 @@ from pipelines.metrics.images import (
 )
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
+AGAIN = "compute the statistics again: hqdm score writes them as statistics.npz"
 LARGEST = 1e30  # of means and covariances: their products must stay finite
 
 
@@ -84,32 +85,34 @@ def write_statistics(path: Path, pool: Statistics, spatial: Statistics, extracto
 
 def _count(path: Path, value: np.ndarray) -> int:
     if value.shape != () or value.dtype.kind not in "iu" or not 0 < value < 2**62:
-        raise FileFault(f"{path}: n is {value.dtype} of shape {value.shape}, not how many images there were")
+        raise FileFault(f"{path}: n is {value.dtype} of shape {value.shape}, not how many images there were", AGAIN)
     return int(value)
 
 
 def _word(path: Path, key: str, value: np.ndarray) -> str:
     if value.shape != () or value.dtype.kind != "U" or value.dtype.itemsize > 4 * 128:
-        raise FileFault(f"{path}: {key} is {value.dtype} of shape {value.shape}, not a word")
+        raise FileFault(f"{path}: {key} is {value.dtype} of shape {value.shape}, not a word", AGAIN)
     return str(value)
 
 
 def _statistics(path: Path, arrays: dict[str, np.ndarray], mu: str, sigma: str, n: int | None) -> Statistics:
     if sigma not in arrays:
-        raise FileFault(f"{path}: holds {mu} but no {sigma}")
+        raise FileFault(f"{path}: holds {mu} but no {sigma}", AGAIN)
     mean, covariance = arrays[mu], arrays[sigma]
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise FileFault(f"{path}: {mu} has shape {mean.shape} and {sigma} {covariance.shape}, not (D,) and (D, D)")
+        raise FileFault(
+            f"{path}: {mu} has shape {mean.shape} and {sigma} {covariance.shape}, not (D,) and (D, D)", AGAIN
+        )
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
-        raise FileFault(f"{path}: {mu} is {mean.dtype} and {sigma} {covariance.dtype}, not floats")
+        raise FileFault(f"{path}: {mu} is {mean.dtype} and {sigma} {covariance.dtype}, not floats", AGAIN)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise FileFault(f"{path}: {mu} or {sigma} holds NaN or Inf")
+        raise FileFault(f"{path}: {mu} or {sigma} holds NaN or Inf", AGAIN)
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     largest = float(np.abs(covariance).max(initial=0))
     if max(largest, float(np.abs(mean).max(initial=0))) > LARGEST:
-        raise FileFault(f"{path}: {mu} or {sigma} holds numbers beyond {LARGEST:g}, which no features have")
+        raise FileFault(f"{path}: {mu} or {sigma} holds numbers beyond {LARGEST:g}, which no features have", AGAIN)
     if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-3 * largest) or (covariance.diagonal() < 0).any():
-        raise FileFault(f"{path}: {sigma} is no covariance: not symmetric, or with negative variances")
+        raise FileFault(f"{path}: {sigma} is no covariance: not symmetric, or with negative variances", AGAIN)
     return Statistics(mean, covariance, n)
 
 

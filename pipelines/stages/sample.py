@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.errors import HqdmError, NumericalFault, UsageError
+from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.plans import read_plan, read_sites
 from pipelines.store import Artifact, Draft, Store
@@ -118,8 +118,12 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     for start in starts:
         indices = list(range(start, min(start + config.batch, config.count)))
         kept = out.work / f"latents-{start:06d}.npz"
-        if kept.exists():
-            seconds += float(np.load(kept)["seconds"])
+        shape = len(indices), *info.shape
+        if found := _found(
+            kept, report, seconds=lambda seconds: seconds.shape == () and seconds > 0,
+            latents=lambda latents: latents.shape == shape and latents.dtype == "f4" and np.isfinite(latents).all(),  # noqa: B023
+        ):  # fmt: skip
+            seconds += float(found["seconds"])
         else:
             mine = conditions[indices]
             if len(indices) not in warm:  # packing for a new batch size is not sampling
@@ -145,7 +149,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         report.begin("decode", config.count, unit="images")
     for start in starts:
         kept = out.work / f"images-{start:06d}.npz"
-        if not kept.exists():
+        count = min(config.batch, config.count - start)
+        if not _found(kept, report, images=lambda x: x.dtype == "u1" and x.ndim == 4 and len(x) == count):  # noqa: B023
             latents = torch.from_numpy(np.load(out.work / f"latents-{start:06d}.npz")["latents"])
             decoded = model.decode(latents)
             bad = (~decoded.isfinite().flatten(1).all(1)).nonzero().flatten()
@@ -185,6 +190,26 @@ def _of_each_size(model, timesteps: list[float], guidance: float) -> list[float]
         return timesteps[:1]
     halved = [step for step in timesteps if shares.strength(guidance, torch.tensor(step)) == 1]
     return list(dict.fromkeys([timesteps[0], *halved[:1]]))
+
+
+def _found(path, report: Report, **fits) -> dict:
+    """The arrays that an interrupted run kept, name -> whether an array is what was kept; nothing where they are not:
+    then they are made again.
+    """
+    from pipelines.metrics.images import npz_arrays, read_arrays
+
+    if not path.exists():
+        return {}
+    try:
+        if npz_arrays(path) != fits.keys():
+            raise FileFault(f"{path}: holds something else")
+        found = read_arrays(path, fits)
+        if wrong := [name for name, fit in fits.items() if not fit(found[name])]:
+            raise FileFault(f"{path}: {wrong[0]} is not what was kept")
+    except FileFault as fault:
+        report.warn(f"{fault.what}; it is made again")
+        return {}
+    return found
 
 
 def _keep(path, **arrays) -> None:
