@@ -264,7 +264,7 @@ def sample(
     """  # fmt: skip
     start = noise_of(seed, indices, shape)
     for _, timestep, x, _ in trajectory(
-        _Blamed(model, indices), name, schedule, steps, start, conditions, guidance, eta, seed, indices
+        Checked(model, indices), name, schedule, steps, start, conditions, guidance, eta, seed, indices
     ):
         _check_images(x, indices, f"after the step before timestep {float(timestep):g}")
     return x
@@ -277,7 +277,7 @@ def _check_images(values: torch.Tensor, indices: list[int], where: str) -> None:
         raise NumericalFault(f"images {named} hold NaN or Inf {where}", _WRONG)
 
 
-class _Blamed:
+class Checked:
     """A model whose predictions are checked, and whose layers are asked which was the first to go wrong."""
 
     def __init__(self, model: Predicts, indices: list[int]):

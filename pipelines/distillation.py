@@ -130,11 +130,12 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
         f"{what} of site {name}"
         for name, layer in layers.items()
         for what, values, positive in (
-            ("the weight scale", layer.weight_scale, True),
+            # Its backward pass carries NaN from an adapter or a weight to the scale: the cause comes first.
             ("an adapter", layer.lora_a, False),
             ("an adapter", layer.lora_b, False),
             ("a weight", layer.weight if layer.weight.requires_grad else None, False),
             ("a bias", layer.bias, False),
+            ("the weight scale", layer.weight_scale, True),
         )
         if values is not None
         and not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())

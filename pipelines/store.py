@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipelines.config import strict_json
@@ -85,7 +85,7 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         if not isinstance(manifest.get(name), kind) or isinstance(manifest[name], bool):
             raise ValueError(f"its {name} is missing or of another type")
     for name, entry in manifest["files"].items():
-        if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
+        if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise ValueError(f"it names the file {name[:80]!r}, which is none of its folder's")
         if (
             not isinstance(entry, dict)

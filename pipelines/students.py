@@ -178,7 +178,7 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
     plans = plan.quantised
     for site in plans:
         mine = {what: tensors.get(f"{site.site.name}/{what}") for what in (*LEARNED, *NAMES)}
-        check_tensors(site, {what: value for what, value in mine.items() if value is not None}, path)
+        check_tensors(site, {what: v for what, v in mine.items() if v is not None}, path, "weight_zero")
     layers = _swap_in(student, plans, _tables(tensors, "tables/", plans, path), tensors)
     for name, layer in layers.items():
         if f"{name}/weight" in tensors:

@@ -18,7 +18,7 @@ from fuzzing import both, edited, edits, examples, framed, outcome, trees, unfra
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from roads import make, tiny_store, tiny_student
+from roads import exported_store
 from safetensors.torch import save_file
 
 from pipelines import compare, runner
@@ -49,9 +49,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def road(tmp_path_factory):
     """A workspace with a tiny model up to its exported integers; not to be written to."""
-    store = tiny_store(tmp_path_factory.mktemp("road"))
-    make(store, "export", {"distill": tiny_student(store).id})
-    return store
+    return exported_store(tmp_path_factory.mktemp("road"))
 
 
 # YAML

@@ -19,7 +19,7 @@ import pytest
 import torch
 from fuzzing import CANARY, outcome
 from PIL import Image
-from roads import make, tiny_store, tiny_student
+from roads import exported_store
 from safetensors.torch import load_file, save_file
 from test_files import Claim, Store, forge
 
@@ -337,9 +337,7 @@ def test_statistics_that_no_images_have_are_refused(here, change):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    store = tiny_store(tmp_path_factory.mktemp("made"))
-    make(store, "export", {"distill": tiny_student(store).id})
-    return store
+    return exported_store(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
@@ -506,7 +504,8 @@ def test_scales_of_timesteps_are_named_by_site_and_timestep(exported):
     [
         lambda c: c["network"].update(layers_per_block=10**9),
         lambda c: c["network"].update(block_out_channels=[32] * 10**4),
-        lambda c: c["network"].update(cross_attention_dim=10**12), lambda c: c["network"].update(num_class_embeds=10**9),
+        lambda c: c["network"].update(cross_attention_dim=10**12),
+        lambda c: c["network"].update(num_class_embeds=10**9),
         lambda c: c["network"].update(down_block_types=["os.system"] * 2), lambda c: c["model"].update(family="os"),
         lambda c: c["model"].update(shape=[10**6] * 3), lambda c: c["model"].update(conditions=10**9),
         lambda c: c["sites"][3]["site"].update(weight=[10**6] * 2), lambda c: c["sites"][3]["site"].update(name="../x"),

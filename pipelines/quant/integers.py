@@ -23,9 +23,10 @@ LEARNED = (
 _AGAIN = "make the artifact again with --force"
 
 
-def check_tensors(plan: SitePlan, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def check_tensors(plan: SitePlan, tensors: Mapping[str, torch.Tensor], path: Path, needed: str = "") -> None:
     """FileFault for a site's tensors of other names, shapes or types than its plan's, NumericalFault for NaN and Inf,
-    scales that are not positive and zero-points that are no codes. `path` is named. See `students` for what there is.
+    scales that are not positive and zero-points that are no codes. `path` is named; `needed` has to be there besides
+    what the plan says. `students` says what there is.
     """
     site, where = plan.site, f"site {plan.site.name}"
     out, inputs = site.weight[0], math.prod(site.weight[1:])
@@ -37,6 +38,10 @@ def check_tensors(plan: SitePlan, tensors: Mapping[str, torch.Tensor], path: Pat
     }  # fmt: skip
     static = plan.centring == "static"
     asked = {"weight_scale": True, "gain": plan.scaling, "row_bits": plan.mixed, "centre": static, "taps": static}
+    asked |= {needed: True} if needed else {}
+    for name, other in (("lora_a", "lora_b"), ("lora_b", "lora_a"), ("weight_codes", "base_scale")):
+        if name in tensors:
+            asked[other] = True
     for name, wanted in asked.items():
         if wanted != (name in tensors):
             raise FileFault(f"{path}: {where} has {'no' if wanted else 'a'} {name}", _AGAIN)

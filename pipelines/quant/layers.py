@@ -75,7 +75,11 @@ def exact_product(codes: torch.Tensor, folded: torch.Tensor, plan: SitePlan, nar
     reach = largest_magnitude(plan.activation_range) * largest_magnitude(plan.weight_range) * plan.transform.order
     if reach * folded[0].numel() < EXACT_FP32:  # by the bits alone, as with 4 of them
         return product(codes, folded, plan.site, narrow)
-    inputs = as_rows(folded).view(len(folded), -1, folded.shape[1]).abs().sum(1, dtype=torch.float64)  # (out, in)
+    rows = as_rows(folded)
+    inputs = torch.cat([  # Σ|V| over the kernel, (out, in)
+        rows[span].view(len(rows[span]), -1, folded.shape[1]).abs().sum(1, dtype=torch.float64)
+        for span in row_spans(*rows.shape)
+    ])  # fmt: skip
     low, high = codes.aminmax()
     reach = max(-low.item(), high.item())
     parts = 1

@@ -129,7 +129,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             if len(indices) not in warm:  # packing for a new batch size is not sampling
                 with torch.inference_mode():
                     for timestep in _of_each_size(model, timesteps, guidance):
-                        model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timestep), mine, guidance)
+                        zeros = torch.zeros(len(indices), *info.shape)
+                        diffusion.Checked(model, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
                 give_back()
                 warm.add(len(indices))
             begun = time.perf_counter()
