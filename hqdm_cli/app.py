@@ -22,6 +22,7 @@ from hqdm_cli.commands import (
     plan,
     profile,
     report,
+    reproduce,
     run,
     sample,
     score,
@@ -29,6 +30,8 @@ from hqdm_cli.commands import (
     status,
     verify,
 )  # fmt: skip
+from hqdm_cli.journal import journalled
+from pipelines import processes
 
 app = typer.Typer(
     name="hqdm",
@@ -48,21 +51,59 @@ Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted.""",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (
-    profile, plan, distill, export, sample, score, compare, run, status, show, verify, methods, report, bench,
-    doctor,
-)  # fmt: skip
-for module in COMMANDS:
+LONG = (
+    profile,
+    plan,
+    distill,
+    export,
+    sample,
+    score,
+    compare,
+    run,
+    reproduce,
+    bench,
+)  # they show progress and can keep a journal
+SHORT = (status, show, verify, methods, report, doctor)
+for module in (*LONG, *SHORT):
     name = module.__name__.rpartition(".")[2]
-    app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
+    command = getattr(module, name)
+    app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(journalled(command) if module in LONG else command)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one command line; its exit code. Everything a user can mend is one `error:` line and a `hint:`."""
     args = list(sys.argv[1:] if args is None else args)
+    processes.end_with_launcher()
+    if processes.asked() > 1 and os.environ.get("RANK", "0") != "0":
+        return _follow("--debug" in args)
+    try:
+        return _lead(args)
+    finally:
+        if processes.asked() > 1:
+            processes.dismiss()
+
+
+def _follow(debug: bool) -> int:
+    """Share the leader's work. Who failed says why; that another process ended is no fault of this one."""
+    from pipelines.runner import follow
+
+    try:
+        follow()
+    except processes.PeerLost:
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as fault:
+        return _failed(fault, debug)
+    return 0
+
+
+def _lead(args: list[str]) -> int:
     debug = "--debug" in args
     try:
-        code = typer.main.get_command(app).main(args=args or ["--help"], prog_name="hqdm", standalone_mode=False)
+        code = typer.main.get_command(app).main(
+            args=args or ["--help"], prog_name="hqdm", standalone_mode=False, obj={"args": args}
+        )
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output left. Point stdout elsewhere, or the interpreter complains again while it closes.

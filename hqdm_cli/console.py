@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hqdm_cli import journal
 from pipelines.events import Report
 
 QUIET_SECONDS = 10  # between two progress lines where stderr is no terminal
@@ -79,15 +80,18 @@ class _Task:
         self.figures: dict[str, float] = {}
         self.bar = None
 
+    @property
+    def rate(self) -> float | None:
+        """Units a second; None before the first."""
+        elapsed = time.monotonic() - self.start
+        return (self.done - self.first) / elapsed if self.done > self.first and elapsed > 0 else None
+
     def state(self) -> str:
         """12.3 steps/s  loss 0.0123  3:05 left"""
-        words = []
-        elapsed = time.monotonic() - self.start
-        if self.done > self.first and elapsed > 0:
-            rate = (self.done - self.first) / elapsed
-            words.append(f"{rate:.3g} {self.unit}/s")
+        rate = self.rate
+        words = [] if rate is None else [f"{rate:.3g} {self.unit}/s"]
         words += [f"{name} {number(value)}" for name, value in self.figures.items()]
-        if self.done > self.first and self.done < self.total:
+        if rate is not None and self.done < self.total:
             words.append(f"{duration((self.total - self.done) / rate)} left")
         return "  ".join(words)
 
@@ -109,6 +113,7 @@ class Progress(Report):
 
     def begin(self, task: str, total: int, done: int = 0, unit: str = "steps") -> None:
         self._tasks.append(entry := _Task(task, total, done, unit))
+        journal.current.event("begin", task=task, done=done, total=total, unit=unit)
         if done:
             self.note(f"{task}: goes on at {done} of {total} {unit}")
         if not sys.stderr.isatty():
@@ -132,6 +137,7 @@ class Progress(Report):
         task = self._tasks[-1]
         task.done = done
         task.figures |= figures
+        journal.current.advance(task.name, done, task.total, task.unit, task.rate, figures)
         if task.bar is not None:
             self._live.update(task.bar, completed=done, state=task.state())
         elif time.monotonic() - task.shown >= QUIET_SECONDS:
@@ -140,19 +146,27 @@ class Progress(Report):
 
     def end(self) -> None:
         task = self._tasks.pop()
+        journal.current.event(
+            "end", task=task.name, done=task.done, total=task.total, unit=task.unit, figures=task.figures
+        )
         if task.bar is not None:
             self._live.remove_task(task.bar)
         worked = f"{task.done - task.first} {task.unit} in {duration(time.monotonic() - task.start)}"
-        self.note(f"{task.name}: {worked}" + (f"  {task.state()}" if task.done > task.first else ""))
+        self._show(f"{task.name}: {worked}" + (f"  {task.state()}" if task.done > task.first else ""))
 
     def note(self, message: str) -> None:
+        journal.current.event("note", message=message)
+        self._show(message)
+
+    def _show(self, message: str) -> None:
         if self._live is not None:
             self._live.console.print(plain(message), markup=False, highlight=False, soft_wrap=True)
         else:
             say(message)
 
     def warn(self, message: str) -> None:
-        self.note(f"warning: {message}")
+        journal.current.event("warn", message=message)
+        self._show(f"warning: {message}")
 
 
 def show_outcomes(outcomes: Sequence[Any], dry_run: bool, as_json: bool) -> None:
@@ -170,6 +184,9 @@ def show_outcomes(outcomes: Sequence[Any], dry_run: bool, as_json: bool) -> None
         }
         for outcome in outcomes
     ]
+    if not dry_run:
+        for row in rows:
+            journal.current.artifact(row)
     if as_json:
         print_json(rows)
     elif dry_run:

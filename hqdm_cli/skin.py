@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from hqdm_cli import console
 
 
@@ -42,6 +44,31 @@ def named(store: Any, ident: str, stage: str) -> Any:
     if artifact.stage != stage:
         raise UsageError(f"{ident} is made by {artifact.stage}, not by {stage}", "hqdm status lists the artifacts")
     return artifact
+
+
+def shared_out(context: typer.Context, count: int | None, dry_run: bool) -> None:
+    """Where --processes asks for more than one, run this command in them and end with their exit code."""
+    from pipelines import processes
+    from pipelines.errors import UsageError
+
+    if count is None or dry_run:
+        return
+    if count < 1:
+        raise UsageError(f"--processes cannot be {count}", "it takes 1 or more")
+    if count > 1:
+        words = ["-m", "hqdm_cli", *_without(context.obj["args"], "--processes")]
+        raise typer.Exit(processes.launch(count, words))
+
+
+def _without(args: Sequence[str], option: str) -> list[str]:
+    """A command line without an option and its value."""
+    kept, words = [], iter(args)
+    for word in words:
+        if word == option:
+            next(words, None)
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
 
 
 def finish(workspace: Path, outcomes: Sequence[Any], dry_run: bool, as_json: bool) -> None:

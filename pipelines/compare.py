@@ -17,6 +17,7 @@ from pipelines import runner, stages
 from pipelines.config import from_dict, read_yaml, replace
 from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.events import Report
+from pipelines.processes import PeerLost
 from pipelines.quant.spec import Bits
 from pipelines.store import Artifact, Store
 
@@ -346,6 +347,8 @@ class _Run:
                 if outcome.ran:
                     pace.add(stage, cell, time.monotonic() - begun)
             cell.ended = True
+        except PeerLost:  # so are the cells after it
+            raise
         except Exception as fault:  # whatever it is, the cells after it do not hang on it
             if cell.spec is None:
                 raise

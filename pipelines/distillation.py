@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from pipelines import processes
 from pipelines.diffusion import conditions_of, noise_of, timesteps_of, trajectory, walker
 from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
@@ -185,6 +186,9 @@ def distill(
 ) -> list[float]:
     """Train in place and return the loss of every update, per image. Goes on from `state_file` where there is one.
 
+    The processes of a job each take a part of every batch; the gradients are the sums over all of it, so that the
+    parameters stay the same bits at each, and the leader alone writes the state.
+
     Raises NumericalFault at the first loss or scale that is not a number; the state file then holds the last good
     state.
     """
@@ -196,6 +200,13 @@ def distill(
             "the recipe trains nothing: no rate is above 0 among what it trains",
             "name something in trains and roles, or set updates: none",
         )
+    crew = processes.here()
+    if crew.count > course.batch:
+        raise UsageError(
+            f"{crew.count} processes cannot share trajectories in batches of {course.batch}",
+            f"take --batch {crew.count} or more, or fewer processes",
+        )
+    mine = crew.part(course.batch)
     student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -212,23 +223,29 @@ def distill(
             for parameter, value in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         optimiser.load_state_dict(state["optimiser"])
-        done, losses, x = state["done"], state["losses"], state["x"]
+        done, losses, x = state["done"], state["losses"], state["x"][mine]
         means, averages = state["means"], state["averages"]
-        if relation is not None:
-            relation.before = state["features"]
+        if relation is not None and state["features"] is not None:
+            relation.before = [_rows_of(mine, features, course.batch) for features in state["features"]]
         report.note(f"goes on after update {done} of {course.updates}")
 
     def save() -> None:
-        values = [parameter.detach() for parameter in parameters]
+        parts = crew.gathered((x, relation and relation.before))
+        if not crew.leads:
+            return
+        features = relation and relation.before and [
+            _whole([before[place] for _, before in parts], course.batch) for place in range(2)
+        ]  # fmt: skip
         write_state(state_file, {
-            "parameters": values, "optimiser": optimiser.state_dict(), "done": done, "losses": losses, "x": x,
-            "means": means, "averages": averages, "features": relation and relation.before,
+            "parameters": [parameter.detach() for parameter in parameters], "optimiser": optimiser.state_dict(),
+            "done": done, "losses": losses, "x": torch.cat([x for x, _ in parts]), "means": means,
+            "averages": averages, "features": features,
         })  # fmt: skip
 
     report.begin("distill", course.updates, done, unit="updates")
     while done < course.updates:
         number, first = divmod(done, course.steps)
-        indices = list(range(number * course.batch, (number + 1) * course.batch))
+        indices = list(range(number * course.batch, (number + 1) * course.batch))[mine]
         conditions = conditions_of(course.seed, indices, info.conditions)
         if first == 0:
             x = noise_of(course.seed, indices, info.shape, "distill")
@@ -253,7 +270,9 @@ def distill(
                 with torch.enable_grad():
                     difference = student.predict(x, timestep, conditions, course.guidance) - target
                     loss = difference.square().sum()
-                value = loss.item() / course.batch
+                total = loss.detach().clone()
+                crew.add([total])
+                value = total.item() / course.batch
                 saves = done % save_every == 0 and done > 0
                 if not math.isfinite(value):
                     _check_teacher(target, timesteps[step])
@@ -272,6 +291,7 @@ def distill(
                         loss = loss + relation.term(step)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
+                crew.add([parameter.grad for parameter in parameters if parameter.grad is not None])
                 optimiser.step()
                 done += 1
                 if averages:
@@ -287,6 +307,19 @@ def distill(
         for parameter, average in zip(parameters, averages, strict=bool(averages)):
             parameter.copy_(average)
     return losses
+
+
+def _whole(parts: list[torch.Tensor], batch: int) -> torch.Tensor:
+    """The features of a whole batch from those of its parts by process: (k·n, …), where a guided network's rows are k
+    = 2 halves of all images, those without conditions first.
+    """
+    halves = sum(map(len, parts)) // batch
+    return torch.cat([part.unflatten(0, (halves, -1)) for part in parts], 1).flatten(0, 1)
+
+
+def _rows_of(mine: slice, whole: torch.Tensor, batch: int) -> torch.Tensor:
+    """One process's part of what `_whole` put together."""
+    return whole.unflatten(0, (-1, batch))[:, mine].flatten(0, 1)
 
 
 @contextmanager

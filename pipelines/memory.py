@@ -52,9 +52,15 @@ def give_back(values: int = 0) -> None:
     """Return free pages to the system, after temporaries of so many fp32 values were freed. For few it is not worth the
     walk through the heap, unless memory is scarce.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and (_scarce or values >= _WORTH):
-        trim(0)
+    if _scarce or values >= _WORTH:
+        trim()
+
+
+def trim() -> None:
+    """Return free pages to the system now, after something large that happens once."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def reset_peak() -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipelines import stages
+from pipelines import processes, stages
 from pipelines.config import differences, from_dict, key_dict, read_yaml, replace, to_dict
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.memory import peak_bytes, reset_peak, reuse_freed_memory
 from pipelines.quant.spec import Bits
-from pipelines.store import Artifact, Store, key_of, links, sha256_of_file
+from pipelines.store import Artifact, Draft, Store, key_of, links, sha256_of_file
 
 MOST_REASONS = 4  # that are told of why a stage runs
 
@@ -75,10 +75,53 @@ def make(
     reuse_freed_memory()
     reset_peak()
     with store.begin(stage, key, request, afresh=force) as draft:
-        figures = module.run(config, inputs, draft, report)
+        figures = _run(store, stage, module, config, inputs, draft, report)
         artifact = draft.commit(figures | {"peak_memory_bytes": peak_bytes()})
     store.mark_current(artifact)
     return Outcome(stage, artifact, True, reason, recorded)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a follower needs to do its share of a stage: `path` and `work` are the leader's draft."""
+
+    stage: str
+    config: Any
+    inputs: Mapping[str, str]  # role -> artifact id
+    root: Path
+    path: Path
+    work: Path
+
+
+def _run(
+    store: Store, stage: str, module: ModuleType, config: Any, inputs: Mapping[str, Artifact], draft: Draft,
+    report: Report,
+) -> dict[str, Any]:  # fmt: skip
+    """The stage's figures: made by all processes of this job where the stage can share its work, else by this one."""
+    crew = processes.crew()
+    shared = crew.count > 1 and hasattr(module, "shared") and module.shared(config, inputs)
+    if not shared:
+        return module.run(config, inputs, draft, report)
+    named = {role: artifact.id for role, artifact in inputs.items()}
+    crew.told(_Job(stage, config, named, store.root.absolute(), draft.path.absolute(), draft.work.absolute()))
+    try:
+        with processes.sharing(crew):
+            return module.run(config, inputs, draft, report) | {"processes": crew.count}
+    except BaseException:
+        processes.part_company()  # the others stand somewhere inside the stage, and would wait there
+        raise
+
+
+def follow() -> None:
+    """Do this process's share of every stage that the leader shares, until it says that there are no more. PeerLost
+    where it ends before.
+    """
+    crew = processes.crew()
+    while (job := crew.told(None)) is not None:
+        store, module = Store(job.root), stages.load(job.stage)
+        reuse_freed_memory()
+        with processes.sharing(crew):
+            module.run(job.config, {role: store.get(ident) for role, ident in job.inputs.items()}, job, Report())
 
 
 def _decide(

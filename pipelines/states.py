@@ -3,10 +3,13 @@
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import save
 
 from pipelines.events import Report
 
@@ -25,16 +28,28 @@ def _check_size(path: Path) -> None:
         raise ValueError("it claims more than it holds")
 
 
-def write_state(path: Path, value: Any) -> None:
-    """Replace `path` in one piece by `value`: tensors and plain values in nested tuples, lists and mappings."""
+@contextmanager
+def _in_one_piece(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when it has been written and synced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
-        about = {"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
-        torch.save(about, file)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def write_state(path: Path, value: Any) -> None:
+    """Replace `path` in one piece by `value`: tensors and plain values in nested tuples, lists and mappings."""
+    with _in_one_piece(path) as file:
+        torch.save({"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}, file)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace `path` in one piece by a safetensors file, for what is read once more, as it was written."""
+    with _in_one_piece(path) as file:
+        file.write(save(dict(tensors)))
 
 
 def read_state(path: Path, report: Report) -> Any | None:

@@ -449,7 +449,7 @@ class Draft:
         self._state = {
             "key": key,
             "request": {"stage_version": 1, "config": {}, "inputs": {}, "seed": None} | dict(request),
-            "started": state.get("started") or _utc(now),
+            "started": state.get("started") or utc(now),
             "seconds": self._seconds,
             "session": now,
         }
@@ -501,9 +501,9 @@ class Draft:
             "libraries": libraries(LIBRARIES),
             "machine": machine(),
             "started": self._state["started"],
-            "finished": _utc(time.time()),
+            "finished": utc(time.time()),
             "seconds": round(self.seconds, 3),
-            "figures": _finite(dict(figures)),
+            "figures": finite(dict(figures)),
         }
         _write_json(self.path / MANIFEST, manifest)
         parent = self._folder.parent
@@ -515,18 +515,18 @@ class Draft:
         return Artifact(f"{self._stage}/{home.name}", self._stage, home, manifest)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity (the PSNR of equal images) and no NaN: they become the words "inf", "-inf" and "nan"."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return value
 
 
-def _utc(seconds: float) -> str:
+def utc(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="microseconds")
 
 

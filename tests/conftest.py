@@ -1,8 +1,43 @@
-"""Shared by all tests: no hub, one thread, torchvision mended before any library asks for it."""
+"""Shared by all tests: no hub, one thread, torchvision mended before any library asks for it; and the command line on
+stages that take a moment.
+"""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are tiny: more threads gain nothing, and beside other work they wait for each other for minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest  # noqa: E402
+from fake_stages import ROAD, checkpoint, install  # noqa: E402
+
 import pipelines  # noqa: E402, F401  (mends torchvision before any library imports it)
+from hqdm_cli.app import main  # noqa: E402
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HQDM_WORKSPACE", raising=False)
+    checkpoint(tmp_path)
+    (tmp_path / "model.yaml").write_text("model: {}")
+    return install(monkeypatch)
+
+
+@pytest.fixture
+def hqdm(fakes, capsys):
+    """Type a command: exit code, stdout and stderr."""
+
+    def type_command(*words):
+        code = main(list(words))
+        streams = capsys.readouterr()
+        return code, streams.out, streams.err
+
+    return type_command
+
+
+@pytest.fixture
+def road(hqdm):
+    """A workspace in which every stage is done."""
+    for words in (("profile", "model.ckpt"), *ROAD):
+        assert hqdm(*words)[0] == 0
+    return hqdm

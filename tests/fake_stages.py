@@ -8,6 +8,8 @@ from pipelines import stages
 from pipelines.errors import HqdmError
 from pipelines.store import sha256_of_file
 
+# The commands after `hqdm profile model.ckpt`.
+ROAD = (("plan",), ("distill", "--bits", "w4a4"), ("export", "--format", "int"), ("sample",), ("score",))
 PARENTS = {"profile": "model", "plan": "profile", "distill": "plan", "export": "distill"}
 
 

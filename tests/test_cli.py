@@ -7,7 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
-from fake_stages import checkpoint, install
+from fake_stages import ROAD
 
 from hqdm_cli.app import main
 from hqdm_cli.console import duration
@@ -16,38 +16,8 @@ from pipelines.methods.base import Option
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     "profile", "plan", "distill", "export", "sample", "score", "compare", "run", "status", "show", "verify", "methods",
-    "report", "bench", "doctor",
+    "report", "reproduce", "bench", "doctor",
 )  # fmt: skip
-ROAD = (("plan",), ("distill", "--bits", "w4a4"), ("export", "--format", "int"), ("sample",), ("score",))
-
-
-@pytest.fixture
-def fakes(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HQDM_WORKSPACE", raising=False)
-    checkpoint(tmp_path)
-    (tmp_path / "model.yaml").write_text("model: {}")
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def hqdm(fakes, capsys):
-    """Type a command: exit code, stdout and stderr."""
-
-    def type_command(*words):
-        code = main(list(words))
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return type_command
-
-
-@pytest.fixture
-def road(hqdm):
-    """A workspace in which every stage is done."""
-    for words in (("profile", "model.ckpt"), *ROAD):
-        assert hqdm(*words)[0] == 0
-    return hqdm
 
 
 def test_every_command_is_in_the_help_with_a_summary_that_is_not_cut(hqdm):

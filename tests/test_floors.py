@@ -16,6 +16,7 @@ FLOORS = {
     "pipelines.events": 0,
     "pipelines.memory": 0,
     "pipelines.native": 0,
+    "pipelines.processes": 0,
     "pipelines.config": 0,
     "pipelines.quant.spec": 0,
     "pipelines.store": 1,
@@ -45,6 +46,7 @@ FLOORS = {
     "pipelines.doctor": 5,
     "pipelines.runner": 6,
     "pipelines.compare": 7,
+    "pipelines.reproduce": 7,
     "hqdm_cli": 8,
 }
 

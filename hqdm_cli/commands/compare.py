@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from hqdm_cli import console
-from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Guidance, Json, Steps, Workspace
+from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Guidance, Json, Processes, Steps, Workspace
+from hqdm_cli.skin import shared_out
 
 EXAMPLE = """hqdm compare hqdm efficientdm --bits w4a4,w4a3 --seeds 0,1
   hqdm compare hqdm/paper:order=16 hqdm/paper:order=32 --bits w4a3 --trajectories 20 --count 1000
@@ -14,6 +15,7 @@ EXAMPLE = """hqdm compare hqdm efficientdm --bits w4a4,w4a3 --seeds 0,1
 
 
 def compare(
+    context: typer.Context,
     methods: Annotated[
         list[str] | None,
         typer.Argument(
@@ -56,6 +58,7 @@ def compare(
     ] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, cells included.")] = False,
+    processes: Processes = None,
     workspace: Workspace = WORKSPACE,
     force: Force = False,
     dry_run: DryRun = False,
@@ -68,6 +71,7 @@ def compare(
     already is not made again, and what was interrupted goes on. A cell that fails leaves the others, and is listed at
     the end.
     """
+    shared_out(context, processes, dry_run)
     from pipelines import compare as engine
     from pipelines.errors import HqdmError, UsageError
     from pipelines.stages import load

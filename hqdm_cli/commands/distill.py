@@ -18,13 +18,14 @@ from hqdm_cli.options import (
     Guidance,
     Json,
     Method,
+    Processes,
     Seed,
     Set,
     Steps,
     Variant,
     Workspace,
 )  # fmt: skip
-from hqdm_cli.skin import config_of, finish, leave_out, named, pairs
+from hqdm_cli.skin import config_of, finish, leave_out, named, pairs, shared_out
 
 EXAMPLE = """hqdm distill --bits w4a4
   hqdm distill --bits w4a3 --method efficientdm --trajectories 40
@@ -41,6 +42,7 @@ def _is_path(plan: str) -> bool:
 
 
 def distill(
+    context: typer.Context,
     bits: Bits = None,
     method: Method = None,
     variant: Variant = None,
@@ -59,6 +61,7 @@ def distill(
     batch: Batch = None,
     save_every: Annotated[int | None, typer.Option(help="Updates between two saved states.", metavar="N")] = None,
     seed: Seed = None,
+    processes: Processes = None,
     workspace: Workspace = WORKSPACE,
     force: Force = False,
     dry_run: DryRun = False,
@@ -70,6 +73,7 @@ def distill(
     The newest plan is used if it is of the bits, method, variant and options asked for; otherwise that plan is made
     first.
     """
+    shared_out(context, processes, dry_run)
     from pipelines import runner
     from pipelines.errors import UsageError
     from pipelines.store import Store

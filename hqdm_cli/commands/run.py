@@ -6,14 +6,16 @@ from typing import Annotated
 import typer
 
 from hqdm_cli import console
-from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Json, Workspace
-from hqdm_cli.skin import finish
+from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Json, Processes, Workspace
+from hqdm_cli.skin import finish, shared_out
 
 EXAMPLE = "hqdm run recipe.yaml --dry-run"
 
 
 def run(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="A YAML file with `model` and one key per stage.", metavar="RECIPE")],
+    processes: Processes = None,
     workspace: Workspace = WORKSPACE,
     force: Force = False,
     dry_run: DryRun = False,
@@ -26,6 +28,7 @@ def run(
     score, each with that stage's options or null; sample and score also take a list. Relative paths start from the
     recipe's folder.
     """
+    shared_out(context, processes, dry_run)
     from pipelines import runner
     from pipelines.config import read_yaml
     from pipelines.store import Store

@@ -14,17 +14,19 @@ from hqdm_cli.options import (
     Force,
     Guidance,
     Json,
+    Processes,
     Scheduler,
     Seed,
     Steps,
     Workspace,
 )  # fmt: skip
-from hqdm_cli.skin import config_of, finish
+from hqdm_cli.skin import config_of, finish, shared_out
 
 EXAMPLE = "hqdm sample\n  hqdm sample teacher fake int --count 1000 --steps 20 --seed 0"
 
 
 def sample(
+    context: typer.Context,
     sources: Annotated[
         list[str] | None,
         typer.Argument(help="teacher, fake, int: one artifact each. [default: int]", metavar="[SOURCE]..."),
@@ -54,6 +56,7 @@ def sample(
         ),
     ] = None,
     seed: Seed = None,
+    processes: Processes = None,
     workspace: Workspace = WORKSPACE,
     force: Force = False,
     dry_run: DryRun = False,
@@ -65,6 +68,7 @@ def sample(
     PNG files and one .npz. Image i depends on the seed and i alone, so that the images of the teacher and of its
     students can be compared one by one.
     """
+    shared_out(context, processes, dry_run)
     from pipelines import runner, stages
     from pipelines.errors import UsageError, did_you_mean
     from pipelines.store import Store

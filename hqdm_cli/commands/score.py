@@ -6,13 +6,14 @@ from typing import Annotated
 import typer
 
 from hqdm_cli import console
-from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Json, Seed, Workspace
-from hqdm_cli.skin import finish
+from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Json, Processes, Seed, Workspace
+from hqdm_cli.skin import finish, shared_out
 
 EXAMPLE = "hqdm score\n  hqdm score samples/ --reference statistics.npz --extractor inception --weights inception.pth"
 
 
 def score(
+    context: typer.Context,
     what: Annotated[
         list[str] | None,
         typer.Argument(
@@ -39,6 +40,7 @@ def score(
         Path | None, typer.Option(help="The extractor's weights, where it does not bring its own.", metavar="FILE")
     ] = None,
     seed: Seed = None,
+    processes: Processes = None,
     workspace: Workspace = WORKSPACE,
     force: Force = False,
     dry_run: DryRun = False,
@@ -49,6 +51,7 @@ def score(
 
     Every figure carries the number of images, the reference, and the extractor with the hash of its weights.
     """
+    shared_out(context, processes, dry_run)
     from pipelines import config, runner, stages
     from pipelines.errors import HqdmError
     from pipelines.store import Store

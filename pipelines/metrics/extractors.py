@@ -21,18 +21,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-from pipelines import cifar10, digits
+from pipelines import cifar10, digits, processes
 from pipelines.cifar10.classifier import load_classifier as load_cifar10
 from pipelines.digits.classifier import load_classifier as load_digits
 from pipelines.digits.data import CLASSES, SIZE
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError, did_you_mean
 from pipelines.events import Report
+from pipelines.states import write_tensors
 from pipelines.store import sha256_of_file
 
 BATCH = 64  # images a forward pass; fixed, because it moves float rounding
+KEPT_TOGETHER = 8 * BATCH  # images whose features are one file of an interrupted run
 ANSWER_SECONDS = 8  # how long to wait for a server that weights are fetched from
 SPATIAL_MAPS = 7
 
@@ -71,24 +74,48 @@ class Extractor:
     def name(self) -> str:
         return self.kind.name
 
-    def features(self, images: np.ndarray, task: str = "features", report: Report | None = None) -> Features:
-        """images: (N, H, W, 1 or 3) uint8. Raises HqdmError where the extractor does not take their size."""
+    def features(
+        self, images: np.ndarray, task: str = "features", report: Report | None = None, kept: Path | None = None
+    ) -> Features:
+        """images: (N, H, W, 1 or 3) uint8. Raises HqdmError where the extractor does not take their size.
+
+        kept: a folder of these images and this extractor alone, which all processes of a job see. What is found there
+        is not computed again, and the processes share the rest.
+        """
         self.check_size(images)
         report = report or Report()
-        report.begin(task, len(images), unit="images")
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(images), BATCH):
-                batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).permute(0, 3, 1, 2)
-                parts.append(self.run(batch.contiguous()))
-                report.advance(min(start + BATCH, len(images)))
+        if kept is None:
+            report.begin(task, len(images), unit="images")
+            parts = [self._of(images, 0, len(images), report)]
+        else:
+            crew = processes.here()
+            files = {start: kept / f"{start:07d}.safetensors" for start in range(0, len(images), KEPT_TOGETHER)}
+            missing = crew.told([start for start, file in files.items() if not file.exists()])
+            report.begin(task, len(images), (len(files) - len(missing)) * KEPT_TOGETHER if missing else len(images),
+                         unit="images")  # fmt: skip
+            for start in crew.dealt(missing):
+                found = self._of(images, start, min(start + KEPT_TOGETHER, len(images)), report)
+                write_tensors(files[start], found._asdict())
+            crew.gathered(None)  # all of them are there
+            parts = [Features(**load_file(file)) for file in files.values()]
+            report.advance(len(images))
         report.end()
-        features = Features(*(torch.cat(values).float() for values in zip(*parts, strict=True)))
+        features = Features(*(torch.cat(values) for values in zip(*parts, strict=True)))
         for name, values in features._asdict().items():
             if not torch.isfinite(values).all():
                 raise NumericalFault(f"{task}: the extractor {self.name!r} gives NaN or Inf among its {name} features",
                                      "its weights may be damaged")  # fmt: skip
         return features
+
+    def _of(self, images: np.ndarray, first: int, end: int, report: Report) -> Features:
+        """The features of images first … end - 1."""
+        parts = []
+        with torch.inference_mode():
+            for start in range(first, end, BATCH):
+                some = np.ascontiguousarray(images[start : min(start + BATCH, end)])
+                parts.append(self.run(torch.from_numpy(some).permute(0, 3, 1, 2).contiguous()))
+                report.advance(min(start + BATCH, end))
+        return Features(*(torch.cat(values).float() for values in zip(*parts, strict=True)))
 
     def check_size(self, images: np.ndarray, source: str = "the images") -> None:
         """Raise HqdmError, naming `source`, unless the extractor takes images of this size."""

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.plans import Course, read_plan, read_sites, write_plan
@@ -45,6 +46,12 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     return {"plan": plan, "model": store.ancestor(plan, "model")}
 
 
+def shared(config: Config, inputs: Mapping[str, Artifact]) -> bool:
+    """Several processes share the trajectories; blocks are reconstructed by one."""
+    recipe = read_yaml(inputs["plan"].file("plan.yaml"))["recipe"]
+    return recipe["updates"] == "distill" and recipe["reconstruction"] is None
+
+
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
     """Distill; figures: updates, first and last loss (means over the first and last trajectory), parameters trained,
     blocks reconstructed, mean share of the guidance that is kept.
@@ -52,6 +59,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     import torch
     from safetensors.torch import load_file, save_file
 
+    from pipelines import processes
     from pipelines.diffusion import eta_or, timesteps_of, walker
     from pipelines.distillation import distill, measure_correction, measure_guidance
     from pipelines.models.denoiser import load_denoiser
@@ -62,6 +70,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.report.curves import loss_curve
     from pipelines.students import groups_at, new_student, student_tensors
 
+    crew = processes.here()
     sites = read_sites(inputs["model"].file("sites.json"))
     plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
     scales = load_file(inputs["plan"].file("scales.safetensors"))
@@ -84,7 +93,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     losses, blocks, learned = [], [], 0
     signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
     if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
-        student.guidance_shares = measure_guidance(teacher, student, course, signal, out.work, report)
+        student.guidance_shares = crew.once(
+            lambda: measure_guidance(teacher, student, course, signal, out.work, report)
+        )
     if plan.recipe.updates == "distill":
         losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
         learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
@@ -93,6 +104,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         scales, blocks, learned = scales | result.codes, result.rows, result.parameters
     else:
         report.note(f"{plan.method} trains nothing: the student is as it was calibrated")
+    if not crew.leads:
+        return {}
 
     if signal and plan.recipe.updates != "distill":
         student.guidance_shares = measure_guidance(teacher, student, course, signal, out.work, report)

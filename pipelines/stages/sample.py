@@ -8,6 +8,7 @@ are fixed by `batch`, which is part of the key, because the composition of a bat
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
@@ -62,15 +63,22 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     return {"source": maker} | ({"model": store.ancestor(maker, "model")} if config.source == "fake" else {})
 
 
+def shared(config: Config, inputs: Mapping[str, Artifact]) -> bool:
+    """Several processes are dealt the batches."""
+    return True
+
+
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
-    """Sample; figures: images per second (of the denoising loop, all batches), bytes of the model's files, source."""
+    """Sample; figures: images per second (of the denoising loop, all batches; of one process), bytes of the model's
+    files, source.
+    """
     import numpy as np
     import torch
 
-    from pipelines import diffusion, native
+    from pipelines import diffusion, native, processes
     from pipelines.kernels.attention import choose_products
     from pipelines.kernels.layers import forget_weights
-    from pipelines.memory import give_back, return_freed_memory
+    from pipelines.memory import return_freed_memory, trim
     from pipelines.models.denoiser import load_denoiser
     from pipelines.report.grids import save_grid
     from pipelines.students import load_fake, load_integer
@@ -113,60 +121,57 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)
     if config.low_memory:
         return_freed_memory()
-    report.begin(f"sample {config.source}", config.count, unit="images")
-    seconds, warm = 0.0, set()
-    for start in starts:
-        indices = list(range(start, min(start + config.batch, config.count)))
-        kept = out.work / f"latents-{start:06d}.npz"
-        shape = len(indices), *info.shape
-        if found := _found(
-            kept, report, seconds=lambda seconds: seconds.shape == () and seconds > 0,
-            latents=lambda latents: latents.shape == shape and latents.dtype == "f4" and np.isfinite(latents).all(),  # noqa: B023
-        ):  # fmt: skip
-            seconds += float(found["seconds"])
-        else:
-            mine = conditions[indices]
-            if len(indices) not in warm:  # packing for a new batch size is not sampling
-                with torch.inference_mode():
-                    for timestep in _of_each_size(model, timesteps, guidance):
-                        zeros = torch.zeros(len(indices), *info.shape)
-                        diffusion.Checked(model, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
-                give_back()
-                warm.add(len(indices))
-            begun = time.perf_counter()
-            latents = diffusion.sample(
-                model, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
-                config.seed, indices,
-            )  # fmt: skip
-            taken = time.perf_counter() - begun
-            seconds += taken
-            _keep(kept, latents=latents.numpy(), seconds=taken)
-        report.advance(indices[-1] + 1, images_per_second=(indices[-1] + 1) / max(seconds, 1e-9))
+    crew = processes.here()
+    latents_of, images_of = (_files(out.work, what, starts) for what in ("latents", "images"))
+    size_of = {start: min(config.batch, config.count - start) for start in starts}
+    shapes = {start: (size, *info.shape) for start, size in size_of.items()}
+    missing = crew.told([start for start in starts if not _is_kept(latents_of[start], shapes[start], report)])
+    report.begin(f"sample {config.source}", config.count, _images_in(latents_of, size_of), unit="images")
+    warm: set[int] = set()
+    for start in crew.dealt(missing):
+        indices = list(range(start, start + size_of[start]))
+        mine = conditions[indices]
+        if len(indices) not in warm:  # packing for a new batch size is not sampling
+            with torch.inference_mode():
+                for timestep in _of_each_size(model, timesteps, guidance):
+                    zeros = torch.zeros(shapes[start])
+                    diffusion.Checked(model, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
+            trim()
+            warm.add(len(indices))
+        begun = time.perf_counter()
+        latents = diffusion.sample(
+            model, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
+            config.seed, indices,
+        )  # fmt: skip
+        taken = time.perf_counter() - begun
+        _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
+        report.advance(_images_in(latents_of, size_of))
+    crew.gathered(None)  # all latents are there
+    report.advance(config.count)
     report.end()
 
     # Decoding comes after all sampling, when a large model's weights have left memory.
     forget_weights(model.network)
     if model.first_stage is not None:
         report.begin("decode", config.count, unit="images")
-    for start in starts:
-        kept = out.work / f"images-{start:06d}.npz"
-        count = min(config.batch, config.count - start)
-        if not _found(kept, report, images=lambda x: x.dtype == "u1" and x.ndim == 4 and len(x) == count):  # noqa: B023
-            latents = torch.from_numpy(np.load(out.work / f"latents-{start:06d}.npz")["latents"])
-            decoded = model.decode(latents)
-            bad = (~decoded.isfinite().flatten(1).all(1)).nonzero().flatten()
-            if len(bad):
-                named = ", ".join(str(start + index) for index in bad.tolist())
-                raise NumericalFault(
-                    f"images {named} hold NaN or Inf once decoded", "see the model's first stage (vae)"
-                )
-            _keep(kept, images=diffusion.to_uint8(decoded).permute(0, 2, 3, 1).numpy())
+    unread = [start for start in starts if not _is_kept(images_of[start], (size_of[start],), report)]
+    for start in crew.dealt(crew.told(unread)):
+        decoded = model.decode(torch.from_numpy(np.load(latents_of[start])["latents"]))
+        bad = (~decoded.isfinite().flatten(1).all(1)).nonzero().flatten()
+        if len(bad):
+            named = ", ".join(str(start + index) for index in bad.tolist())
+            raise NumericalFault(f"images {named} hold NaN or Inf once decoded", "see the model's first stage (vae)")
+        _keep(images_of[start], images=diffusion.to_uint8(decoded).permute(0, 2, 3, 1).numpy())
         if model.first_stage is not None:
-            report.advance(min(start + config.batch, config.count))
+            report.advance(_images_in(images_of, size_of))
+    crew.gathered(None)
     if model.first_stage is not None:
         report.end()
+    if not crew.leads:
+        return {}
 
-    images = np.concatenate([np.load(out.work / f"images-{start:06d}.npz")["images"] for start in starts])
+    images = np.concatenate([np.load(images_of[start])["images"] for start in starts])
+    seconds = sum(float(np.load(latents_of[start])["seconds"]) for start in starts)
     _write_pngs(images, out.path / "images")
     _write_npz(images, conditions.numpy(), out.path / "samples.npz")
     save_grid(images[:100], out.path / "grid.png")
@@ -193,24 +198,41 @@ def _of_each_size(model, timesteps: list[float], guidance: float) -> list[float]
     return list(dict.fromkeys([timesteps[0], *halved[:1]]))
 
 
-def _found(path, report: Report, **fits) -> dict:
-    """The arrays that an interrupted run kept, name -> whether an array is what was kept; nothing where they are not:
-    then they are made again.
+def _files(folder: Path, what: str, starts: list[int]) -> dict[int, Path]:
+    """Where the arrays of each batch are kept, by its first image."""
+    return {start: folder / f"{what}-{start:06d}.npz" for start in starts}
+
+
+def _images_in(files: Mapping[int, Path], size_of: Mapping[int, int]) -> int:
+    """How many images of all processes are kept."""
+    return sum(size_of[start] for start, file in files.items() if file.exists())
+
+
+def _is_kept(path: Path, shape: tuple[int, ...], report: Report) -> bool:
+    """Whether the arrays of a batch are there, images or latents of a shape that begins so; what is there and is not
+    them is removed, and made again.
     """
+    import numpy as np
+
     from pipelines.metrics.images import npz_arrays, read_arrays
 
     if not path.exists():
-        return {}
+        return False
     try:
-        if npz_arrays(path) != fits.keys():
+        names = {"latents", "seconds"} if path.name.startswith("latents") else {"images"}
+        if npz_arrays(path) != names:
             raise FileFault(f"{path}: holds something else")
-        found = read_arrays(path, fits)
-        if wrong := [name for name, fit in fits.items() if not fit(found[name])]:
-            raise FileFault(f"{path}: {wrong[0]} is not what was kept")
+        found = read_arrays(path, names)
+        values = found.get("latents", found.get("images"))
+        kind, seconds = ("f4" if "latents" in found else "u1"), found.get("seconds", np.ones(()))
+        whole = values.dtype == kind and values.ndim == 4 and values.shape[: len(shape)] == shape
+        if not whole or not np.isfinite(values).all() or seconds.shape != () or not 0 < seconds < np.inf:
+            raise FileFault(f"{path}: is not what was kept")
     except FileFault as fault:
         report.warn(f"{fault.what}; it is made again")
-        return {}
-    return found
+        path.unlink()
+        return False
+    return True
 
 
 def _keep(path, **arrays) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines import cifar10, digits
+from pipelines import cifar10, digits, processes
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.metrics.images import ImageSet, hash_of_images, read_images
@@ -149,6 +149,11 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     return found
 
 
+def shared(config: Config, inputs: Mapping[str, Artifact]) -> bool:
+    """Several processes are dealt the images whose features are extracted."""
+    return config.extractor != "none"
+
+
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict[str, Any]:
     """Compute every figure that samples, reference and pair allow. Returns the figures' values by key."""
     from pipelines.metrics import scores
@@ -168,7 +173,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         warn(remark)
     found: _Measured | None = None
     if config.extractor != "none":
-        found = _measure(config, inputs, samples, pair, warn, report)
+        extracted = _extract(config, inputs, samples, pair, out.work, warn, report)
+        if not processes.here().leads:  # the figures take seconds
+            return {}
+        found = _measure(config, samples, extracted, warn, report)
     elif pair is None:
         raise HqdmError(
             f"{samples.source} has no pair, and without an extractor there is nothing else to compare",
@@ -228,12 +236,21 @@ class _Measured:
     spatial: Statistics
 
 
-def _measure(
-    config: Config, inputs: Mapping[str, Artifact], samples: ImageSet, pair: ImageSet | None,
+@dataclass(frozen=True)
+class _Extracted:
+    """What samples and reference look like to an extractor. theirs: None where the reference is statistics."""
+
+    extractor: "Extractor"
+    reference: Reference
+    features: "Features"
+    theirs: "Features | None"
+
+
+def _extract(
+    config: Config, inputs: Mapping[str, Artifact], samples: ImageSet, pair: ImageSet | None, work: Path,
     warn: Callable[[str], None], report: Report,
-) -> _Measured:  # fmt: skip
-    """Every figure that samples, reference and extractor allow."""
-    from pipelines.metrics import scores
+) -> _Extracted:  # fmt: skip
+    """The features of the samples and of the reference, kept in `work` until the run is done."""
     from pipelines.metrics.extractors import load_extractor
 
     usual = "digits" if samples.images.shape[1:] == DIGITS and not config.extractor_weights else "inception"
@@ -247,12 +264,24 @@ def _measure(
         extractor.check_size(reference.images.images, reference.images.source)
     for remark in reference.images.remarks if reference.images else ():
         warn(remark)
+    kept = work / "samples" / extractor.sha256[:16]
+    features = extractor.features(samples.images, f"features of {samples.source}", report, kept)
+    theirs = _features_of(reference, extractor, work, report) if reference.images is not None else None
+    return _Extracted(extractor, reference, features, theirs)
 
-    features = extractor.features(samples.images, f"features of {samples.source}", report)
+
+def _measure(
+    config: Config, samples: ImageSet, extracted: _Extracted, warn: Callable[[str], None], report: Report
+) -> _Measured:
+    """Every figure that samples, reference and extractor allow."""
+    from pipelines.metrics import scores
+
+    extractor, reference, features, theirs = (
+        extracted.extractor, extracted.reference, extracted.features, extracted.theirs
+    )  # fmt: skip
     pool, spatial = scores.statistics(features.pool), scores.statistics(features.spatial)
-    theirs, their_pool, their_spatial = None, reference.pool, reference.spatial
-    if reference.images is not None:
-        theirs = _features_of(reference, extractor, report)
+    their_pool, their_spatial = reference.pool, reference.spatial
+    if theirs is not None:
         their_pool = their_pool or scores.statistics(theirs.pool)
         their_spatial = their_spatial or scores.statistics(theirs.spatial)
     for message in _cautions(samples, reference, features, extractor, config):
@@ -286,13 +315,14 @@ def _measure(
     return _Measured(extractor, reference, values, counts, settings, pool, spatial)
 
 
-def _features_of(reference: Reference, extractor: "Extractor", report: Report) -> "Features":
+def _features_of(reference: Reference, extractor: "Extractor", work: Path, report: Report) -> "Features":
     """The features of a reference's images, kept for the next run of this process where they are few bytes: students
     are scored one after another against the same reference.
     """
     key = reference.sha256, extractor.sha256
     if key not in _KEPT:
-        found = extractor.features(reference.images.images, f"features of {reference.name}", report)
+        kept = work / "reference" / extractor.sha256[:16]
+        found = extractor.features(reference.images.images, f"features of {reference.name}", report, kept)
         _KEPT.clear()
         if sum(values.nbytes for values in found) > MOST_KEPT:
             return found

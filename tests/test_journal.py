@@ -1,0 +1,74 @@
+"""--log-json and --tensorboard: what a run left overnight tells in the morning."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def events(path):
+    return [line["event"] for line in lines(path)]
+
+
+def test_the_log_tells_the_whole_story_of_a_command(hqdm, tmp_path):
+    log = tmp_path / "logs" / "run.jsonl"
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 0
+    told = lines(log)
+    assert told[0]["event"] == "start" and told[0]["command"][:3] == ["hqdm", "profile", "model.ckpt"]
+    assert told[0]["libraries"]["python"] and told[0]["machine"]["cpu"] and told[0]["processes"] == 1
+    assert {"begin", "note", "end", "artifact"} <= set(events(log))
+    made = [line for line in told if line["event"] == "artifact"][-1]
+    assert made["id"] == "profile/0001" and made["config"]["seed"] == 0 and made["figures"]["loss"] == 1 / 3
+    ended = next(line for line in told if line["event"] == "end")
+    assert ended["done"] == ended["total"] == 3 and ended["figures"]["loss"] == 1 / 3
+    assert told[-1]["event"] == "finish" and told[-1]["exit_code"] == 0
+
+
+def test_a_second_command_appends_and_an_error_is_told_with_its_hint(road, tmp_path):
+    log = tmp_path / "run.jsonl"
+    assert road("export", "--log-json", str(log))[0] == 0
+    assert road("sample", "bogus", "--log-json", str(log))[0] == 2
+    assert events(log).count("start") == events(log).count("finish") == 2
+    fault, end = lines(log)[-2:]
+    assert "no source 'bogus'" in fault["what"] and fault["hint"] and end["exit_code"] == 2
+
+
+def test_an_interrupted_run_is_told_too(hqdm, fakes, tmp_path):
+    fakes["model"].interrupt_at = 2
+    log = tmp_path / "run.jsonl"
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 130
+    assert events(log)[-1] == "finish" and lines(log)[-1]["exit_code"] == 130
+    assert "advance" in events(log)
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_runs(hqdm, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, _, said = hqdm("profile", "model.ckpt", "--log-json", str(tmp_path / "file" / "run.jsonl"))
+    assert code == 1 and "cannot be written" in said and "--log-json" in said
+    assert not (tmp_path / "workspace").exists()
+
+
+def test_tensorboard_reads_the_losses_that_were_written(road, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert road("distill", "--force", "--tensorboard", str(tmp_path / "board"))[0] == 0
+    code = (
+        "import sys; from tensorboard.backend.event_processing.event_accumulator import EventAccumulator as E\n"
+        "run = E(sys.argv[1]); run.Reload(); print([scalar.value for scalar in run.Scalars('distill/loss')])"
+    )
+    run = next((tmp_path / "board").iterdir())
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)[:3] == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+def test_tensorboard_that_is_not_installed_is_refused_with_the_way_out(hqdm, tmp_path, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else found(name))
+    code, _, said = hqdm("profile", "model.ckpt", "--tensorboard", str(tmp_path / "board"))
+    assert code == 1 and "pip install 'hqdm[tensorboard]'" in said

@@ -1,0 +1,149 @@
+"""Several processes at one job: the same images and features as one process, gradients that are its sums, one writer of
+artifacts, and a job that ends when a process of it is killed and goes on in another number of them.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peers import features_of, gradients_of, one_update
+from roads import STEPS, make, tiny_store, tiny_student
+from safetensors.torch import load_file
+
+from pipelines import processes
+from pipelines.distillation import _rows_of, _whole
+from pipelines.errors import UsageError
+
+ROOT = Path(__file__).parents[1]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+
+
+def run(*command, **options):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, **options)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    store = tiny_store(tmp_path_factory.mktemp("workspace"))
+    make(store, "export", {"distill": tiny_student(store).id})
+    return store
+
+
+def apart(mine, theirs, places):
+    """How far gradients are from others, as a share of their length."""
+    first, second = (
+        torch.cat([values[place].double().flatten() for place in sorted(places)]) for values in (mine, theirs)
+    )
+    return float((first - second).norm() / second.norm())
+
+
+def test_gradients_are_those_of_one_process_and_features_its_very_bits(store, tmp_path):
+    """Under torchrun, with a batch of 5 that two processes cannot halve."""
+    other = tiny_store(tmp_path / "other")
+    for workspace in (store, other):
+        make(workspace, "plan", method="hqdm", variant="tuned")
+    done = run(*TWO, ROOT / "tests/peers.py", other.root, tmp_path)
+    assert done.returncode == 0, done.stderr
+    alone = gradients_of(lambda: one_update(store))
+    both = [load_file(tmp_path / f"gradients-{rank}.safetensors") for rank in range(2)]
+    assert len(alone) > 100 and alone.keys() == both[0].keys()
+    assert all(torch.equal(both[0][place], both[1][place]) for place in alone)  # or the students would part
+    adapters = [place for place, gradient in alone.items() if gradient.ndim == 2]
+    assert apart(both[0], alone, adapters) < 1e-6
+    # Those of scales and zero-points are sums over whole activations whose terms all but cancel.
+    assert apart(both[0], alone, alone.keys() - set(adapters)) < 1e-3
+    assert len(other.artifacts("distill")) == 1  # one writer
+    assert other.current("distill").figures["processes"] == 2
+    whole = features_of(tmp_path / "alone")
+    for rank in range(2):
+        mine = load_file(tmp_path / f"features-{rank}.safetensors")
+        assert all(torch.equal(mine[name], values) for name, values in whole.items())
+
+
+def test_images_are_the_same_whatever_the_number_of_processes(store, tmp_path):
+    other = tiny_store(tmp_path / "other")
+    for name in ("plan", "distill", "export"):
+        artifact = store.current(name)
+        (other.root / name).mkdir()
+        (other.root / artifact.id).symlink_to(artifact.path)
+    options = ["--count", "11", "--batch", "2", "--steps", STEPS, "-w", other.root]
+    done = run("-m", "hqdm_cli", "sample", "teacher", "int", "--processes", "3", *options)
+    assert done.returncode == 0, done.stderr
+    for source in ("teacher", "int"):
+        alone = make(store, "sample", source=source, count=11, batch=2, steps=STEPS)
+        shared = other.current("sample", lambda sample, source=source: sample.config["source"] == source)
+        assert shared.digest == alone.digest and shared.figures["processes"] == 3
+
+
+def kill_one_of(command, folder, pattern):
+    """Start a job, kill its second process once files of `pattern` lie in a folder, and return how the job ended."""
+    job = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 240
+    while not list(folder.glob(pattern)):
+        assert job.poll() is None and time.monotonic() < until, job.stderr.read()
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    followers = [int(pid) for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(followers[0], signal.SIGKILL)
+    said = job.communicate(timeout=120)[1]
+    for pid in workers:
+        assert not Path(f"/proc/{pid}").exists()  # no process works on unseen
+    return job.returncode, said
+
+
+def test_a_killed_process_ends_the_job_and_one_process_goes_on_where_it_stopped(store, tmp_path):
+    """mpq_dm, whose state holds features of the whole batch."""
+    other = tiny_store(tmp_path / "other")
+    make(other, "plan", method="mpq_dm")
+    command = ["-m", "hqdm_cli", "distill", "--trajectories", "40", "--batch", "3", "--save-every", "1"]
+    command += ["-w", other.root, "--method", "mpq_dm"]
+    code, said = kill_one_of([*command, "--processes", "2"], other.root, "distill/.draft-*/work/state.pt")
+    assert code == 128 + signal.SIGKILL, said
+    assert other.current("distill") is None
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "goes on after update" in done.stderr
+    figures = other.current("distill").figures
+    assert figures["updates"] == 40 * STEPS and figures["last_loss"] > 0 and "processes" not in figures
+
+
+def test_what_cannot_be_shared_is_refused_with_the_way_out(store, monkeypatch):
+    done = run("-m", "hqdm_cli", "distill", "--batch", "1", "--processes", "2", "-w", store.root)
+    assert done.returncode == 2
+    assert "2 processes cannot share trajectories in batches of 1" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UsageError, match="--processes cannot be 0"):
+        processes.launch(0, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="inside a job of 2 processes"):
+        processes.launch(2, [])
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_parts_of_a_batch_go_together_and_apart_again(halves):
+    whole = torch.from_numpy(np.arange(halves * 5 * 2).reshape(halves * 5, 2))
+    crews = []
+    for rank in range(3):
+        crew = processes.Processes()
+        crew.rank, crew.count = rank, 3
+        crews.append(crew)
+    parts = [_rows_of(crew.part(5), whole, 5) for crew in crews]
+    assert sum(map(len, parts)) == len(whole) and torch.equal(_whole(parts, 5), whole)
+    assert sorted(item for crew in crews for item in crew.dealt(range(7))) == list(range(7))
+
+
+def test_a_large_jobs_plan_counts_what_a_layer_has_and_does():
+    from benchmarks.budget import RANK, Size
+
+    layer = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Flatten(2), torch.nn.Linear(64, 7))
+    size = Size.of(layer.to("meta"), torch.empty(1, 3, 8, 8, device="meta"))
+    assert size.parameters == 5 * 27 + 5 + 64 * 7 + 7 and size.weights == 5 * 27 + 64 * 7
+    assert size.operations == 2 * (64 * 5 * 27 + 5 * 64 * 7)
+    assert size.adapters == RANK * (27 + 5 + 64 + 7)
+    assert size.packed(4) == size.weights / 2 + 4 * 12
