@@ -33,7 +33,7 @@ def say(message: str) -> None:
 
 def out(text: str, end: str = "\n") -> None:
     """A result, on stdout."""
-    print(plain(text), end=end)
+    print(plain(text), end=end, flush=True)
 
 
 def error(what: str, hint: str = "") -> None:
