@@ -13,16 +13,35 @@ from hqdm_cli import journal
 from pipelines.events import Report
 
 QUIET_SECONDS = 10  # between two progress lines where stderr is no terminal
+MOST_SHOWN = 4000  # characters of an error: a file can hold a name of any length
+
+
+def plain(text: str, kept: str = "\n\t") -> str:
+    """Text that a terminal shows and does not obey: what cannot be printed is written out, as in \\x1b.
+
+    Names come from files, and files can hold escape sequences, characters that turn the line round, and halves of
+    surrogate pairs, on which printing itself would fail. `kept`: what may stay besides.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(plain(message), file=sys.stderr, flush=True)
+
+
+def out(text: str, end: str = "\n") -> None:
+    """A result, on stdout."""
+    print(plain(text), end=end, flush=True)
 
 
 def error(what: str, hint: str = "") -> None:
-    say(f"error: {what}")
-    if hint:
-        say(f"hint: {hint}")
+    """One line each, whatever names they hold."""
+    for word, text in (("error", what), ("hint", hint)):
+        if text:
+            text = text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]} … {text[-MOST_SHOWN // 2 :]}"
+            say(f"{word}: {plain(text, kept='')}")
 
 
 def in_workspace(command: str, workspace: Path) -> str:
@@ -112,7 +131,7 @@ class Progress(Report):
             ]
             self._live = progress.Progress(*columns, console=Console(stderr=True), transient=True)
             self._live.start()
-        entry.bar = self._live.add_task(task, total=total, completed=done, unit=unit, state="")
+        entry.bar = self._live.add_task(plain(task, kept=""), total=total, completed=done, unit=unit, state="")
 
     def advance(self, done: int, **figures: float) -> None:
         task = self._tasks[-1]
@@ -141,7 +160,7 @@ class Progress(Report):
 
     def _show(self, message: str) -> None:
         if self._live is not None:
-            self._live.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(plain(message), markup=False, highlight=False, soft_wrap=True)
         else:
             say(message)
 
@@ -174,18 +193,23 @@ def show_outcomes(outcomes: Sequence[Any], dry_run: bool, as_json: bool) -> None
         from pipelines.config import write_yaml
 
         for row in rows:
-            print(f"# {row['stage']}: {row['reason']}")
-            print(write_yaml({row["stage"]: row["config"]}), end="")
+            out(f"# {row['stage']}: {row['reason']}")
+            out(write_yaml({row["stage"]: row["config"]}), end="")
     else:
         for row in rows:
-            print(f"{row['id']}\t{row['path']}")
+            out(f"{row['id']}\t{row['path']}")
             figures = {name: value for name, value in row["figures"].items() if not isinstance(value, dict | list)}
             if row["ran"] and figures:
                 say(f"{row['id']}: " + ", ".join(f"{name} {number(value)}" for name, value in figures.items()))
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(plain_json(json.dumps(value, indent=2, ensure_ascii=False)))
+
+
+def plain_json(text: str) -> str:
+    """JSON in which what a terminal would obey is an escape of JSON's own."""
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -48,7 +48,7 @@ class Journal:
 
         line = finite({"time": utc(time.time()), "event": event, **values})
         with open(self._log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def advance(self, task: str, done: int, total: int, unit: str, rate: float | None, figures: Mapping) -> None:
         """A line now and then; TensorBoard takes every figure."""

@@ -7,11 +7,13 @@ unknown key, a wrong type or a missing value is refused where it is read, with t
 """
 
 import dataclasses
+import json
 import math
 import re
 import reprlib
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,8 @@ from pipelines.errors import FileFault, UsageError, did_you_mean
 
 T = TypeVar("T")
 MOST_VALUES = 500_000  # in a file, an alias counted as all that it stands for
+MOST_DIGITS = 100  # of a number
+MOST_YAML = 4 << 20  # bytes; a plan of 1,000 sites has 1 MB
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 80
@@ -57,6 +61,8 @@ class _StrictLoader(yaml.SafeLoader):
         return known[node]
 
     def construct_mapping(self, node, deep=False):
+        if not isinstance(node, yaml.MappingNode):  # `!!map [1]`
+            raise yaml.constructor.ConstructorError(None, None, "no mapping, as its tag says", node.start_mark)
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -71,6 +77,17 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node):
+        """A finite number of at most MOST_DIGITS characters: YAML's 1:30:00, to base 60, gets ever slower."""
+        text = self.construct_scalar(node)
+        if len(text) > MOST_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of {len(text)} characters", node.start_mark)
+        whole = node.tag.endswith("int")
+        value = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        if not whole and not math.isfinite(value):
+            raise yaml.constructor.ConstructorError(None, None, f"{text} is no finite number", node.start_mark)
+        return value
+
 
 # YAML 1.1 reads 1e-6 as a string, because it wants a dot in front of the exponent; nobody who writes a rate means that.
 _StrictLoader.add_implicit_resolver(
@@ -78,11 +95,55 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+# Plain values alone: a date stays text, and tags that make bytes, sets or pairs are refused like any other.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _StrictLoader.yaml_implicit_resolvers.items()
+}
+for _kind in ("binary", "timestamp", "omap", "pairs", "set"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_undefined)
+for _kind in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_number)
+
+
+def strict_json(text: str, constants: tuple[str, ...] = ()) -> Any:
+    """JSON as plain values. ValueError for a key given twice, numbers that are not finite (of NaN, Infinity and
+    -Infinity those in `constants` are null) and lists and mappings too deep.
+    """
+
+    def constant(word: str) -> None:
+        if word not in constants:
+            raise ValueError(f"{word} is no number")
+
+    def number(word: str) -> float:
+        if not math.isfinite(value := float(word)):
+            raise ValueError(f"{word[:40]} is larger than any number")
+        return value
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"key {_shown(key)} is given twice")
+        return found
+
+    try:
+        return json.loads(text, parse_constant=constant, parse_float=number, object_pairs_hook=mapping)
+    except RecursionError as fault:
+        raise ValueError("lists and mappings too deep to be read") from fault
+
+
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """The mapping in a YAML (or JSON) file; empty means an empty mapping. FileFault names the file and the line."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise FileFault(f"{path} is a pipe or a device, not a file", "save it to a file first")
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MOST_YAML + 1)
+        if len(content) > MOST_YAML:
+            raise FileFault(f"{path} has more than {MOST_YAML} bytes", "it takes a file written by hand or by hqdm")
+        text = content.decode("utf-8")
     except FileNotFoundError as fault:
         raise FileFault(f"{path} does not exist", "check the path") from fault
     except IsADirectoryError as fault:

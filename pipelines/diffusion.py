@@ -6,13 +6,15 @@ The noise and class of image i depend on the seed and i alone: every draw has a 
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
-from pipelines.errors import UsageError, did_you_mean
+from pipelines.errors import NumericalFault, UsageError, did_you_mean
+
+_WRONG = "a student: distill again at lower rates; a teacher: see whether hqdm profile names the site"
 
 # diffusers' names, with what makes each equal to its published form on LDM's schedule. A schedule that was read from a
 # scheduler's configuration is `completed` and has its own word on all of these.
@@ -257,10 +259,64 @@ def sample(
     seed: int,
     indices: list[int],
 ) -> torch.Tensor:
-    """Latents (N, *shape) of the images `indices`."""  # fmt: skip
+    """Latents (N, *shape) of the images `indices`. NumericalFault that names images, timestep and, where a layer made
+    it, the layer, for the first NaN or Inf.
+    """  # fmt: skip
     start = noise_of(seed, indices, shape)
-    *_, last = trajectory(model, name, schedule, steps, start, conditions, guidance, eta, seed, indices)
-    return last[2]
+    for _, timestep, x, _ in trajectory(
+        Checked(model, indices), name, schedule, steps, start, conditions, guidance, eta, seed, indices
+    ):
+        _check_images(x, indices, f"after the step before timestep {float(timestep):g}")
+    return x
+
+
+def _check_images(values: torch.Tensor, indices: list[int], where: str) -> None:
+    bad = ~values.isfinite().flatten(1).all(1)
+    if bad.any():
+        named = ", ".join(str(index) for index, is_bad in zip(indices, bad.tolist(), strict=True) if is_bad)
+        raise NumericalFault(f"images {named} hold NaN or Inf {where}", _WRONG)
+
+
+class Checked:
+    """A model whose predictions are checked, and whose layers are asked which was the first to go wrong."""
+
+    def __init__(self, model: Predicts, indices: list[int]):
+        self.model, self.indices = model, indices
+        self.correction = getattr(model, "correction", None)
+
+    def predict(self, x, timestep, conditions, guidance):
+        at = f"at timestep {float(timestep):g}"
+        try:
+            predicted = self.model.predict(x, timestep, conditions, guidance)
+        except NumericalFault as fault:  # of kernels, which know their site alone
+            images = f"images {self.indices[0]} to {self.indices[-1]}"
+            raise NumericalFault(f"{fault.what}, {at}, {images}", fault.hint) from fault
+        if not predicted.isfinite().all():
+            layer = first_fault(self.model, lambda: self.model.predict(x, timestep, conditions, guidance))
+            _check_images(predicted, self.indices, f"{at}" + (f", first in {layer}" if layer else ""))
+        return predicted
+
+
+def first_fault(model: object, call: Callable[[], object]) -> str:
+    """The innermost layer of `model.network` that first gives NaN or Inf during a call; empty where none does."""
+    found: list[str] = []
+
+    def watch(layer: str):
+        def hook(_module, _args, output):
+            if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(layer)
+
+        return hook
+
+    network = getattr(model, "network", None)
+    layers = dict(network.named_modules()) if isinstance(network, torch.nn.Module) else {}
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items() if name]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -131,29 +131,48 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
         f"{what} of site {name}"
         for name, layer in layers.items()
         for what, values, positive in (
-            ("the weight scale", layer.weight_scale, True),
+            # Its backward pass carries NaN from an adapter or a weight to the scale: the cause comes first.
             ("an adapter", layer.lora_a, False),
             ("an adapter", layer.lora_b, False),
             ("a weight", layer.weight if layer.weight.requires_grad else None, False),
             ("a bias", layer.bias, False),
+            ("the weight scale", layer.weight_scale, True),
         )
         if values is not None
         and not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
     ]
     known_tensors = tables.raw()
-    if not bool((known_tensors["scale"] > 0).all()):  # NaN is not above zero either
-        names = list(layers)
+    scale, names = known_tensors["scale"], list(layers)
+    for what, good in (("scale", (scale > 0) & scale.isfinite()), ("zero-point", known_tensors["zero"].isfinite())):
         bad += [
-            f"the activation scale of site {names[column]} at timestep {tables.timesteps[row]:g}"
-            for row, column in (~(known_tensors["scale"] > 0)).nonzero().tolist()
+            f"the activation {what} of site {names[column]} at timestep {tables.timesteps[row]:g}"
+            for row, column in (~good).nonzero().tolist()
         ]
-    if "factor" in known_tensors and not bool((known_tensors["factor"] > 0).all()):
+    factor = known_tensors.get("factor")
+    if factor is not None and not bool(((factor > 0) & factor.isfinite()).all()):
         bad.append("a weight factor")
     if bad:
         what = f"{bad[0]} is not a positive number or not finite, found at timestep {timestep:g}"
         raise NumericalFault(what, way_out)
     if not math.isfinite(loss):
         raise NumericalFault(f"the loss is {loss} at timestep {timestep:g}", way_out)
+
+
+def _check_teacher(target: torch.Tensor, timestep: float) -> None:
+    """NumericalFault where it is the teacher that goes wrong."""
+    if not target.isfinite().all():
+        raise NumericalFault(
+            f"the teacher's prediction holds NaN or Inf at timestep {timestep:g}",
+            "profile with as many --steps, --guidance and --eta as this run has: it names the site",
+        )
+
+
+def _check_student(predicted: torch.Tensor, timestep: float, purpose: str) -> None:
+    if not predicted.isfinite().all():
+        raise NumericalFault(
+            f"{purpose}: the student's prediction holds NaN or Inf at timestep {timestep:g}",
+            "distill again at lower rates (the recipe in a plan edited by hand)",
+        )
 
 
 def distill(
@@ -255,6 +274,8 @@ def distill(
                 crew.add([total])
                 value = total.item() / course.batch
                 saves = done % save_every == 0 and done > 0
+                if not math.isfinite(value):
+                    _check_teacher(target, timesteps[step])
                 if saves or not math.isfinite(value):
                     check_finite(student, value, timesteps[step])
                 if saves:
@@ -334,6 +355,7 @@ def _side_by_side(
             ):  # fmt: skip
                 if step == course.steps:
                     break
+                _check_teacher(target, float(timestep))
                 yield x_t, timestep, conditions, target
                 report.advance(done * course.steps + step + 1)
     report.end()
@@ -365,6 +387,7 @@ def measure_guidance(
             model.predict(x, timestep, conditions, 1.0) - model.predict(x, timestep, null, 1.0)
             for model in (teacher, student)
         )
+        _check_student(mine, float(timestep), "guidance")
         differences.setdefault(float(timestep), Differences()).add(true, mine)
     timesteps = sorted(differences)
     shares = torch.tensor([differences[step].share(signal) for step in timesteps])
@@ -384,6 +407,7 @@ def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, ima
     moments: dict[float, Moments] = {}
     for x, timestep, conditions, target in _side_by_side(teacher, student, course, images, "correction", report):
         predicted = student.predict(x, timestep, conditions, course.guidance)
+        _check_student(predicted, float(timestep), "correction")
         moments.setdefault(float(timestep), Moments()).add(target, predicted)
     timesteps = sorted(moments)
     fitted = zip(*(moments[step].fit() for step in timesteps), strict=True)

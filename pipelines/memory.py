@@ -95,6 +95,18 @@ def resident_bytes() -> int:
         return peak_bytes()
 
 
+def free_bytes() -> int | None:
+    """The memory that a process could still have without others losing theirs, bytes; None where the system does not
+    say.
+    """
+    try:
+        about = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", about, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
 def let_go(address: int, length: int) -> None:
     """Tell Linux that some bytes of this process will not be read soon: the pages of a mapped file leave memory, and
     come back when they are read. Nothing is lost, whatever lies there; elsewhere nothing happens.

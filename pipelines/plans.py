@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.config import from_dict, read_yaml, to_dict, write_yaml
+from pipelines.config import from_dict, read_yaml, strict_json, to_dict, write_yaml
 from pipelines.errors import FileFault, UsageError, did_you_mean
-from pipelines.quant.spec import Bits, Site, SitePlan, Transform
+from pipelines.quant.spec import Bits, Site, SitePlan, Transform, site_from_dict
 
 FORMAT = 2
 TRAINED = ("adapters", "weight_scales", "activation_scales", "zero_points")  # what the published recipes train
@@ -205,6 +205,17 @@ class _PlanFile:
     recipe: Recipe = Recipe()
     groups: list[int] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def read_sites(path: Path) -> list[Site]:
+    """The sites of a model, from its artifact's `sites.json`; FileFault for anything else."""
+    try:
+        entries = strict_json(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError("not a list of mappings")
+        return [site_from_dict(entry) for entry in entries]
+    except (OSError, ValueError, UsageError) as error:
+        raise FileFault(f"{path}: not a model's sites: {error}", "hqdm profile model.ckpt --force") from error
 
 
 def write_plan(plan: Plan) -> str:

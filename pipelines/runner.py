@@ -283,15 +283,15 @@ def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
     if stage == "profile":
         return _profile_command(above)
     if stage == "plan":
-        words = [f"--{name} {known[name]}" for name in ("method", "variant", "bits") if known.get(name)]
-        return " ".join(["hqdm plan", *words])
+        given = [name for name in ("method", "variant", "bits") if known.get(name)]
+        return shlex.join(["hqdm", "plan", *(word for name in given for word in (f"--{name}", str(known[name])))])
     if stage == "distill":
         edited = above.config["edited_sha256"]  # then its bits are in the file
-        return "hqdm distill" if edited else f"hqdm distill --bits {above.config['bits']}"
+        return "hqdm distill" if edited else shlex.join(["hqdm", "distill", "--bits", str(above.config["bits"])])
     if stage == "export":
         return "hqdm export --format int"
     if stage == "sample" and known.get("source"):
-        return f"hqdm sample {known['source']}"
+        return shlex.join(["hqdm", "sample", str(known["source"])])
     return f"hqdm {stage}"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,20 @@ import torch
 from safetensors.torch import save
 
 from pipelines.events import Report
+
+# What torch and the archive's reader raise on bytes that are not what was written.
+_DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError,
+           MemoryError, ArithmeticError, pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
+
+
+def _check_size(path: Path) -> None:
+    """ValueError for an archive that torch did not write: compressed, or claiming more than the file holds."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, which torch never does")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("it claims more than it holds")
 
 
 @contextmanager
@@ -44,8 +59,11 @@ def read_state(path: Path, report: Report) -> Any | None:
     if not path.exists():
         return None
     try:
+        _check_size(path)
         kept = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        if not isinstance(kept, dict) or kept.keys() != {"value", "threads", "torch"}:
+            raise ValueError("it is not what was written")
+    except _DAMAGE as error:
         report.warn(f"{path} is damaged ({error or type(error).__name__}); what it held is made again")
         return None
     threads = torch.get_num_threads()

@@ -17,7 +17,9 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import strict_json
 from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 
 KIND = "hqdm artifact"
@@ -32,12 +35,21 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 CURRENT = ".current"
 LIBRARIES = ("torch", "diffusers", "peft", "safetensors")
+MOST_TEXT = 64 << 20  # characters of a manifest; one of 100,000 images has 15 million
 _CHUNK = 1 << 20  # bytes
+_STAGE = r"[A-Za-z_][A-Za-z0-9_-]{0,63}"
+_IDENT = re.compile(_STAGE + r"/[0-9]{1,9}")
+_MANIFEST = {
+    "stage_version": int, "key": str, "config": dict, "inputs": dict, "files": dict, "digest": str, "libraries": dict,
+    "machine": dict, "started": str, "finished": str, "seconds": (int, float), "figures": dict,
+}  # fmt: skip
 
 
 def sha256_of_file(path: Path | str) -> str:
     """The hexadecimal SHA-256 of a file's content. FileFault where it cannot be read."""
     digest = hashlib.sha256()
+    if (given := Path(path)).exists() and not given.is_file() and not given.is_dir():
+        raise FileFault(f"{path} is a pipe or a device, which may never end", "save it to a file first")
     try:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
@@ -52,6 +64,39 @@ def sha256_of_file(path: Path | str) -> str:
 def _sha256_of_json(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _json_in(path: Path) -> Any:
+    """The JSON of a regular file. ValueError for anything else that is there: a pipe would never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file")
+    with open(path, encoding="utf-8") as file:
+        text = file.read(MOST_TEXT + 1)
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"it has more than {MOST_TEXT} characters")
+    return strict_json(text)
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """ValueError for a manifest that no commit wrote: a value missing or of another type, a file or an input that would
+    lie outside the workspace.
+    """
+    for name, kind in _MANIFEST.items():
+        if not isinstance(manifest.get(name), kind) or isinstance(manifest[name], bool):
+            raise ValueError(f"its {name} is missing or of another type")
+    for name, entry in manifest["files"].items():
+        if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            raise ValueError(f"it names the file {name[:80]!r}, which is none of its folder's")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("sha256"), str)
+            or type(entry.get("bytes")) is not int
+        ):
+            raise ValueError(f"its file {name[:80]!r} has no hash or no size")
+    for role, link in manifest["inputs"].items():
+        known = isinstance(link, dict) and isinstance(link.get("id"), str) and isinstance(link.get("digest"), str)
+        if not known or not _IDENT.fullmatch(link["id"]):
+            raise ValueError(f"its input {role[:80]!r} is no artifact")
 
 
 def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -82,6 +127,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _regular(path: str, flags: int) -> int:
+    """For `open`: does not wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -172,6 +222,8 @@ class Store:
         self._known: dict[Path, tuple[tuple[int, ...], Artifact]] = {}
 
     def _folders(self, stage: str) -> list[Path]:
+        if not re.fullmatch(_STAGE, stage):  # a name, and no path that leads elsewhere
+            return []
         try:
             entries = list((self.root / stage).iterdir())
         except (FileNotFoundError, NotADirectoryError):
@@ -185,17 +237,24 @@ class Store:
             identity = about.st_mtime_ns, about.st_size, about.st_ino
             if path in self._known and self._known[path][0] == identity:
                 return self._known[path][1]
-            manifest = json.loads(file.read_text(encoding="utf-8"))
+            manifest = _json_in(file)
+            if (
+                not isinstance(manifest, dict)
+                or manifest.get("kind") != KIND
+                or type(manifest.get("format")) is not int
+            ):
+                raise FileFault(f"{file} is not the manifest of an artifact", "keep other files out of the workspace")
+            if manifest["format"] > FORMAT:
+                raise FileFault(
+                    f"{file} has format {manifest['format']}, newer than {FORMAT}", "update hqdm to read it"
+                )
+            _check_manifest(manifest)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as fault:
             raise FileFault(
                 f"{file} is damaged: {fault}", f"restore it, or remove {path} and run that stage again"
             ) from fault
-        if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-            raise FileFault(f"{file} is not the manifest of an artifact", "keep other files out of the workspace")
-        if manifest["format"] > FORMAT:
-            raise FileFault(f"{file} has format {manifest['format']}, newer than {FORMAT}", "update hqdm to read it")
         artifact = Artifact(f"{path.parent.name}/{path.name}", path.parent.name, path, manifest)
         self._known[path] = identity, artifact
         return artifact
@@ -216,8 +275,9 @@ class Store:
         """
         folders = self._folders(stage)
         try:
-            last = (self.root / stage / CURRENT).read_text(encoding="utf-8").strip()
-        except OSError:
+            with open(self.root / stage / CURRENT, encoding="utf-8", opener=_regular) as file:
+                last = file.read(64).strip()
+        except (OSError, ValueError):  # a hint, without which the newest counts
             last = ""
         for path in sorted(folders, key=lambda path: (path.name == last, int(path.name)), reverse=True):
             artifact = self._read(path)
@@ -230,7 +290,7 @@ class Store:
         stage, _, number = ident.strip().strip("/").partition("/")
         if not number and (artifact := self.current(stage)):
             return artifact
-        if number.isdecimal():
+        if number.isdecimal() and len(number) < 10:
             for path in self._folders(stage):
                 if int(path.name) == int(number) and (artifact := self._read(path)):
                     return artifact
@@ -249,6 +309,7 @@ class Store:
         path = self.root / artifact.stage / CURRENT
         if self.current(artifact.stage) != artifact:
             part = path.with_name(path.name + ".part")
+            part.unlink(missing_ok=True)  # what is written here must not go through a link to somewhere else
             part.write_text(artifact.path.name + "\n", encoding="utf-8")
             part.replace(path)
 
@@ -314,7 +375,7 @@ class Store:
             raise FileFault(
                 f"{folder} cannot be a folder: a file is in its way", "choose another --workspace"
             ) from fault
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
@@ -336,7 +397,12 @@ class Store:
 def _state_of(folder: Path) -> dict[str, Any]:
     """What an unfinished run recorded; empty where it was stopped before it could."""
     try:
-        return json.loads((folder / "draft.json").read_text(encoding="utf-8"))
+        state = _json_in(folder / "draft.json")
+        known = isinstance(state, dict) and isinstance(state.get("key"), str) and isinstance(state.get("request"), dict)
+        numbers = (state[name] for name in ("seconds", "session") if state.get(name) is not None) if known else ()
+        if not known or not all(isinstance(value, int | float) and value >= 0 for value in numbers):
+            raise ValueError("it is not what a run records of itself")
+        return state
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as fault:
@@ -363,6 +429,10 @@ class Draft:
         self._folder = store._draft_folder(stage, key)
         self.path = self._folder / "out"
         self.work = self._folder / "work"
+        if links := [path for path in (self._folder, *self._folder.rglob("*")) if path.is_symlink()]:
+            raise FileFault(
+                f"{links[0]} is a link, through which a run would write elsewhere", f"remove {self._folder}"
+            )
         state = _state_of(self._folder)
         self.resumed = not afresh and state.get("key") == key and _holds_work(self._folder)
         if not self.resumed:

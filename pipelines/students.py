@@ -31,24 +31,28 @@ from torch import nn
 
 from pipelines.config import from_dict, to_dict
 from pipelines.diffusion import walker
-from pipelines.errors import FileFault, UsageError, did_you_mean
+from pipelines.errors import FileFault, NumericalFault, UsageError, did_you_mean
 from pipelines.kernels import cpu, reference
 from pipelines.kernels import layers as integer_layers
 from pipelines.kernels.attention import shorten
 from pipelines.memory import give_back, let_go
-from pipelines.models.denoiser import CONDITIONS, Denoiser, info_from_dict, ready, save_beside
+from pipelines.models.checkpoint import first_line
+from pipelines.models.denoiser import Denoiser, info_from_dict, load_conditions, ready, save_beside
 from pipelines.models.families import FAMILIES
 from pipelines.models.families.base import CLASSIFIER_FREE
 from pipelines.models.first_stage import FirstStage
+from pipelines.models.source import read_json
 from pipelines.plans import Plan
 from pipelines.quant import layers as fake_layers
 from pipelines.quant.correction import Correction
 from pipelines.quant.guidance import GuidanceShares
 from pipelines.quant.hadamard import sign_diagonal
-from pipelines.quant.integers import PackedWeights
+from pipelines.quant.integers import LEARNED, PackedWeights, check_tensors
 from pipelines.quant.spec import HALVES, SitePlan, site_from_dict, site_to_dict
+from pipelines.quant.surroundings import NAMES
 from pipelines.quant.tables import TimestepTables
 
+_AGAIN = "make the artifact again with --force"
 FORMAT = "hqdm-int"
 FORMAT_VERSION = 4
 READABLE = (3, 4)  # 4 may guide by shares, which a reader of 3 would pass over
@@ -167,12 +171,15 @@ def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tenso
 
 def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) -> Denoiser:
     """The fake student of `student.safetensors`; it shares its teacher's weights. `freeze` computes every V, for
-    sampling.
+    sampling. FileFault for tensors that are not its plan's, NumericalFault for scales that are not positive.
     """
     tensors = _load(path)
     student = share_frozen(teacher)
     plans = plan.quantised
-    layers = _swap_in(student, plans, _tables(tensors, "tables/"), tensors)
+    for site in plans:
+        mine = {what: tensors.get(f"{site.site.name}/{what}") for what in (*LEARNED, *NAMES)}
+        check_tensors(site, {what: v for what, v in mine.items() if v is not None}, path, "weight_zero")
+    layers = _swap_in(student, plans, _tables(tensors, "tables/", plans, path), tensors)
     for name, layer in layers.items():
         if f"{name}/weight" in tensors:
             layer.weight = tensors[f"{name}/weight"]
@@ -196,11 +203,56 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
     return student.requires_grad_(False).eval()
 
 
-def _tables(tensors: dict[str, torch.Tensor], prefix: str) -> TimestepTables:
-    return TimestepTables(
-        tensors[f"{prefix}timesteps"].tolist(), tensors[f"{prefix}scale"], tensors[f"{prefix}zero"],
-        tensors.get(f"{prefix}factor"),
-    )  # fmt: skip
+def _tables(tensors: dict[str, torch.Tensor], prefix: str, plans: list[SitePlan], path: Path) -> TimestepTables:
+    """The tables of a file. FileFault where they are not the plans', NumericalFault for scales that are not positive
+    and zero-points that are not finite.
+    """
+    timesteps, factor = tensors.get(f"{prefix}timesteps"), tensors.get(f"{prefix}factor")
+    parts = {what: tensors.get(f"{prefix}{what}") for what in ("scale", "zero")}
+    if timesteps is None or timesteps.ndim != 1 or timesteps.dtype != torch.float64 or not len(timesteps):
+        raise FileFault(f"{path}: has no table of timesteps", _AGAIN)
+    if not (timesteps.isfinite().all() and (timesteps.diff() > 0).all()):
+        raise FileFault(f"{path}: its timesteps are not ascending numbers", _AGAIN)
+    shapes = dict.fromkeys(parts, (len(timesteps), len(plans)))
+    if factor is not None:
+        parts["factor"] = factor
+        shapes["factor"] = len(timesteps), sum(plan.site.outputs for plan in plans)
+    for what, value in parts.items():
+        if value is None or value.shape != shapes[what] or value.dtype != torch.float32:
+            raise FileFault(f"{path}: the timesteps' {what} is not fp32 of shape {shapes[what]}", _AGAIN)
+        positive = what != "zero"
+        good = (value > 0) & value.isfinite() if positive else value.isfinite()
+        if not good.all():
+            row, column = (~good).nonzero()[0].tolist()
+            site = f" of site {plans[column].site.name}" if what != "factor" else ""
+            raise NumericalFault(
+                f"the activation {what}{site} at timestep {timesteps[row]:g} is {value[row, column]:g}, "
+                f"not a {'positive' if positive else 'finite'} number",
+                f"in {path}; {_AGAIN}",
+            )
+    return TimestepTables(timesteps.tolist(), parts["scale"], parts["zero"], factor)
+
+
+def check_places(network: nn.Module, plans: list[SitePlan], path: Path) -> None:
+    """FileFault for sites that are not the layers that the network has under their names."""
+    halves: dict[str, int] = {}
+    for plan in plans:
+        site = plan.site
+        whole, _, half = site.name.rpartition(".")
+        layer = network.get_submodule(whole if half in HALVES else site.name)
+        shape = tuple(layer.weight.shape)
+        wanted = site.weight
+        if half in HALVES:
+            halves[whole] = halves.get(whole, shape[1]) - site.channels
+            wanted = wanted[0], shape[1], *wanted[2:]
+        fits = isinstance(layer, {"linear": nn.Linear, "conv": nn.Conv2d}[site.kind]) and shape == wanted
+        if site.kind == "conv" and fits:
+            own = layer.stride, layer.padding, layer.dilation, layer.groups
+            fits = own == (site.stride, site.padding, site.dilation, site.groups)
+        if not fits:
+            raise FileFault(f"{path}: site {site.name} is not the layer that the network has there", _AGAIN)
+    if bad := [name for name, rest in halves.items() if rest]:
+        raise FileFault(f"{path}: the halves of {bad[0]} are not its channels", _AGAIN)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
@@ -288,12 +340,15 @@ def _site_entry(site: SitePlan) -> dict:
 
 
 def load_integer(folder: Path, backend: str) -> Denoiser:
-    """An exported integer model, ready to sample on a back end ("reference" or "cpu"), from its own files alone."""
+    """An exported integer model, ready to sample on a back end ("reference" or "cpu"), from its own files alone.
+
+    FileFault for files that do not go together, NumericalFault for scales and tensors that are no numbers: kernels read
+    where a plan says, and must not read beyond.
+    """
+    from pipelines.models.folder import check_saved
+
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FileFault(f"{path}: not readable: {error}", "export again: hqdm export --format int") from error
+    config = read_json(path)
     if config.get("format") != FORMAT or config.get("version") not in READABLE:
         raise FileFault(
             f"{path}: format {config.get('format')!r} version {config.get('version')!r}, "
@@ -309,26 +364,34 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
             raise FileFault(f"{path}: its sign diagonals are not those of this hqdm", "use the hqdm that exported it")
         info = info_from_dict(config["model"])
         family = FAMILIES[info.family]
+        check_saved(family.network, config["network"], path, len(tensors))
         network = family.build(config["network"], info.options)
+        check_places(network, plans, path)
         weights = {}
         for plan in plans:
             prefix = f"{plan.site.name}."
             mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             weights[plan.site.name] = PackedWeights(plan, mine)
-        tables = _tables(tensors, "tables.")
+            weights[plan.site.name].check(path.parent / "model.safetensors")
+        tables = _tables(tensors, "tables.", plans, path.parent / "model.safetensors")
         integer_layers.swap_in(network, plans, tables, weights, backend, family.timestep_unit)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         raise FileFault(
-            f"{folder}: config.json or model.safetensors is incomplete: {type(error).__name__}: {error}",
+            f"{folder}: config.json or model.safetensors is incomplete: {type(error).__name__}: {first_line(error)}",
             "export again: hqdm export --format int --force",
         ) from error
     floats = {key.removeprefix("float."): value for key, value in tensors.items() if key.startswith("float.")}
-    wanted = {name for name in network.state_dict() if not name.startswith("timestep_tables.")}
-    if wanted != floats.keys():
-        different = ", ".join(sorted(wanted ^ floats.keys())[:5])
+    wanted = {name: v for name, v in network.state_dict().items() if not name.startswith("timestep_tables.")}
+    if wanted.keys() != floats.keys():
+        different = ", ".join(sorted(wanted.keys() ^ floats.keys())[:5])
         raise FileFault(f"{folder}: tensors and configuration disagree on {different}", "export again")
+    for name, value in floats.items():
+        if value.shape != wanted[name].shape or value.dtype != wanted[name].dtype:
+            raise FileFault(f"{folder}: float.{name} is {value.dtype} of shape {tuple(value.shape)}", _AGAIN)
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NumericalFault(f"the tensor float.{name} holds NaN or Inf", f"in {folder}; {_AGAIN}")
     network.load_state_dict(floats, strict=False, assign=True)
-    denoiser = ready(Denoiser(network, _load(Path(folder) / CONDITIONS), info, FirstStage.load(Path(folder))))
+    denoiser = ready(Denoiser(network, load_conditions(folder, info), info, FirstStage.load(Path(folder))))
     if config.get("guided_by_shares"):
         denoiser.guidance_shares = GuidanceShares.load(Path(folder))
     if config.get("corrected"):

@@ -26,6 +26,21 @@ def tiny_store(root: Path, seed: int = 0) -> Store:
     return Store(root)
 
 
+def exported_store(root: Path) -> Store:
+    """The same with a plan, a student (w4a4, six updates) and its exported integers."""
+    shutil.copytree(_exported(), root, dirs_exist_ok=True)
+    return Store(root)
+
+
+@cache
+def _exported() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="hqdm-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    store = tiny_store(folder)
+    make(store, "export", {"distill": tiny_student(store, trajectories=2).id})
+    return folder
+
+
 @cache
 def _made(seed: int) -> Path:
     folder = tempfile.mkdtemp(prefix="hqdm-tiny-")

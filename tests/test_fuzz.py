@@ -1,166 +1,26 @@
-"""Files changed at random: each is read, or refused with an error that a user can act on. Nothing runs, hangs or grows.
-
-The examples are the same in every run (a fixed seed). Bytes are flipped, cut, inserted and overwritten, most of them
-where a format keeps its structure; JSON and YAML also change as trees, pickles also by instructions.
+"""Model files changed at random: each is read, or refused with an error that a user can act on. Nothing runs, hangs or
+grows. What changes them is in fuzzing.py; pickles also change by instructions here. The other readers: test_fuzz_files.
 """
 
-import copy
 import json
 import shutil
-import signal
-import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from families import save_tiny
-from hypothesis import HealthCheck, Phase, given, settings
+from fuzzing import CANARY, both, edited, edits, examples, framed, outcome, trees, unframed, written
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pipelines.errors import HqdmError
-from pipelines.memory import peak_bytes, reset_peak
 from pipelines.models.checkpoint import read_tensors
 from pipelines.models.source import take
 
 CHECKPOINT = Path(__file__).parents[1] / "pipelines" / "digits" / "model.ckpt"
-MOST_SECONDS, MOST_BYTES = 5.0, 1 << 30  # of the processor, so that a busy machine does not count
-CANARY = "canary.txt"
-
-
-class Hang(BaseException):
-    """Not an Exception, so that no handler takes it for a file's fault."""
-
-
-def examples(count):
-    return settings(
-        max_examples=count, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-
-
-@contextmanager
-def within(seconds):
-    def stop(_signal, _frame):
-        raise Hang(f"more than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(call):
-    """The word read or refused; fails for any other exception, and for time, memory and code that no file may take."""
-    reset_peak()
-    before, start = peak_bytes(), time.process_time()
-    try:
-        with within(12 * MOST_SECONDS):
-            call()
-        result = "read"
-    except HqdmError as error:
-        assert error.what.strip() and error.hint.strip(), error
-        result = "refused"
-    assert time.process_time() - start < MOST_SECONDS
-    assert peak_bytes() - before < MOST_BYTES
-    assert not Path(CANARY).exists()
-    return result
-
-
-def both(seen):
-    """Neither everything was read nor everything refused: the changes reach what is read."""
-    assert seen["read"] and seen["refused"], seen
-
-
-# Changes of bytes
-
-_BYTES = st.one_of(
-    st.binary(min_size=1, max_size=8),
-    st.sampled_from([b"\0" * 8, b"\xff" * 8, b"\x7f\xff\xff\xff", b"{", b'"', b"PK\x03\x04", b"PK\x05\x06", b"[" * 64]),
-)
-
-
-@st.composite
-def edits(draw, structure):
-    """Up to three edits as functions of bytes; `structure` are the ranges, as parts of the length, worth most edits."""
-    found = []
-    for _ in range(draw(st.integers(1, 3))):
-        low, high = draw(st.sampled_from([*structure, *structure, (0.0, 1.0)]))
-        place = low + (high - low) * draw(st.floats(0, 1))
-        kind = draw(st.sampled_from(["flip", "write", "insert", "delete", "cut"]))
-        found.append((kind, place, draw(_BYTES), draw(st.integers(0, 7))))
-    return found
-
-
-def edited(content, changes):
-    content = bytearray(content)
-    for kind, place, value, bit in changes:
-        at = min(int(place * len(content)), max(len(content) - 1, 0))
-        if kind == "flip" and content:
-            content[at] ^= 1 << bit
-        elif kind == "write":
-            content[at : at + len(value)] = value
-        elif kind == "insert":
-            content[at:at] = value
-        elif kind == "delete":
-            del content[at : at + len(value)]
-        elif kind == "cut":
-            del content[at:]
-    return bytes(content)
-
-
-# Changes of trees
-
-_VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 40), st.floats(allow_nan=False, allow_infinity=False),
-    st.sampled_from([
-        10**6, 10**9, 10**18, 10**40, -(10**9), "", "1", "os.system", "../../etc/passwd", "/dev/zero", "a" * 5000,
-        "\ud800", [], {}, [[]], [0], [10**9] * 3, [1] * 1000, [[8, 8], [8]], {"a": {"b": []}}, [None, None],
-        ["diffusers", "UNet2DModel"], ["os", "system"], "UNet2DConditionModel", "AutoencoderKL", "DownBlock2D",
-    ]),
-    st.text(max_size=8),
-)  # fmt: skip
-
-
-def places_of(tree, above=()):
-    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in inner:
-        yield (*above, key)
-        yield from places_of(value, (*above, key))
-
-
-@st.composite
-def trees(draw, tree):
-    """The tree with one to three values replaced, deleted, doubled or taken from elsewhere in it."""
-    tree = copy.deepcopy(tree)
-    for _ in range(draw(st.integers(1, 3))):
-        places = list(places_of(tree))
-        if not places:
-            break
-        *above, key = draw(st.sampled_from(places))
-        parent = tree
-        for step in above:
-            parent = parent[step]
-        kind = draw(st.sampled_from(["replace", "replace", "replace", "delete", "list", "elsewhere"]))
-        if kind == "replace":
-            parent[key] = copy.deepcopy(draw(_VALUES))  # the same lists are drawn again
-        elif kind == "delete":
-            del parent[key]
-        elif kind == "list":
-            parent[key] = [parent[key], parent[key]]
-        else:
-            other = tree
-            for step in draw(st.sampled_from(places)):
-                other = other[step]
-            parent[key] = copy.deepcopy(other)
-    return tree
 
 
 # Files of tensors
@@ -198,14 +58,12 @@ def test_a_safetensors_header_changed_as_a_tree_is_read_or_refused(here):
     path, seen = here / "model.safetensors", Counter()
     save_file(tensors(), path)
     whole = path.read_bytes()
-    length = int.from_bytes(whole[:8], "little")
-    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    header, data = unframed(whole)
 
     @examples(300)
     @given(trees(header))
     def change(tree):
-        text = json.dumps(tree).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        path.write_bytes(framed(tree, data))
         seen[outcome(lambda: [value.sum() for value in read_tensors(path)[0].values()])] += 1
 
     change()
@@ -295,7 +153,7 @@ def test_a_folders_configuration_changed_as_a_tree_or_as_bytes_is_read_or_refuse
     @examples(CONFIGURATIONS[name])
     @given(st.one_of(trees(tree), trees(tree), edits([])))
     def change(changed):
-        path.write_bytes(edited(whole, changed) if isinstance(changed, list) else json.dumps(changed).encode())
+        path.write_bytes(written(changed, whole))
         seen[outcome(lambda: take(folder))] += 1
 
     change()
@@ -328,7 +186,7 @@ def test_a_latent_diffusion_yaml_changed_as_a_tree_or_as_bytes_is_read_or_refuse
     @examples(80)
     @given(st.one_of(trees(tree), trees(tree), edits([])))
     def change(changed):
-        path.write_bytes(edited(whole, changed) if isinstance(changed, list) else json.dumps(changed).encode())
+        path.write_bytes(written(changed, whole))
         seen[outcome(lambda: take(CHECKPOINT, config=path))] += 1
 
     change()

@@ -66,15 +66,15 @@ def bench(
          "GB": round(table["memory_gb"][row["contender"]]["resident"], 2) if table["memory_gb"] else None}
         for row in table["steps"]
     ]  # fmt: skip
-    print("\n".join(console.table(rows)))
-    print()
+    console.out("\n".join(console.table(rows)))
+    console.out("")
     fraction = "fraction_of_int8_peak"
     shares = [{"ms of a step": name} | {kind: round(ms, 1) for kind, ms in mine.items() if kind != fraction}
               for name, mine in table["shares"].items()]  # fmt: skip
-    print("\n".join(console.table(shares)))
-    print()
-    print("\n".join(console.table([{name: round(value, 1) for name, value in table["peaks"].items()}])))
+    console.out("\n".join(console.table(shares)))
+    console.out("")
+    console.out("\n".join(console.table([{name: round(value, 1) for name, value in table["peaks"].items()}])))
     for name, mine in table["shares"].items():
         if fraction in mine:
-            print(f"{name}: its products reach {mine[fraction]:.0%} of the machine's best in int8")
+            console.out(f"{name}: its products reach {mine[fraction]:.0%} of the machine's best in int8")
     console.say(f"{outcome.artifact.id}\t{outcome.artifact.path}")

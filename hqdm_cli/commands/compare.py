@@ -110,7 +110,8 @@ def compare(
     artifact = result.outcome.artifact
     if as_json or as_csv or as_markdown:
         name = "table.json" if as_json else "table.csv" if as_csv else "table.md"
-        print(_with_workspace(artifact, name, workspace), end="")
+        text = _with_workspace(artifact, name, workspace)
+        console.out(console.plain_json(text) if as_json else text, end="")
     else:
         _show_table(artifact)
     console.say(f"{artifact.id}: {artifact.path / 'table.md'}, table.json, table.csv and pictures/")
@@ -190,7 +191,7 @@ def _show_plan(result: Any, as_json: bool) -> None:
         console.print_json({"cells": rows, "seconds": result.seconds})
         return
     for line in console.table(rows):
-        print(line)
+        console.out(line)
     missing = sum(not cell.ended for cell in result.cells)
     if not missing:
         console.say(f"all {len(rows)} cells are there")
@@ -227,5 +228,5 @@ def _show_table(artifact: Any) -> None:
             for texts, best in zip(view.lines, view.best, strict=True)
         ]
         for line in console.table(rows):
-            print(line)
+            console.out(line)
     console.say(note(table["about"]))

@@ -23,7 +23,7 @@ def doctor(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug
         console.print_json([asdict(finding) for finding in found])
     else:
         for line in console.table([{"what": f.what, "state": f.state, "found": f.found} for f in found]):
-            print(line)
+            console.out(line)
         for finding in found:
             if finding.hint:
                 console.say(f"{finding.what}: {finding.hint}")

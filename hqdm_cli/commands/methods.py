@@ -30,16 +30,16 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
         console.print_json(listed)
         return
     for name, method in METHODS.items():
-        print(f"{name}: {method.summary}")
-        print(f"  source: {method.source}")
+        console.out(f"{name}: {method.summary}")
+        console.out(f"  source: {method.source}")
         width = max(map(len, method.variants), default=0)
         for variant, about in method.variants.items():
             default = " (default)" if variant == method.default_variant else ""
-            print(f"  --variant {variant:<{width}}  {about.summary}{default}")
+            console.out(f"  --variant {variant:<{width}}  {about.summary}{default}")
         settings = {f"{option}={_word(about.default)}": about for option, about in method.options.items()}
         width = max(map(len, settings), default=0)
         for setting, about in settings.items():
-            print(f"  --set {setting:<{width}}  {about.summary}{_bounds(about)}")
+            console.out(f"  --set {setting:<{width}}  {about.summary}{_bounds(about)}")
 
 
 def _plain(option: Any, variants: Any) -> dict[str, Any]:

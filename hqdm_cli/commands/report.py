@@ -26,7 +26,7 @@ def report(
     Teacher and students with speed, size and scores; --picture puts their images beside each other.
     """
     import csv
-    import sys
+    import io
 
     from pipelines import runner
     from pipelines.errors import UsageError, did_you_mean
@@ -40,12 +40,14 @@ def report(
     if form == "json" or as_json:
         console.print_json(rows)
     elif form == "csv" and rows:
-        writer = csv.DictWriter(sys.stdout, console.columns_of(rows), lineterminator="\n")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, console.columns_of(rows), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        console.out(text.getvalue(), end="")
     elif rows:
         for line in console.table(rows) if form == "table" else console.markdown(rows):
-            print(line)
+            console.out(line)
         for fake, integer in equal_images(store):
             console.say(f"{fake} (fake-quantised) and {integer} (integers) hold the same images, bit for bit")
     if rows and (sentence := speed_up(store)):

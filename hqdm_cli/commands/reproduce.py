@@ -45,7 +45,7 @@ def reproduce(
             rows.append(step)
             if not as_json:
                 about = "the same bits" if step.same else f"{len(step.files)} files differ: {', '.join(step.files[:3])}"
-                print(f"{step.recorded.id}\t{step.made.id}\t{about}", flush=True)
+                console.out(f"{step.recorded.id}\t{step.made.id}\t{about}")
     if as_json:
         console.print_json([
             {"recorded": row.recorded.id, "made": row.made.id, "same": row.same, "files": row.files,

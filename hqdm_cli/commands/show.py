@@ -50,4 +50,4 @@ def show(
         "figures": artifact.figures,
         "files": files,
     }
-    print(write_yaml(shown), end="")
+    console.out(write_yaml(shown), end="")

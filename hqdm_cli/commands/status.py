@@ -29,7 +29,7 @@ def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug
         console.print_json({"artifacts": rows, "unfinished": unfinished, "next": following})
     elif rows:
         for line in console.table(rows):
-            print(line)
+            console.out(line)
     else:
         console.say(f"{workspace} holds no artifacts yet")
     for stage in unfinished:

@@ -29,7 +29,7 @@ def verify(
         console.print_json(faults)
     else:
         for name, lines in faults.items():
-            print("\n".join(f"{name}\t{line}" for line in lines or ["as it was written"]))
+            console.out("\n".join(f"{name}\t{line}" for line in lines or ["as it was written"]))
     damaged = [name for name, lines in faults.items() if lines]
     if damaged:
         hint = "restore those files, or run the stage again with --force"

@@ -11,24 +11,29 @@ Whatever a file is called says nothing but its place in the order: "2.png" comes
 unpickled, and an archive's members are read in memory, never written to disk, so a member's path can do no harm.
 """
 
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import re
 import struct
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from pipelines.errors import FileFault
 from pipelines.events import Report
+from pipelines.memory import free_bytes
 from pipelines.store import sha256_of_file
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm"})
@@ -36,11 +41,19 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")  # the decoders that Pillo
 LOSSY_FORMATS = frozenset({"JPEG", "WEBP"})
 FEWEST = 2  # a covariance needs two images
 MEMBER_BYTES = 256 * 2**20  # one file in an archive, decompressed
+MEMBER_PIXELS = 8192 * 8192  # of one image
 TOTAL_BYTES = 32 * 2**30  # all images, decoded; 50,000 of 256×256 RGB take 9.2 GiB
+UNPACKED_BYTES, UNPACKED_TIMES = (
+    2**30,
+    100,
+)  # a compressed tar may unpack to the larger of this and so many times itself
+MOST_CLASSES = 2**20  # labels are below it: counts of classes are arrays of this length
+_DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x5d\0\0": lzma.open}
 
-# What Pillow, zlib and the archive readers raise on damaged input.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, LZMAError, tarfile.TarError,
-          zipfile.BadZipFile, NotImplementedError, MemoryError, Image.DecompressionBombError)  # fmt: skip
+# What Pillow, zlib, numpy and the archive readers raise on damaged input.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError,
+          RuntimeError, AssertionError, MemoryError, struct.error, zlib.error, lzma.LZMAError, tarfile.TarError,
+          tokenize.TokenError, zipfile.BadZipFile, Image.DecompressionBombError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,14 +100,15 @@ def read_images(path: str | Path, source: str | None = None, report: Report | No
         found = ImageSet(images, labels, None, "", "")
     else:
         with _naming(place):
-            is_zip, is_tar = zipfile.is_zipfile(place), tarfile.is_tarfile(place)
+            is_zip = zipfile.is_zipfile(place)
+        is_tar = not is_zip and _is_tar(place)
         if not is_zip and not is_tar:
             raise FileFault(f"{place}: neither an image archive nor an .npz file", "give a folder of images, an .npz "
                             "(arr_0: uint8 NHWC), a .zip or .tar archive of images, or a sample artifact")  # fmt: skip
         found = _decode(_zip(place) if is_zip else _tar(place), place, report)
     if len(found) < FEWEST:
         count = f"{len(found)} image{'' if len(found) == 1 else 's'}"
-        raise FileFault(f"{path}: holds {count}, scores need at least {FEWEST}")
+        raise FileFault(f"{path}: holds {count}, scores need at least {FEWEST}", "give the folder or archive of all")
     return ImageSet(found.images, found.labels, found.names, source, sha256, found.remarks)
 
 
@@ -112,7 +126,9 @@ def hash_of_images(path: str | Path) -> str:
 def images_file(path: Path) -> Path:
     """Where the images of `path` are: a sample artifact's `samples.npz`, otherwise the path itself."""
     if not path.exists():
-        raise FileFault(f"{path}: no such file or folder")
+        raise FileFault(f"{path}: no such file or folder", "check the path")
+    if not path.is_dir() and not path.is_file():
+        raise FileFault(f"{path}: a pipe or a device", "save it to a file first")
     if path.is_dir() and (path / "manifest.json").is_file() and (path / "samples.npz").is_file():
         return path / "samples.npz"
     return path
@@ -127,8 +143,7 @@ def npz_arrays(path: Path) -> frozenset[str] | None:
             members = archive.infolist()
     if not members or not all(member.filename.endswith(".npy") for member in members):
         return None
-    if sum(member.file_size for member in members) > TOTAL_BYTES:
-        raise FileFault(f"{path}: takes more than {TOTAL_BYTES / 2**30:.0f} GiB in memory")
+    _check_room(sum(member.file_size for member in members), str(path))
     return frozenset(member.filename.removesuffix(".npy") for member in members)
 
 
@@ -138,6 +153,8 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     for name in names:
         with _naming(f"{path}: {name}"), np.load(path, allow_pickle=False) as archive:
             arrays[name] = archive[name]
+            if not isinstance(arrays[name], np.ndarray):  # numpy gives bytes where a member does not begin as an array
+                raise ValueError("it is no array")
     return arrays
 
 
@@ -150,18 +167,37 @@ def pixels_hash(images: np.ndarray, labels: np.ndarray | None = None) -> str:
     return digest.hexdigest()
 
 
+def _check_room(size: int, what: str) -> None:
+    """FileFault for more bytes than are ever read, or than the machine has free: a small file can claim many."""
+    room = min(TOTAL_BYTES, free_bytes() or TOTAL_BYTES)
+    if size > room:
+        raise FileFault(
+            f"{what}: would take {size / 2**30:.1f} GiB in memory, more than {room / 2**30:.1f} GiB",
+            "score a part of them",
+        )
+
+
 @contextmanager
 def _naming(file: object) -> Iterator[None]:
     """Turn a decoder's complaint into one that names the file."""
     try:
         yield
     except DAMAGE as error:
-        raise FileFault(f"{file}: cannot be read: {error}") from error
+        reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+        raise FileFault(
+            f"{file}: cannot be read: {reason}", "it is damaged or of another kind: make it again"
+        ) from error
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """A sorting key under which "2.png" comes before "10.png"."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"([0-9]+)", name) if part]
+def _natural(name: str) -> list[tuple[bool, int, str, str]]:
+    """A sorting key under which "2.png" comes before "10.png", without reading numbers of any length as such."""
+    parts = re.split(r"([0-9]+)", name)  # words and numbers in turns
+    keys = []
+    for place, part in enumerate(parts):
+        number = part.lstrip("0") if place % 2 else ""
+        if part:
+            keys.append((bool(place % 2), len(number), number, part))
+    return keys
 
 
 def _is_image_name(name: str) -> bool:
@@ -183,9 +219,9 @@ def _folder(folder: Path) -> _Files:
 
     def read() -> Iterator[tuple[int, bytes]]:
         for i, (_, file) in enumerate(files):
-            with _naming(file):
-                data = file.read_bytes()
-            yield i, data
+            with _naming(file), open(file, "rb") as opened:
+                data = opened.read(MEMBER_BYTES + 1)
+            yield i, _bounded(data, str(file))
 
     return _Files(tuple(name for name, _ in files), read)
 
@@ -196,7 +232,7 @@ def _zip(path: Path) -> _Files:
     members.sort(key=lambda member: _natural(member.filename))
     for member in members:
         if member.flag_bits & 1:
-            raise FileFault(f"{path}: {member.filename} is encrypted")
+            raise FileFault(f"{path}: {member.filename} is encrypted", "pack it without a password")
 
     def read() -> Iterator[tuple[int, bytes]]:
         with zipfile.ZipFile(path) as archive:
@@ -208,19 +244,65 @@ def _zip(path: Path) -> _Files:
     return _Files(tuple(member.filename for member in members), read)
 
 
+class _Unpacked:
+    """A decompressed file as tarfile reads it, which fills memory with whatever a header claims: no more at a time than
+    a member may have, and in all no more than a compressed archive of images could unpack to.
+    """
+
+    def __init__(self, file: IO[bytes], most: int):
+        self._file, self._most = file, most
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MEMBER_BYTES:
+            raise tarfile.ReadError(f"a header or member claims more than {MEMBER_BYTES / 2**20:.0f} MiB")
+        self._check(self._file.tell() + size)
+        return self._file.read(size)
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        self._check(place)
+        return self._file.seek(place, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def _check(self, place: int) -> None:
+        if place > self._most + MEMBER_BYTES:
+            raise tarfile.ReadError(f"unpacks to more than {self._most / 2**30:.1f} GiB")
+
+
+@contextmanager
+def _opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    size = path.stat().st_size
+    with open(path, "rb") as raw:
+        head = raw.read(6)
+    unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
+    most = TOTAL_BYTES if unpack is None else min(TOTAL_BYTES, max(UNPACKED_BYTES, UNPACKED_TIMES * size))
+    with (unpack or open)(path, "rb") as file, tarfile.open(fileobj=_Unpacked(file, most), mode="r:") as archive:
+        yield archive
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        with _opened_tar(path):
+            return True
+    except DAMAGE:
+        return False
+
+
 def _tar(path: Path) -> _Files:
-    with _naming(path), tarfile.open(path, "r:*") as archive:
+    with _naming(path), _opened_tar(path) as archive:
         kept, place = [], 0
         for place, member in enumerate(archive):
             if member.size > MEMBER_BYTES:
-                raise FileFault(f"{path}: {member.name} takes {member.size / 2**20:.0f} MiB, the limit is 256 MiB")
+                raise FileFault(f"{path}: {member.name} takes {member.size / 2**20:.0f} MiB, the limit is 256 MiB",
+                                "leave it out: no image is as large")  # fmt: skip
             if member.isreg() and _is_image_name(member.name):  # links are not followed
                 kept.append((member.name, place))
     kept.sort(key=lambda item: _natural(item[0]))
     order = {place: i for i, (_, place) in enumerate(kept)}
 
     def read() -> Iterator[tuple[int, bytes]]:
-        with _naming(path), tarfile.open(path, "r:*") as archive:  # in file order: a compressed tar cannot seek cheaply
+        with _naming(path), _opened_tar(path) as archive:  # in file order: a compressed tar cannot seek cheaply
             for place, member in enumerate(archive):
                 if place in order:
                     data = archive.extractfile(member).read()
@@ -231,7 +313,7 @@ def _tar(path: Path) -> _Files:
 
 def _bounded(data: bytes, file: str) -> bytes:
     if len(data) > MEMBER_BYTES:
-        raise FileFault(f"{file} takes more than {MEMBER_BYTES / 2**20:.0f} MiB")
+        raise FileFault(f"{file} takes more than {MEMBER_BYTES / 2**20:.0f} MiB", "leave it out: no image is as large")
     return data
 
 
@@ -244,14 +326,13 @@ def _decode(files: _Files, path: Path, report: Report) -> ImageSet:
         pixels, image_format = decode_image(data, name)
         lossy += image_format in LOSSY_FORMATS
         if images is None:
-            if pixels.nbytes * len(files.names) > TOTAL_BYTES:
-                raise FileFault(f"{path}: {len(files.names)} images of {_shown(pixels)} take more than "
-                                f"{TOTAL_BYTES / 2**30:.0f} GiB", "score a part of them")  # fmt: skip
+            _check_room(pixels.nbytes * len(files.names), f"{path}: {len(files.names)} images of {_shown(pixels)}")
             images, first = np.empty((len(files.names), *pixels.shape), np.uint8), name
         if pixels.shape[:2] != images.shape[1:3]:
             raise FileFault(f"{name}: {_shown(pixels)} pixels, but {first} has {_shown(images[0])}",
                             "scores need images of one size; remove or resize the odd ones")  # fmt: skip
         if pixels.shape[2] > images.shape[3]:  # colour after grey
+            _check_room(3 * images.nbytes, f"{path}: {len(files.names)} images of {_shown(pixels)}")
             images = np.repeat(images, 3, axis=3)
         images[i] = pixels  # grey among colour spreads over the channels
         done += 1
@@ -267,6 +348,10 @@ def decode_image(data: bytes, name: str) -> tuple[np.ndarray, str]:
     """One encoded image as (H, W, 1 or 3) uint8, and its format's name. Raises FileFault, which names `name`."""
     with _naming(name):
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MEMBER_PIXELS:
+                raise FileFault(
+                    f"{name}: {image.width}×{image.height} pixels, at most {MEMBER_PIXELS} are read", "leave it out"
+                )
             image.verify()  # checksums, which decoding skips in part
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.load()
@@ -279,7 +364,7 @@ def decode_image(data: bytes, name: str) -> tuple[np.ndarray, str]:
             elif image.mode in ("P", "1"):
                 image = image.convert("RGB" if image.mode == "P" else "L")
             if image.mode not in ("L", "RGB"):
-                raise FileFault(f"{name}: mode {image.mode}, scores need 8-bit grey or RGB images")
+                raise FileFault(f"{name}: mode {image.mode}, scores need 8-bit grey or RGB images", "convert it")
             pixels = np.asarray(image)
     return pixels.reshape(*pixels.shape[:2], -1), image_format
 
@@ -294,12 +379,16 @@ def _image_arrays(path: Path, held: frozenset[str]) -> tuple[np.ndarray, np.ndar
     if images.dtype != np.uint8:
         raise FileFault(f"{path}: arr_0 is {images.dtype}, not uint8", "scale the images to 0…255 and round them")
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:]:
-        hint = "transpose it to NHWC" if images.ndim == 4 and images.shape[1] in (1, 3) else ""
+        channels_first = images.ndim == 4 and images.shape[1] in (1, 3)
+        hint = "transpose it to NHWC" if channels_first else "stack the images: guided-diffusion's layout"
         raise FileFault(f"{path}: arr_0 has shape {images.shape}, not (N, H, W, 1 or 3)", hint)
     if labels is not None:
         if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
             raise FileFault(f"{path}: arr_1 has shape {labels.shape} and type {labels.dtype}, "
-                            f"not ({len(images)},) integers")  # fmt: skip
+                            f"not ({len(images)},) integers", "give the class of each image, or no arr_1")  # fmt: skip
+        if len(labels) and not (-MOST_CLASSES < labels.min() and labels.max() < MOST_CLASSES):
+            raise FileFault(f"{path}: arr_1 holds {labels.min()} to {labels.max()}, which are no classes",
+                            "number the classes from 0")  # fmt: skip
         labels = labels.astype(np.int64)
     return images, labels
 

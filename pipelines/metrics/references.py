@@ -25,6 +25,8 @@ from pipelines.metrics.images import (
 )
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
+AGAIN = "compute the statistics again: hqdm score writes them as statistics.npz"
+LARGEST = 1e30  # of means and covariances: their products must stay finite
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ def read_reference(path: str | Path, source: str | None = None, report: Report |
         found = read_images(path, source, report)
         return Reference(name, found.sha256, found)
     arrays = read_arrays(place, held & {*MOMENTS, "n", "extractor", "extractor_sha256"})
-    n = int(arrays["n"]) if "n" in arrays else None
+    n = _count(place, arrays["n"]) if "n" in arrays else None
     pool = _statistics(place, arrays, "mu", "sigma", n)
     spatial = _statistics(place, arrays, "mu_s", "sigma_s", n) if "mu_s" in arrays else None
     images = read_images(path, source, report) if "arr_0" in held else None
-    extractor, weights = (str(arrays[key]) if key in arrays else None for key in ("extractor", "extractor_sha256"))
+    extractor, weights = (
+        _word(place, key, arrays[key]) if key in arrays else None for key in ("extractor", "extractor_sha256")
+    )
     return Reference(name, hash_of_images(path), images, pool, spatial, extractor, weights)
 
 
@@ -79,17 +83,37 @@ def write_statistics(path: Path, pool: Statistics, spatial: Statistics, extracto
              n=np.int64(pool.n), extractor=np.str_(extractor), extractor_sha256=np.str_(extractor_sha256))  # fmt: skip
 
 
+def _count(path: Path, value: np.ndarray) -> int:
+    if value.shape != () or value.dtype.kind not in "iu" or not 0 < value < 2**62:
+        raise FileFault(f"{path}: n is {value.dtype} of shape {value.shape}, not how many images there were", AGAIN)
+    return int(value)
+
+
+def _word(path: Path, key: str, value: np.ndarray) -> str:
+    if value.shape != () or value.dtype.kind != "U" or value.dtype.itemsize > 4 * 128:
+        raise FileFault(f"{path}: {key} is {value.dtype} of shape {value.shape}, not a word", AGAIN)
+    return str(value)
+
+
 def _statistics(path: Path, arrays: dict[str, np.ndarray], mu: str, sigma: str, n: int | None) -> Statistics:
     if sigma not in arrays:
-        raise FileFault(f"{path}: holds {mu} but no {sigma}")
+        raise FileFault(f"{path}: holds {mu} but no {sigma}", AGAIN)
     mean, covariance = arrays[mu], arrays[sigma]
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise FileFault(f"{path}: {mu} has shape {mean.shape} and {sigma} {covariance.shape}, not (D,) and (D, D)")
+        raise FileFault(
+            f"{path}: {mu} has shape {mean.shape} and {sigma} {covariance.shape}, not (D,) and (D, D)", AGAIN
+        )
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
-        raise FileFault(f"{path}: {mu} is {mean.dtype} and {sigma} {covariance.dtype}, not floats")
+        raise FileFault(f"{path}: {mu} is {mean.dtype} and {sigma} {covariance.dtype}, not floats", AGAIN)
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise FileFault(f"{path}: {mu} or {sigma} holds NaN or Inf")
-    return Statistics(mean.astype(np.float64), covariance.astype(np.float64), n)
+        raise FileFault(f"{path}: {mu} or {sigma} holds NaN or Inf", AGAIN)
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    largest = float(np.abs(covariance).max(initial=0))
+    if max(largest, float(np.abs(mean).max(initial=0))) > LARGEST:
+        raise FileFault(f"{path}: {mu} or {sigma} holds numbers beyond {LARGEST:g}, which no features have", AGAIN)
+    if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-3 * largest) or (covariance.diagonal() < 0).any():
+        raise FileFault(f"{path}: {sigma} is no covariance: not symmetric, or with negative variances", AGAIN)
+    return Statistics(mean, covariance, n)
 
 
 def _digits() -> ImageSet:

@@ -10,16 +10,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines.errors import FileFault, HqdmError, UsageError
+from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.models.families import FAMILIES
 from pipelines.models.families.base import CLASSIFIER_FREE, NONE, Family
 from pipelines.models.first_stage import FirstStage
+from pipelines.models.source import read_json
 from pipelines.quant.correction import Correction
 from pipelines.quant.guidance import GuidanceShares
 from pipelines.quant.spec import Site
 
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 CONDITIONS = "conditions.safetensors"
+MOST_SIDE = 4096  # of what is denoised
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ def read_info(folder: Path) -> ModelInfo:
     """The plain values of a saved model, without torch modules."""
     path = Path(folder) / "model.json"
     try:
-        return info_from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return info_from_dict(read_json(path))
+    except TypeError as error:
         raise FileFault(
             f"{path}: not a model's description: {error}",
             "make the model artifact again: hqdm profile model.ckpt --force",
@@ -239,21 +241,64 @@ def read_info(folder: Path) -> ModelInfo:
 
 
 def info_from_dict(values: Mapping) -> ModelInfo:
-    """The inverse of `asdict`; TypeError for keys that are missing or not known."""
+    """The inverse of `asdict`; TypeError for keys that are missing or not known, and for values of other types."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"a {type(values).__name__}, no mapping")
     known = {entry.name for entry in fields(ModelInfo)}
     if unknown := sorted(set(values) - known):
         raise TypeError(f"unknown keys {', '.join(unknown)}")
-    return ModelInfo(**values)
+    for name, kind in (("shape", list), ("labels", list), ("schedule", dict), ("options", dict)):
+        if name in values and not isinstance(values[name], kind):
+            raise TypeError(f"{name} is a {type(values[name]).__name__}")
+    info = ModelInfo(**values)
+    if info.family not in FAMILIES or not all(isinstance(label, str) for label in (info.source, *info.labels)):
+        raise TypeError("no family of models that is known, or labels that are not text")
+    if len(info.shape) != 3 or not all(type(side) is int and 1 <= side <= MOST_SIDE for side in info.shape):
+        raise TypeError(f"shape is not three whole numbers from 1 to {MOST_SIDE}")
+    if type(info.conditions) is not int or not 0 <= info.conditions < 2**31 or type(info.strength) not in (int, float):
+        raise TypeError("conditions or strength are no numbers")
+    return info
 
 
 def load_denoiser(folder: Path) -> Denoiser:
     """The inverse of `save_denoiser`: fp32, evaluation mode, frozen; convolutions channels-last, the rest mapped."""
     folder = Path(folder)
     info = read_info(folder)
-    config = json.loads((folder / "denoiser" / "config.json").read_text())
+    config = read_json(folder / "denoiser" / "config.json")
     network = FAMILIES[info.family].build(config, info.options)
     fill(network, folder / WEIGHTS)
-    return ready(Denoiser(network, load_file(folder / CONDITIONS), info, FirstStage.load(folder)))
+    return ready(Denoiser(network, load_conditions(folder, info), info, FirstStage.load(folder)))
+
+
+def load_conditions(folder: Path, info: ModelInfo) -> dict[str, torch.Tensor]:
+    """What a saved model can be told. FileFault where rows are missing or not floating-point numbers."""
+    path = Path(folder) / CONDITIONS
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileFault(f"{path}: {error}", "make the artifact again with --force") from error
+    rows = info.conditions + (info.guidance == CLASSIFIER_FREE) if info.conditions else None
+    for name, value in found.items():
+        if not name.isidentifier() or not value.is_floating_point() and value.dtype != torch.int64:
+            raise FileFault(f"{path}: {name[:80]!r} is {value.dtype}", "make the artifact again with --force")
+        if value.ndim == 0 or (rows is not None and len(value) != rows):
+            raise FileFault(
+                f"{path}: {name} is of shape {tuple(value.shape)} for {rows} conditions",
+                "make the artifact again with --force",
+            )
+    return found
+
+
+def check_finite(denoiser: Denoiser) -> None:
+    """NumericalFault that names the first tensor of a model that holds NaN or Inf."""
+    parts = {"": denoiser.network, "conditions.": denoiser.conditions}
+    for prefix, part in parts.items():
+        for name, value in part.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise NumericalFault(
+                    f"the model's tensor {prefix}{name} holds NaN or Inf",
+                    "fetch the checkpoint again, or give it in fp32: half precision overflows at 65504",
+                )
 
 
 def fill(network: nn.Module, path: Path) -> None:

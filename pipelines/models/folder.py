@@ -23,7 +23,7 @@ from pipelines.diffusion import check_schedule, completed
 from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.models import first_stage as stages
 from pipelines.models.checkpoint import first_line, read_tensors
-from pipelines.models.denoiser import Denoiser, ModelInfo
+from pipelines.models.denoiser import MOST_SIDE, Denoiser, ModelInfo
 from pipelines.models.families import class_of, family_of
 from pipelines.models.families.base import CLASSIFIER_FREE, Family
 from pipelines.models.first_stage import FirstStage
@@ -43,7 +43,7 @@ from pipelines.models.source import (
 )
 
 MOST_TABLES = 256 << 20  # bytes of what a network computes for itself, such as embeddings of positions
-MOST_SIDE, MOST_LATENTS = 4096, 1 << 24  # of what is denoised
+MOST_LATENTS = 1 << 24  # of what is denoised
 _MOST_ENTRIES = 256  # of a list in a configuration
 
 # What the papers trained with, for a model's folder that comes without its scheduler's configuration.
@@ -357,6 +357,15 @@ def _check_shape(family: Family, config: Mapping[str, Any], where: Path) -> None
             raise ValueError(f"channels, height and width {shape} are not three numbers from 1 to {MOST_SIDE}")
         if shape[0] * shape[1] * shape[2] > MOST_LATENTS:
             raise ValueError(f"channels, height and width {shape} are too large")
+
+
+def check_saved(kind: str, config: Mapping[str, Any], where: Path, tensors: int) -> None:
+    """FileFault for a saved network's configuration that describes more than the `tensors` of its file; nothing is
+    allocated.
+    """
+    with _blaming(where, kind):
+        _bound(config, tensors)
+    _skeleton(kind, config, where, tensors)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipelines.config import strict_json
 from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.models.checkpoint import first_line, read_tensors
 from pipelines.models.families.base import CLASSIFIER_FREE, Family
@@ -137,7 +138,7 @@ def _check(found: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[int | N
 def _named(metadata: Mapping[str, str], count: int, path: Path) -> tuple[str, ...]:
     """The prompts that an embeddings file names; none where it names none."""
     try:
-        names = json.loads(metadata.get("prompts", "[]"))
+        names = strict_json(metadata.get("prompts", "[]"))
     except ValueError:
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) not in (0, count):

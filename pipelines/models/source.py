@@ -3,11 +3,11 @@
 What decides which files are read is here and loads no torch; the reading is in folder.py and compvis.py.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.config import strict_json
 from pipelines.errors import FileFault, HqdmError, UsageError
 
 if TYPE_CHECKING:
@@ -271,7 +271,8 @@ def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
             raise FileFault(f"{path}: there is no such file", "check that the folder is complete")
         if (size := path.stat().st_size) > most:
             raise FileFault(f"{path}: {size} bytes are too many for a configuration (at most {most})", hint)
-        values = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_constant)
+        # diffusers writes -Infinity where there is no lower limit
+        values = strict_json(path.read_bytes().decode("utf-8"), constants=("-Infinity",))
         if not isinstance(values, dict):
             raise FileFault(f"{path}: holds a {type(values).__name__} at its top, not a mapping", hint)
         bounded(values)
@@ -279,12 +280,6 @@ def read_json(path: Path, most: int = MOST_JSON) -> dict[str, Any]:
         reason = str(error).partition("\n")[0]
         raise FileFault(f"{path}: not a configuration in JSON: {reason}", hint) from error
     return values
-
-
-def _constant(word: str) -> None:
-    """diffusers writes -Infinity where there is no lower limit."""
-    if word != "-Infinity":
-        raise ValueError(f"{word} is no number")
 
 
 def bounded(values: Mapping | list) -> None:

@@ -7,6 +7,7 @@ nearest even and division is a true division, in fp32; a reciprocal would move v
 import torch
 
 SHRINK_STEPS = 80  # EfficientDM's search for a weight scale
+TINY = 1e-36  # 100 times fp32's smallest normal number
 NORM = 2.4  # the exponent of the error that the search minimises
 
 
@@ -96,8 +97,8 @@ def choose(
     """Scale and zero-point of each row of x (rows, n) that minimise Σ|x − x̂|^norm over a shrinking range.
 
     The range is ±max|x| for a symmetric grid (low = −high) and [min(x, 0), max(x, 0)] otherwise, shrunk in `steps`
-    equal
-    steps (EfficientDM). Returns fp32 (rows,) and integer-valued fp32 (rows,). A row of zeros gets scale 1.
+    equal steps (EfficientDM). Returns fp32 (rows,) and integer-valued fp32 (rows,). A row of zeros, or nearly, gets
+    scale 1; one so large that fp32 does not hold its error gets the scale that covers it.
     """
     x = x.float()
     symmetric = low == -high
@@ -107,7 +108,8 @@ def choose(
     else:
         top, bottom = x.amax(1).clamp(min=0), x.amin(1).clamp(max=0)
     width = top - bottom
-    width = torch.where(width > 0, width, torch.full_like(width, float(high - low)))
+    # A width whose step fp32 holds with fewer digits, or not at all, is none: dividing by it would give Inf.
+    width = torch.where(width > (high - low) * TINY, width, torch.full_like(width, float(high - low)))
     best = torch.full_like(width, float("inf"))
     scale, zero = torch.ones_like(width), torch.zeros_like(width)
     for step in range(steps):
@@ -117,7 +119,7 @@ def choose(
         codes = quantise(x, trial[:, None], shift[:, None], low, high)
         error = dequantise(codes, trial[:, None], shift[:, None]).sub_(x)
         error = (error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(1)
-        better = error < best
+        better = error < best if step else torch.ones_like(error, dtype=torch.bool)
         best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
         zero = torch.where(better, shift, zero)
     return scale, zero

@@ -1,18 +1,67 @@
 """The integers of one quantised layer: what training ends with, what export packs and what kernels compute with."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from pipelines.errors import FileFault, NumericalFault
 from pipelines.memory import let_go
 from pipelines.quant.hadamard import rotate_weight
 from pipelines.quant.packing import pack, unpack
-from pipelines.quant.spec import SitePlan, largest_magnitude
+from pipelines.quant.spec import WEIGHT_BITS, SitePlan, largest_magnitude
 from pipelines.quant.surroundings import NAMES, weight_bounds
 
 AT_ONCE = 2**20  # weights that a pass over rows takes
+# What a fake student's file can hold of a site, besides the surroundings.
+LEARNED = (
+    "weight_scale", "weight_zero", "base_scale", "weight_codes", "lora_a", "lora_b", "weight", "bias",
+)  # fmt: skip
+_AGAIN = "make the artifact again with --force"
+
+
+def check_tensors(plan: SitePlan, tensors: Mapping[str, torch.Tensor], path: Path, needed: str = "") -> None:
+    """FileFault for a site's tensors of other names, shapes or types than its plan's, NumericalFault for NaN and Inf,
+    scales that are not positive and zero-points that are no codes. `path` is named; `needed` has to be there besides
+    what the plan says. `students` says what there is.
+    """
+    site, where = plan.site, f"site {plan.site.name}"
+    out, inputs = site.weight[0], math.prod(site.weight[1:])
+    rank = len(tensors["lora_b"][0]) if "lora_b" in tensors and tensors["lora_b"].ndim == 2 and out else 0
+    shapes = {
+        "weight_scale": (out,), "weight_zero": (out,), "base_scale": (out,), "bias": (out,), "weight": site.weight,
+        "weight_codes": (out, inputs), "lora_a": (rank, *site.weight[1:]), "lora_b": (out, rank), "row_bits": (out,),
+        "gain": (site.channels,), "centre": (site.channels,), "taps": (out, *site.weight[2:]),
+    }  # fmt: skip
+    static = plan.centring == "static"
+    asked = {"weight_scale": True, "gain": plan.scaling, "row_bits": plan.mixed, "centre": static, "taps": static}
+    asked |= {needed: True} if needed else {}
+    for name, other in (("lora_a", "lora_b"), ("lora_b", "lora_a"), ("weight_codes", "base_scale")):
+        if name in tensors:
+            asked[other] = True
+    for name, wanted in asked.items():
+        if wanted != (name in tensors):
+            raise FileFault(f"{path}: {where} has {'no' if wanted else 'a'} {name}", _AGAIN)
+    for name, value in tensors.items():
+        bytes_ = name in ("weight_codes", "row_bits")
+        if tuple(value.shape) != shapes.get(name) or value.dtype != (torch.uint8 if bytes_ else torch.float32):
+            raise FileFault(f"{path}: {where}: {name} is {value.dtype} of shape {tuple(value.shape)}", _AGAIN)
+        if name == "row_bits" and not set(value.tolist()) <= {bits for bits in WEIGHT_BITS if bits <= plan.weight_bits}:
+            raise FileFault(f"{path}: {where}: row_bits are not widths up to {plan.weight_bits}", _AGAIN)
+        if not bytes_ and not value.isfinite().all():
+            raise NumericalFault(f"{where}: its {name} holds NaN or Inf", f"in {path}; {_AGAIN}")
+        if name in ("weight_scale", "base_scale") and not (value > 0).all():
+            raise NumericalFault(f"{where}: its {name} holds numbers that are not positive", f"in {path}; {_AGAIN}")
+        low, high = plan.weight_range
+        if name == "weight_zero" and not ((value >= low) & (value <= high) & (value == value.round())).all():
+            raise NumericalFault(
+                f"{where}: its weight_zero holds no codes from {low} to {high}", f"in {path}; {_AGAIN}"
+            )
+        if name == "gain" and not (value != 0).all():
+            raise NumericalFault(f"{where}: its gain holds 0", f"in {path}; {_AGAIN}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +91,13 @@ class IntegerWeights:
         """As a file holds them."""
         row_bits = self.surroundings.get("row_bits")
         codes = self.centred + self.zero.view(-1, *[1] * (self.centred.ndim - 1)) - _lowest(self.plan, row_bits)
+        for bits, rows in _widths(self.plan, row_bits):
+            low, high = (int(value) for value in codes[rows].aminmax())
+            if low < 0 or high >= 2**bits:
+                raise NumericalFault(
+                    f"site {self.plan.site.name}: weight codes from {low} to {high} do not fit {bits} bits",
+                    "its weights or scales are damaged: hqdm distill --force",
+                )
         codes = codes.numpy().astype(np.uint8)
         packed = [pack(codes[rows], bits) for bits, rows in _widths(self.plan, row_bits)]
         tensors = dict(self.surroundings) | {
@@ -66,6 +122,15 @@ class PackedWeights:
 
     plan: SitePlan
     tensors: Mapping[str, torch.Tensor]
+
+    def check(self, path: Path) -> None:
+        """FileFault for tensors that are not the plan's, NumericalFault for scales that are not positive: kernels read
+        as many values as the plan says.
+        """
+        packed = ("weight", "weight_zero")
+        if any(name in self.tensors and self.tensors[name].dtype != torch.uint8 for name in packed):
+            raise FileFault(f"{path}: site {self.plan.site.name}: its packed weights are not bytes", _AGAIN)
+        check_tensors(self.plan, {name: v for name, v in self.tensors.items() if name not in packed}, path)
 
     @property
     def scale(self) -> torch.Tensor:

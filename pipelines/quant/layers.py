@@ -2,8 +2,8 @@
 kernels.
 
 A layer computes  y = ((q·V)·(s_t/order))·s_w + b  where q and V hold integers. Products of integer-valued fp32 operands
-are exact below 2²⁴, so q·V has the very bits of the integer accumulator, and the epilogue is the kernels' epilogue,
-operation for operation. What is trained is what is deployed.
+are exact below 2²⁴, and are taken in parts where they might pass it, so q·V has the very bits of the integer
+accumulator, and the epilogue is the kernels' epilogue, operation for operation. What is trained is what is deployed.
 
 A backward pass of a large model would keep several tensors of every weight's size. Here it keeps the layer's input and
 its parameters; V and everything between is computed again when the gradient arrives, some rows at a time, so that it
@@ -64,6 +64,32 @@ def product(codes: torch.Tensor, folded: torch.Tensor, site: Site, narrow: bool 
             return F.linear(codes, folded)
     result = F.conv2d(codes, folded, None, site.stride, site.padding, site.dilation, site.groups)
     return result.contiguous(memory_format=torch.channels_last)
+
+
+def exact_product(codes: torch.Tensor, folded: torch.Tensor, plan: SitePlan, narrow: bool) -> torch.Tensor:
+    """`product` of integer-valued fp32 operands, exact whatever they hold: integers rounded once, to fp32.
+
+    Sums may pass 2²⁴ where 8-bit operands meet many inputs. Then the channels are taken in parts whose sums cannot, and
+    the parts are added in fp64. One input channel's sum never reaches that far.
+    """
+    reach = largest_magnitude(plan.activation_range) * largest_magnitude(plan.weight_range) * plan.transform.order
+    if reach * folded[0].numel() < EXACT_FP32:  # by the bits alone, as with 4 of them
+        return product(codes, folded, plan.site, narrow)
+    rows = as_rows(folded)
+    inputs = torch.cat([  # Σ|V| over the kernel, (out, in)
+        rows[span].view(len(rows[span]), -1, folded.shape[1]).abs().sum(1, dtype=torch.float64)
+        for span in row_spans(*rows.shape)
+    ])  # fmt: skip
+    low, high = codes.aminmax()
+    reach = max(-low.item(), high.item())
+    parts = 1
+    while max(part.sum(1).max().item() for part in inputs.chunk(parts, 1)) * reach >= EXACT_FP32:
+        parts *= 2
+    if parts == 1:
+        return product(codes, folded, plan.site, narrow)
+    channel = 1 if plan.site.kind == "conv" else -1
+    pairs = zip(codes.chunk(parts, channel), folded.chunk(parts, 1), strict=True)
+    return sum(product(part, weight, plan.site, narrow).double() for part, weight in pairs).float()
 
 
 @contextmanager
@@ -351,8 +377,10 @@ class QuantLayer(nn.Module):
         """The product with V and the epilogue."""
         undone_on = {"single": "weight", "activation": "activation"}.get(self.plan.inverse, "neither")
         narrow = is_narrow(self.plan, undone_on) and not self.float_inputs
-        if self._frozen is None:
-            accumulator = product(codes, self.folded(), self.plan.site, narrow)
+        if self._frozen is None and self.float_inputs:
+            accumulator = product(codes, self.folded(), self.plan.site)
+        elif self._frozen is None:
+            accumulator = exact_product(codes, self.folded(), self.plan, narrow)
         else:
             folded, dtype = self._frozen
             accumulator = product(codes.to(dtype), folded, self.plan.site, narrow).to(torch.float32)
@@ -380,7 +408,7 @@ class _Trained(torch.autograd.Function):
         if ctx.undoes:
             codes = rotate_activation(codes, plan.transform, spatial, inverse=True)
         narrow = is_narrow(plan, "activation" if ctx.undoes else "weight" if ctx.folds else "neither")
-        accumulator = product(codes, layer.centred(layer.rounded(), torch.float32, ctx.folds), plan.site, narrow)
+        accumulator = exact_product(codes, layer.centred(layer.rounded(), torch.float32, ctx.folds), plan, narrow)
         return epilogue(accumulator, scale / plan.transform.order, output_scale, layer.bias)
 
     @staticmethod

@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict, dataclass, field, replace
 
+from pipelines.config import from_dict
 from pipelines.errors import UsageError
 
 WEIGHT_BITS = (2, 3, 4, 8)
@@ -221,5 +222,5 @@ def site_to_dict(site: Site) -> dict:
 
 
 def site_from_dict(values: dict) -> Site:
-    """The inverse of `site_to_dict`."""
-    return Site(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    """The inverse of `site_to_dict`; UsageError for keys and values that no site has."""
+    return from_dict(Site, values, "a site")

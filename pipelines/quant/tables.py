@@ -55,8 +55,15 @@ class ByTimestep:
         """The inverse of `save`. FileFault where the file is missing, damaged or holds something else."""
         path = Path(folder) / cls.FILE
         try:
-            return cls(**load_file(path))
-        except (OSError, SafetensorError, TypeError) as error:
+            found = load_file(path)
+            timesteps = found.get("timesteps", torch.zeros(0))
+            if timesteps.shape != (timesteps.numel(),) or timesteps.dtype != torch.float64 or not len(timesteps):
+                raise ValueError("no timesteps")
+            for name, value in found.items():
+                if value.ndim and len(value) != len(timesteps) or not value.isfinite().all():
+                    raise ValueError(f"{name} is of shape {tuple(value.shape)}, or holds NaN or Inf")
+            return cls(**found)
+        except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
             raise FileFault(f"{path}: no {cls.WHAT}: {error}", "make the artifact again with --force") from error
 
 

@@ -23,7 +23,8 @@ import numpy as np
 from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.quant.spec import Site, Transform, largest_block, site_from_dict
+from pipelines.plans import read_sites
+from pipelines.quant.spec import Site, Transform, largest_block
 from pipelines.report import comparison, comparison_pictures
 from pipelines.report.comparison import FLOAT, IDS, TEACHER
 from pipelines.store import Artifact, Draft, Store
@@ -338,7 +339,7 @@ def _weights(model: Artifact) -> list[dict[str, float]]:
 
     from pipelines.quant.hadamard import rotate_weight
 
-    sites = [site_from_dict(entry) for entry in json.loads(model.file("sites.json").read_text())]
+    sites = read_sites(model.file("sites.json"))
     layers = []
     with safe_open(model.file(WEIGHTS), "pt") as file:
         names = set(file.keys())

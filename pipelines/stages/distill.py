@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.plans import Course, read_plan, write_plan
-from pipelines.quant.spec import site_from_dict
+from pipelines.plans import Course, read_plan, read_sites, write_plan
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "distill"
@@ -72,7 +71,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.students import groups_at, new_student, student_tensors
 
     crew = processes.here()
-    sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+    sites = read_sites(inputs["model"].file("sites.json"))
     plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
     scales = load_file(inputs["plan"].file("scales.safetensors"))
     teacher = load_denoiser(inputs["model"].path)

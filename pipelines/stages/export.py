@@ -5,7 +5,6 @@
 `denoiser/` diffusers loads; its activations are not quantised.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import Literal
 
 from pipelines.errors import HqdmError
 from pipelines.events import Report
-from pipelines.plans import read_plan
-from pipelines.quant.spec import site_from_dict
+from pipelines.plans import read_plan, read_sites
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "export"
@@ -39,7 +37,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.models.denoiser import WEIGHTS, load_denoiser, save_denoiser
     from pipelines.students import load_fake, merge_weights, save_integer
 
-    sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+    sites = read_sites(inputs["model"].file("sites.json"))
     plan = read_plan(inputs["distill"].file("plan.yaml"), sites)
     teacher = load_denoiser(inputs["model"].path)
     student = load_fake(teacher, plan, inputs["distill"].file("student.safetensors"), freeze=False)

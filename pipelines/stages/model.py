@@ -65,7 +65,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     """Write `denoiser/`, `conditions.safetensors`, `first_stage/`, `model.json` and `sites.json`; figures: parameters,
     sites, bytes and what the model is.
     """
-    from pipelines.models.denoiser import WEIGHTS, find_sites, save_denoiser
+    from pipelines.models.denoiser import WEIGHTS, check_finite, find_sites, save_denoiser
     from pipelines.models.source import take
     from pipelines.quant.spec import site_to_dict
 
@@ -78,6 +78,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     denoiser, notes = take(Path(config.path), paths[0], config.ema, paths[1], paths[2], config.size)
     for note in notes:
         report.note(note)
+    check_finite(denoiser)
     try:
         sites = find_sites(denoiser)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # an odd configuration may fit its weights

@@ -7,17 +7,16 @@ Writes `plan.yaml`, which a person can read, edit and hand back, and `scales.saf
     method has such
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.measures import Measures
 from pipelines.methods import find
-from pipelines.plans import Plan, read_plan, write_plan
-from pipelines.quant.spec import Bits, SitePlan, site_from_dict
+from pipelines.plans import Plan, read_plan, read_sites, write_plan
+from pipelines.quant.spec import Bits, SitePlan
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "plan"
@@ -62,7 +61,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.quant.layers import divide
     from pipelines.quant.surroundings import taps_of, weight_bounds
 
-    sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+    sites = read_sites(inputs["model"].file("sites.json"))
     network = load_denoiser(inputs["model"].path).network
     measured = Measures(inputs["profile"].path, sites, network)
     if config.edited is not None:
@@ -123,6 +122,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
                 mine["weight_scale"][chosen], mine["weight_zero"][chosen] = found
         else:
             mine["weight_scale"], mine["weight_zero"] = search(rows, *site.weight_range)
+        _check_scales(name, mine | constants, tensors["timesteps"].tolist())
         tensors |= {f"{name}/{key}": value.contiguous() for key, value in (constants | mine).items()}
         report.advance(done)
     report.end()
@@ -140,6 +140,21 @@ def _check_constants(site: SitePlan, constants: Mapping) -> None:
                 f"{'has no' if wanted else 'has a'} {name} for it",
                 f"set {word} as the method plans it, or choose a method that has it: hqdm methods",
             )
+
+
+def _check_scales(name: str, tensors: Mapping, timesteps: list[float]) -> None:
+    """NumericalFault, by site and timestep, for scales that are not positive and constants that are not finite."""
+    hint = "leave the site in floating point (quantised: false in the plan), or see what the model does there"
+    for what, value in tensors.items():
+        scale = what.endswith("_scale")
+        good = value.isfinite() & (value > 0) if scale else value.isfinite()
+        if not good.all():
+            place = int((~good).flatten().nonzero()[0])
+            where = f"timestep {timesteps[place]:g}" if what.startswith("activation_") else f"output or channel {place}"
+            raise NumericalFault(
+                f"site {name}: its {what} is {value.flatten()[place]:g} at {where}, not a "
+                f"{'positive' if scale else 'finite'} number", hint,
+            )  # fmt: skip
 
 
 def _measured_anew(site: SitePlan, measured: Measures) -> SitePlan:

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
-from pipelines.quant.spec import QUANTISERS, Site, site_from_dict
+from pipelines.plans import read_sites
+from pipelines.quant.spec import QUANTISERS, Site
 from pipelines.report import pictures
 from pipelines.store import Artifact, Draft, Store
 
@@ -71,11 +72,12 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from safetensors.torch import save_file
 
     from pipelines.diffusion import eta_or, walker
-    from pipelines.models.denoiser import load_denoiser
+    from pipelines.models.denoiser import check_finite, load_denoiser
 
     model = inputs["model"]
     denoiser = load_denoiser(model.path)
-    sites = [site_from_dict(values) for values in json.loads(model.file("sites.json").read_text())]
+    check_finite(denoiser)
+    sites = read_sites(model.file("sites.json"))
     name = config.scheduler or walker(denoiser.info.schedule)
     config = replace(
         config, scheduler=name, guidance=denoiser.info.guidance_or(config.guidance), eta=eta_or(config.eta, name, 1.0)
@@ -139,12 +141,23 @@ def observe(config: Config, denoiser: "Denoiser", sites: list[Site], report: Rep
             config.sample,
         ) as observer,
     ):
-        for step, *_ in trajectory(
+        for step, timestep, x, predicted in trajectory(
             denoiser, config.scheduler, info.schedule, config.steps, noise, conditions, config.guidance, config.eta,
             config.seed, indices,
         ):  # fmt: skip
+            for what, values in (("prediction", predicted), ("image", x)):  # no site reads the last of them
+                if not values.isfinite().all():
+                    raise NumericalFault(
+                        f"the teacher's {what} holds NaN or Inf at timestep {float(timestep):g}",
+                        "check the checkpoint and its configuration: the full-precision model itself goes wrong there",
+                    )
             report.advance(min(step + 1, len(visited)))
     report.end()
+    for name, seen in observer.sites.items():
+        if not seen.absmax.any():
+            report.warn(f"site {name} is dead: all its inputs are 0 at every timestep; its scales are set to 1")
+        if not denoiser.network.get_submodule(name).weight.any():
+            report.warn(f"site {name} is dead: all its weights are 0; their scales are set to 1")
     return observer
 
 

@@ -5,17 +5,15 @@ guided-diffusion's layout) and `grid.png`. The noise and condition of image i de
 are fixed by `batch`, which is part of the key, because the composition of a batch moves floating-point rounding.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
-from pipelines.plans import read_plan
-from pipelines.quant.spec import site_from_dict
+from pipelines.plans import read_plan, read_sites
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "sample"
@@ -91,7 +89,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         model = load_denoiser(maker.path)
         size = maker.file("denoiser/diffusion_pytorch_model.safetensors").stat().st_size
     elif config.source == "fake":
-        sites = [site_from_dict(entry) for entry in json.loads(inputs["model"].file("sites.json").read_text())]
+        sites = read_sites(inputs["model"].file("sites.json"))
         plan = read_plan(maker.file("plan.yaml"), sites)
         model = load_fake(load_denoiser(inputs["model"].path), plan, maker.file("student.safetensors"))
         weights = inputs["model"].file("denoiser/diffusion_pytorch_model.safetensors")
@@ -126,7 +124,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     crew = processes.here()
     latents_of, images_of = (_files(out.work, what, starts) for what in ("latents", "images"))
     size_of = {start: min(config.batch, config.count - start) for start in starts}
-    missing = crew.told([start for start in starts if not latents_of[start].exists()])
+    shapes = {start: (size, *info.shape) for start, size in size_of.items()}
+    missing = crew.told([start for start in starts if not _is_kept(latents_of[start], shapes[start], report)])
     report.begin(f"sample {config.source}", config.count, _images_in(latents_of, size_of), unit="images")
     warm: set[int] = set()
     for start in crew.dealt(missing):
@@ -135,7 +134,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         if len(indices) not in warm:  # packing for a new batch size is not sampling
             with torch.inference_mode():
                 for timestep in _of_each_size(model, timesteps, guidance):
-                    model.predict(torch.zeros(len(indices), *info.shape), torch.tensor(timestep), mine, guidance)
+                    zeros = torch.zeros(shapes[start])
+                    diffusion.Checked(model, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
             trim()
             warm.add(len(indices))
         begun = time.perf_counter()
@@ -144,8 +144,6 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             config.seed, indices,
         )  # fmt: skip
         taken = time.perf_counter() - begun
-        if not torch.isfinite(latents).all():
-            raise HqdmError(f"images {indices[0]} … {indices[-1]} hold NaN or Inf", "distill again at lower rates")
         _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
         report.advance(_images_in(latents_of, size_of))
     crew.gathered(None)  # all latents are there
@@ -156,9 +154,14 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     forget_weights(model.network)
     if model.first_stage is not None:
         report.begin("decode", config.count, unit="images")
-    for start in crew.dealt(crew.told([start for start in starts if not images_of[start].exists()])):
-        latents = torch.from_numpy(np.load(latents_of[start])["latents"])
-        _keep(images_of[start], images=diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy())
+    unread = [start for start in starts if not _is_kept(images_of[start], (size_of[start],), report)]
+    for start in crew.dealt(crew.told(unread)):
+        decoded = model.decode(torch.from_numpy(np.load(latents_of[start])["latents"]))
+        bad = (~decoded.isfinite().flatten(1).all(1)).nonzero().flatten()
+        if len(bad):
+            named = ", ".join(str(start + index) for index in bad.tolist())
+            raise NumericalFault(f"images {named} hold NaN or Inf once decoded", "see the model's first stage (vae)")
+        _keep(images_of[start], images=diffusion.to_uint8(decoded).permute(0, 2, 3, 1).numpy())
         if model.first_stage is not None:
             report.advance(_images_in(images_of, size_of))
     crew.gathered(None)
@@ -203,6 +206,33 @@ def _files(folder: Path, what: str, starts: list[int]) -> dict[int, Path]:
 def _images_in(files: Mapping[int, Path], size_of: Mapping[int, int]) -> int:
     """How many images of all processes are kept."""
     return sum(size_of[start] for start, file in files.items() if file.exists())
+
+
+def _is_kept(path: Path, shape: tuple[int, ...], report: Report) -> bool:
+    """Whether the arrays of a batch are there, images or latents of a shape that begins so; what is there and is not
+    them is removed, and made again.
+    """
+    import numpy as np
+
+    from pipelines.metrics.images import npz_arrays, read_arrays
+
+    if not path.exists():
+        return False
+    try:
+        names = {"latents", "seconds"} if path.name.startswith("latents") else {"images"}
+        if npz_arrays(path) != names:
+            raise FileFault(f"{path}: holds something else")
+        found = read_arrays(path, names)
+        values = found.get("latents", found.get("images"))
+        kind, seconds = ("f4" if "latents" in found else "u1"), found.get("seconds", np.ones(()))
+        whole = values.dtype == kind and values.ndim == 4 and values.shape[: len(shape)] == shape
+        if not whole or not np.isfinite(values).all() or seconds.shape != () or not 0 < seconds < np.inf:
+            raise FileFault(f"{path}: is not what was kept")
+    except FileFault as fault:
+        report.warn(f"{fault.what}; it is made again")
+        path.unlink()
+        return False
+    return True
 
 
 def _keep(path, **arrays) -> None:

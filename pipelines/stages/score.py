@@ -21,6 +21,7 @@ Importing this module does not import torch: only `run` needs it, and "up to dat
 import dataclasses
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines import cifar10, digits, processes
-from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
+from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.metrics.images import ImageSet, hash_of_images, read_images
 from pipelines.metrics.references import (
@@ -187,6 +188,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     records = {}
     for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise NumericalFault(
+                f"{name} of {samples.source} is {value}",
+                "see whether the images, or the reference's statistics, are what they should be",
+            )
         extractor = found.extractor.name if found else "none"
         record: dict[str, Any] = {"label": scores.figure_label(name, extractor), "value": value, "n": len(samples)}
         if name in ("psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical"):
