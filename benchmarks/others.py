@@ -24,7 +24,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -662,15 +661,11 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     options.results.mkdir(parents=True, exist_ok=True)
     checkpoint, store = options.folder / f"{name}.ckpt", Store(options.folder / name)
-    if options.small and not checkpoint.exists():
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.size", "--write", str(checkpoint), "--channels", str(SMALL)], check=True
-        )
     own = [Ours("fp32"), Ours("bf16", kind="bf16")]
     with console.Progress() as progress:
         for bits in options.bits:
             wanted = argparse.Namespace(method=options.method, bits=bits)
-            export = speed.export_of(store, checkpoint, MODEL, wanted, progress)
+            export = speed.export_of(store, checkpoint, MODEL, wanted, progress, SMALL if options.small else None)
             own.append(Ours(f"hqdm {bits}", f"{_ALL[:-4]}{bits}", kind="int", export=str(export.path)))
     place = Place(
         str(store.ancestor(export, "model").path), str(options.folder / f"{name}-others"),
