@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines.errors import HqdmError
 
@@ -64,6 +64,7 @@ class Contender:
     name: str
     integers: str = ""
     needs: tuple[str, ...] = ()  # modules of PACKAGES
+    runs_in_torch: ClassVar[bool] = True
 
     def prepare(self, place: Place) -> None:
         """Make the files that `load` reads, where they are not there yet; in a process of its own."""
@@ -186,6 +187,8 @@ def _calibration(model) -> Iterator[tuple]:
 @dataclass(frozen=True)
 class FromOnnx(Contender):
     """A library that runs the network's ONNX file, or what it made of it."""
+
+    runs_in_torch: ClassVar[bool] = False
 
     @staticmethod
     def file(place: Place, name: str) -> Path:
@@ -465,7 +468,7 @@ def serve(connection, contender: Contender, place: Place, only_prepare: bool) ->
         from pipelines.memory import peak_bytes, resident_bytes, reuse_freed_memory
 
         reuse_freed_memory()
-        if not isinstance(contender, FromOnnx) or only_prepare:
+        if contender.runs_in_torch or only_prepare:
             import torch
 
             torch.set_num_threads(place.threads)
@@ -558,10 +561,11 @@ def measure(
                 if why := missing(contender):
                     raise Failed(why)
                 told(f"{contender.name}: getting ready")
-                begun = time.perf_counter()
-                with Process(contender, place, only_prepare=True) as preparing:
-                    preparing.answer()
-                rounds.prepared[contender.name] = time.perf_counter() - begun
+                if type(contender).prepare is not Contender.prepare:
+                    begun = time.perf_counter()
+                    with Process(contender, place, only_prepare=True) as preparing:
+                        preparing.answer()
+                    rounds.prepared[contender.name] = time.perf_counter() - begun
                 with Process(contender, place) as guest:
                     guest.answer()
                     for batch in batches:
@@ -584,6 +588,8 @@ def _round(
     for each, process in everyone.items():
         predicted, held = process.ask("batch", batch)
         exact.setdefault(batch, predicted)  # of the first, in the first round
+        if predicted.shape != exact[batch].shape:
+            raise Failed(f"predicts {predicted.shape} instead of {exact[batch].shape}")
         rounds.memory.setdefault(each, held)  # of its first batch
         rounds.sqnr.setdefault(each, {})[str(batch)] = sqnr_db(exact[batch], predicted)
     runs = {each: lambda process=process: process.ask("step") for each, process in everyone.items()}

@@ -27,14 +27,25 @@ COMMANDS = {
     "sample int --low-memory": [
         "sample", "int", "--count", "1", "--batch", "1", "--steps", "2", "--low-memory", "--force"
     ],
-}
+}  # fmt: skip
+
+
+def shape_of(model: str, channels: int | None = None):
+    """A published model's configuration, with `channels` of another width: that of the UNet's first level, which all
+    others are multiples of.
+    """
+    from pipelines.models.compvis_published import PUBLISHED
+
+    params = PUBLISHED[model]
+    if channels is None:
+        return params
+    unet = replace(params.unet_config, params=replace(params.unet, model_channels=channels))
+    return replace(params, unet_config=unet)
 
 
 def write_checkpoint(path: Path, model: str, channels: int | None = None) -> None:
-    """Random weights under a published model's names: variance 1/inputs, ones for norms, zeros for biases.
-
-    channels: another width of the UNet's first level, which all others are multiples of; the configuration, which no
-    table knows then, goes beside the checkpoint as YAML.
+    """Random weights under a published model's names: variance 1/inputs, ones for norms, zeros for biases. Of another
+    width (see `shape_of`) the configuration, which no table knows then, goes beside the checkpoint as YAML.
     """
     import diffusers
     import torch
@@ -42,14 +53,10 @@ def write_checkpoint(path: Path, model: str, channels: int | None = None) -> Non
     from pipelines.config import to_dict, write_yaml
     from pipelines.models.compvis_config import first_stage_arguments, unet_arguments
     from pipelines.models.compvis_keys import CLASSES, first_stage_sources, unet_sources
-    from pipelines.models.compvis_published import PUBLISHED
     from pipelines.models.families import FAMILIES
 
-    params = PUBLISHED[model]
+    params = shape_of(model, channels)
     if channels is not None:
-        params = replace(
-            params, unet_config=replace(params.unet_config, params=replace(params.unet, model_channels=channels))
-        )
         path.with_suffix(".yaml").write_text(write_yaml({"model": {"params": to_dict(params)}}), encoding="utf-8")
     family, arguments, options = unet_arguments(params)
     network = FAMILIES[family].build(arguments, options)
