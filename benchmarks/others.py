@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -256,16 +257,16 @@ def _export_onnx(place: Place, folder: Path) -> None:
             super().__init__()
             self.network = model.network
 
-        def forward(self, x, timestep, given):
-            return model.family.call(self.network, x, timestep, given, 1.0)
+        def forward(self, x, timestep, values):
+            return model.family.call(self.network, x, timestep, dict(zip(names, values, strict=True)), 1.0)
 
     batch = torch.export.Dim("batch", min=1, max=64)
     file = folder / "model.onnx"
     with torch.no_grad():
         torch.onnx.export(
-            Network(), (_noise(model.info.shape, 2), torch.tensor(0.0), given), str(file),
+            Network(), (_noise(model.info.shape, 2), torch.tensor(0.0), list(given.values())), str(file),
             input_names=["x", "timestep", *names], output_names=["prediction"], dynamo=True, external_data=True,
-            dynamic_shapes=({0: batch}, None, {name: {0: batch} for name in names}), verbose=False,
+            dynamic_shapes=({0: batch}, None, [{0: batch} for _ in names]), verbose=False,
         )  # fmt: skip
     # The exporter also notes the shapes of weights, which quantisers that transpose some of them stumble over.
     graph = onnx.load(file, load_external_data=False)
@@ -494,9 +495,16 @@ def serve(connection, contender: Contender, place: Place, only_prepare: bool) ->
     except EOFError:
         return
     except Exception as fault:
-        lines = str(fault).strip().splitlines()
-        connection.send(("failed", f"{type(fault).__name__}: {lines[0] if lines else 'without a word'}"))
+        connection.send(("failed", _reason(fault)))
         raise
+
+
+def _reason(fault: BaseException) -> str:
+    """The first cause of a fault in one line, without colours of terminals."""
+    while fault.__cause__ is not None:
+        fault = fault.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(fault)).strip().splitlines()
+    return f"{type(fault).__name__}: {lines[0] if lines else 'without a word'}"
 
 
 def _array(predicted: Any):

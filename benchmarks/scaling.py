@@ -2,13 +2,13 @@
 
     python -m benchmarks.scaling                            # the shape of LDM-4 ImageNet, widths of 64 to 256 channels
     python -m benchmarks.scaling --parts width              # one of batch, side and width; the others stay as they were
-    python -m benchmarks.scaling --channels 32 --widths 32 64 --side 32 --turns 1    # to see that everything runs
+    python -m benchmarks.scaling --channels 32 --widths 32 64 --sides 32 48 --turns 1   # to see that everything runs
 
 Time is taken in turns in one process; memory is the most that a process of its own has while it makes two steps, after
 its model was loaded. A law is the slope of a straight line through logarithms: time ∝ batch^a, memory less that of the
 libraries ∝ batch^a. The width is that of the UNet's first level, all others being multiples of it; each takes a model
-of its own with random weights, whose folder is removed afterwards unless --keep is given. Of each width the share of
-the rotations in the step is measured too. Rows, laws and a picture go to RESULTS.
+of its own with random weights, which is removed afterwards unless it was there before or --keep is given. Of each width
+the share of the rotations in the step is measured too. Rows, laws and a picture go to RESULTS.
 """
 
 import argparse
@@ -179,7 +179,9 @@ def main() -> None:
         for width in sorted(widths):
             published = width == CHANNELS  # then it is the model that other benchmarks measure
             name = MODEL if published else f"{MODEL}-{width}"
-            checkpoint, store = options.folder / f"{name}.ckpt", Store(options.folder / name)
+            checkpoint, workspace = options.folder / f"{name}.ckpt", options.folder / name
+            passing = not (published or options.keep or checkpoint.exists() or workspace.exists())
+            store = Store(workspace)
             export = speed.export_of(store, checkpoint, MODEL, options, progress, None if published else width)
             model = store.ancestor(export, "model")
             steps = speed.contenders_of(model, export)
@@ -201,8 +203,8 @@ def main() -> None:
                 results[part].append(row)
                 print(row, file=sys.stderr)
             file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            if not published and not options.keep:
-                shutil.rmtree(store.root)
+            if passing:
+                shutil.rmtree(workspace)
                 checkpoint.unlink()
                 checkpoint.with_suffix(".yaml").unlink()
     results["laws"] = laws_of(results)
