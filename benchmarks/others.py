@@ -264,7 +264,7 @@ def _export_onnx(place: Place, folder: Path) -> None:
     file = folder / "model.onnx"
     with torch.no_grad():
         torch.onnx.export(
-            Network(), (_noise(model.info.shape, 2), torch.tensor(0.0), list(given.values())), str(file),
+            Network().eval(), (_noise(model.info.shape, 2), torch.tensor(0.0), list(given.values())), str(file),
             input_names=["x", "timestep", *names], output_names=["prediction"], dynamo=True, external_data=True,
             dynamic_shapes=({0: batch}, None, [{0: batch} for _ in names]), verbose=False,
         )  # fmt: skip
@@ -500,11 +500,14 @@ def serve(connection, contender: Contender, place: Place, only_prepare: bool) ->
 
 
 def _reason(fault: BaseException) -> str:
-    """The first cause of a fault in one line, without colours of terminals."""
+    """The first cause of a fault in one line of 300 characters at most, without colours of terminals and without the
+    lines that only say where in a library's source it was.
+    """
     while fault.__cause__ is not None:
         fault = fault.__cause__
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(fault)).strip().splitlines()
-    return f"{type(fault).__name__}: {lines[0] if lines else 'without a word'}"
+    lines = [line for line in lines if not line.startswith("Exception from ")] or lines
+    return f"{type(fault).__name__}: {lines[0][:300] if lines else 'without a word'}"
 
 
 def _array(predicted: Any):

@@ -102,6 +102,13 @@ def test_every_package_that_a_baseline_needs_is_in_the_line_that_installs_them()
     assert len(set(names)) == len(names)
 
 
+def test_a_reason_is_the_first_cause_in_one_line():
+    fault = RuntimeError("\x1b[96mstep 1\x1b[0m failed")
+    assert others._reason(fault) == "RuntimeError: step 1 failed"
+    fault.__cause__ = ValueError("Exception from core.cpp:117:\nthe shapes do not fit\nat all")
+    assert others._reason(fault) == "ValueError: the shapes do not fit"
+
+
 def test_an_error_in_db_is_that_of_the_field():
     exact = np.array([3.0, 4.0], np.float32)
     assert others.sqnr_db(exact, exact) is None
