@@ -3,6 +3,9 @@
 # make size        memory and time of every stage on 400 million parameters, random weights (about 10 minutes, 8 GB of disk)
 # make training    what a step of distillation costs, beside training in full precision (about 15 minutes)
 # make bench       a step of published models' shapes in fp32, bfloat16 and integers on this machine (about 20 minutes)
+# make others      the same step by torchao, optimum-quanto, onnxruntime and OpenVINO, those that are in .venv (docs/speed.md says
+#                  how they get there; about an hour, 10 GB of disk)
+# make scaling     how that step grows with batch, image and width, with a picture (about half an hour, 17 GB of disk)
 # make tricks      what each part of hqdm's variant auto gives: one thing changed at a time (about 40 minutes)
 # make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher, the close calls
 #                  with three seeds, and orders of the transform (docs/cifar10.md; hours)
@@ -23,7 +26,7 @@ READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test size training bench tricks benchmark-cifar10 lint clean
+.PHONY: demo test size training bench others scaling tricks benchmark-cifar10 lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(OUTER) -m venv --clear --without-pip $(VENV)
@@ -51,6 +54,12 @@ training: $(READY)
 
 bench: $(READY)
 	python -m benchmarks.speed
+
+others: $(READY)
+	python -m benchmarks.others
+
+scaling: $(READY)
+	python -m benchmarks.scaling
 
 tricks: $(READY)
 	python -m benchmarks.tricks

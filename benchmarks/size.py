@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 COMMANDS = {
@@ -26,20 +27,37 @@ COMMANDS = {
     "sample int --low-memory": [
         "sample", "int", "--count", "1", "--batch", "1", "--steps", "2", "--low-memory", "--force"
     ],
-}
+}  # fmt: skip
 
 
-def write_checkpoint(path: Path, model: str) -> None:
-    """Random weights under a published model's names: variance 1/inputs, ones for norms, zeros for biases."""
+def shape_of(model: str, channels: int | None = None):
+    """A published model's configuration, with `channels` of another width: that of the UNet's first level, which all
+    others are multiples of.
+    """
+    from pipelines.models.compvis_published import PUBLISHED
+
+    params = PUBLISHED[model]
+    if channels is None:
+        return params
+    unet = replace(params.unet_config, params=replace(params.unet, model_channels=channels))
+    return replace(params, unet_config=unet)
+
+
+def write_checkpoint(path: Path, model: str, channels: int | None = None) -> None:
+    """Random weights under a published model's names: variance 1/inputs, ones for norms, zeros for biases. Of another
+    width (see `shape_of`) the configuration, which no table knows then, goes beside the checkpoint as YAML.
+    """
     import diffusers
     import torch
 
+    from pipelines.config import to_dict, write_yaml
     from pipelines.models.compvis_config import first_stage_arguments, unet_arguments
     from pipelines.models.compvis_keys import CLASSES, first_stage_sources, unet_sources
-    from pipelines.models.compvis_published import PUBLISHED
     from pipelines.models.families import FAMILIES
 
-    params = PUBLISHED[model]
+    params = shape_of(model, channels)
+    if channels is not None:
+        path.with_suffix(".yaml").write_text(write_yaml({"model": {"params": to_dict(params)}}), encoding="utf-8")
     family, arguments, options = unet_arguments(params)
     network = FAMILIES[family].build(arguments, options)
     name, arguments = first_stage_arguments(params)
@@ -75,9 +93,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="go on with what an earlier run left there")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--published", default="cin256-v2", help=argparse.SUPPRESS)  # the model whose shape is written
+    parser.add_argument("--channels", type=int, help=argparse.SUPPRESS)  # another width than that model's
     options = parser.parse_args()
     if options.write:
-        write_checkpoint(options.write, options.published)
+        write_checkpoint(options.write, options.published, options.channels)
         return
     if not options.keep:
         shutil.rmtree(options.folder, ignore_errors=True)

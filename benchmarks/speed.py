@@ -1,14 +1,15 @@
 """How fast integers are on this machine, at the size of published models: random weights, real integers.
 
-    python -m benchmarks.speed                              # all of it
+    python -m benchmarks.speed                              # steps and hadamard
     python -m benchmarks.speed --only steps --models cin256-v2
     python -m benchmarks.speed --only scaling hadamard
 
 Steps: `hqdm bench` of each model (profiled, planned, distilled for two updates and exported by hqdm's own stages, in a
 workspace that is kept), with attention in fp32 and in 8-bit integers. Hadamard: the same quantisers with and without
-their rotations, on the inputs that a step gives them. Scaling: a step against the batch and against the size of the
-image. Memory is each process's peak, libraries included. Everything that is compared runs in turns in one process. The
-table, its JSON, the machine and the versions go to RESULTS.
+their rotations, on the inputs that a step gives them. Scaling, where it is asked for: a step against the batch and
+against the size of the image; `python -m benchmarks.scaling` adds the width, memory and a picture. Memory is each
+process's peak, libraries included. Everything that is compared runs in turns in one process. The table, its JSON, the
+machine and the versions go to RESULTS.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,13 @@ PARTS = ("steps", "hadamard", "scaling")
 BATCHES, SIDES = (1, 2, 4, 8), (32, 48, 64, 96)  # latents of 64×64 are images of 256×256
 
 
-def export_of(store: Store, checkpoint: Path, model: str, options: argparse.Namespace, progress) -> Artifact:
-    """The integers of a model with random weights."""
+def export_of(
+    store: Store, checkpoint: Path, model: str, options: argparse.Namespace, progress, channels: int | None = None
+) -> Artifact:
+    """The integers of a model with random weights, in a published shape or, with `channels`, another width of it."""
     if not checkpoint.exists():
         written = [sys.executable, "-m", "benchmarks.size", "--write", str(checkpoint), "--published", model]
-        subprocess.run(written, check=True)
+        subprocess.run(written + (["--channels", str(channels)] if channels else []), check=True)
 
     def made(stage: str, chosen: dict[str, str], **values: Any) -> Artifact:
         return runner.make(store, stage, load(stage).Config(**values), chosen, progress).artifact
@@ -98,27 +102,37 @@ def hadamard_of(export: Artifact, turns: int) -> dict[str, float]:
 
 def scaling_of(model: Artifact, export: Artifact, turns: int) -> list[dict[str, Any]]:
     """Seconds of a step against the batch at 64×64 latents, and against the latents' side at batch 1."""
+    steps = contenders_of(model, export)
+    return [
+        timed(steps, what, value, turns) for what, values in (("batch", BATCHES), ("side", SIDES)) for value in values
+    ]
+
+
+def contenders_of(model: Artifact, export: Artifact) -> dict[str, Step]:
+    """Integers, fp32 and bfloat16, all at the timestep of the integers."""
     config = Config(guidance=1.0)
     steps = {"int": Step("int", str(export.path), config, None)}
     for name in ("fp32", "bf16"):
         steps[name] = Step(name, str(model.path), config, steps["int"].timestep)
-    rows = []
-    for what, values in (("batch", BATCHES), ("side", SIDES)):
-        for value in values:
-            for step in steps.values():
-                shape = step.model.info.shape
-                side = value if what == "side" else shape[1]
-                step.model.info = replace(step.model.info, shape=(shape[0], side, side))
-            runs = {name: step.of(value if what == "batch" else 1) for name, step in steps.items()}
-            taken = speed.in_turns(runs, turns)
-            for step in steps.values():
-                step.model.info = replace(step.model.info, shape=shape)
-            rows.append(
-                {what: value, **{f"{name}_ms": speed.spread(times)["median"] for name, times in taken.items()},
-                 "int_times_fp32": speed.ratio(taken["fp32"], taken["int"])["median"]}
-            )  # fmt: skip
-            print(rows[-1], file=sys.stderr)
-    return rows
+    return steps
+
+
+def timed(steps: Mapping[str, Step], what: str, value: int, turns: int) -> dict[str, Any]:
+    """A row: milliseconds of contenders in turns with one thing, their `batch` or `side`, changed from batch 1 at their
+    own side, and how many times as fast as fp32 the integers are. Any other `what` changes nothing, and is a name.
+    """
+    shape = steps["int"].model.info.shape
+    side = value if what == "side" else shape[1]
+    for step in steps.values():
+        step.model.info = replace(step.model.info, shape=(shape[0], side, side))
+    runs = {name: step.of(value if what == "batch" else 1) for name, step in steps.items()}
+    taken = speed.in_turns(runs, turns)
+    for step in steps.values():
+        step.model.info = replace(step.model.info, shape=shape)
+    row = {what: value, **{f"{name}_ms": speed.spread(times)["median"] for name, times in taken.items()},
+           "int_times_fp32": speed.ratio(taken["fp32"], taken["int"])["median"]}  # fmt: skip
+    print(row, file=sys.stderr)
+    return row
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:
@@ -166,7 +180,7 @@ def lines_of(results: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:2], help="steps and hadamard, if not given")
     parser.add_argument("--models", nargs="+", default=MODELS, help="published models whose shape is taken")
     parser.add_argument("--method", default="hqdm")
     parser.add_argument("--bits", default="w4a4")

@@ -60,3 +60,41 @@ def _shares(axes, shares: Mapping[str, Mapping[str, float]], batch: int) -> None
     axes.invert_yaxis()
     axes.set_xlabel(f"% of the time, batch {batch}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.32), ncols=4, columnspacing=0.8, handlelength=0.9)
+
+
+def save_scaling(results: Mapping[str, Any], path: Path) -> None:
+    """Milliseconds of a step above and GB of its process below, against batch, side and width, on logarithmic axes with
+    the fitted laws. `results` is what `benchmarks.scaling` keeps.
+    """
+    parts = {"batch": "images of a step", "side": "latents' side", "width": "channels of the first level"}
+    parts = {part: label for part, label in parts.items() if results.get(part)}
+    libraries = results["libraries_gb"]
+    caption = (
+        f"{results['machine']}. Lines: fitted powers, their exponents in the legends. Memory is without the "
+        f"libraries' {libraries:.2f} GB."
+    )
+    with figure_file(
+        path, 2.5 * len(parts), 4.6, "How a denoising step grows", wrapped(caption, 2.5 * len(parts))
+    ) as figure:
+        grid = figure.subplots(2, len(parts), squeeze=False)
+        for column, (part, label) in enumerate(parts.items()):
+            rows = results[part]
+            values = [row[part] for row in rows]
+            for what, axes, taken in (("ms", grid[0, column], 0.0), ("gb", grid[1, column], libraries)):
+                for place, name in enumerate(NAMES):
+                    found = results["laws"].get(part, {}).get(what, {}).get(name)
+                    shown = NAMES[name] + (f": {found['exponent']:.2f}" if found else "")
+                    measured = [row[f"{name}_{what}"] - taken for row in rows]
+                    axes.plot(values, measured, "o", markersize=3.5, color=COLOURS[place], label=shown)
+                    if found:
+                        fitted = [found["factor"] * value ** found["exponent"] for value in values]
+                        axes.plot(values, fitted, color=COLOURS[place], linewidth=0.9)
+                axes.set_xscale("log", base=2)
+                axes.set_yscale("log")
+                axes.set_xticks(values, [str(value) for value in values])
+                axes.minorticks_off()
+                axes.legend(loc="upper left")
+                axes.margins(y=0.25)
+            grid[1, column].set_xlabel(label)
+        grid[0, 0].set_ylabel("ms of a step")
+        grid[1, 0].set_ylabel("GB")
