@@ -6,8 +6,11 @@ imports the engine when it is called.
 
 import os
 import shlex
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -42,7 +45,7 @@ Example:
   hqdm sample
   hqdm score
 
-Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted.""",
+Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted, 143 terminated.""",
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,12 +60,36 @@ for module in COMMANDS:
     app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(getattr(module, name))
 
 
+class Terminated(BaseException):
+    """SIGTERM, as a batch system or a machine that shuts down sends it: what is open is closed as after Ctrl-C."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let the first SIGTERM raise Terminated; a second one ends the process where it stands."""
+
+    def terminate(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not in the main thread, where alone signals arrive
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(args: list[str] | None = None) -> int:
     """Run one command line; its exit code. Everything a user can mend is one `error:` line and a `hint:`."""
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     try:
-        code = typer.main.get_command(app).main(args=args or ["--help"], prog_name="hqdm", standalone_mode=False)
+        with _terminable():
+            code = typer.main.get_command(app).main(args=args or ["--help"], prog_name="hqdm", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output left. Point stdout elsewhere, or the interpreter complains again while it closes.
@@ -70,15 +97,18 @@ def main(args: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         code = 130
+    except Terminated:
+        code = 143
     except typer.TyperException as fault:  # the command line itself: an unknown option or command, a missing value
         path = getattr(getattr(fault, "ctx", None), "command_path", "hqdm")
         console.error(fault.format_message(), f"{path} --help")
         return fault.exit_code
     except Exception as fault:
         return _failed(fault, debug)
-    if code == 130:
+    if code in (130, 143):
         again = shlex.join(word for word in args if word != "--force")
-        console.error("interrupted", f"what was done is kept; the same command goes on: hqdm {again}")
+        what = "interrupted" if code == 130 else "terminated"
+        console.error(what, f"what was done is kept; the same command goes on: hqdm {again}")
     return code or 0
 
 

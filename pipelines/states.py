@@ -1,5 +1,9 @@
-"""Tensors that an interrupted run goes on from: a file of its draft, whole or not there."""
+"""Tensors that an interrupted run goes on from: a file of its draft, whole or not there.
 
+torch reads a changed byte of a tensor as another number, so the file ends with a hash of what stands before it.
+"""
+
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -9,6 +13,29 @@ import torch
 
 from pipelines.events import Report
 
+_MARK = b"hqdm sha256 "  # before the hash; torch finds its own end of the file in spite of both
+_CHUNK = 1 << 20  # bytes
+
+
+def _hash_of_first(path: Path, size: int) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size and (chunk := file.read(min(size, _CHUNK))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.digest()
+
+
+def _is_changed(path: Path) -> bool:
+    """Whether the file's end is the hash of something else; one without a hash is of an older hqdm."""
+    before = path.stat().st_size - len(_MARK) - hashlib.sha256().digest_size
+    if before <= 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(before)
+        end = file.read()
+    return end.startswith(_MARK) and end[len(_MARK) :] != _hash_of_first(path, before)
+
 
 def write_state(path: Path, value: Any) -> None:
     """Replace `path` in one piece by `value`: tensors and plain values in nested tuples, lists and mappings."""
@@ -17,6 +44,8 @@ def write_state(path: Path, value: Any) -> None:
     with open(part, "wb") as file:
         about = {"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
         torch.save(about, file)
+        file.flush()
+        file.write(_MARK + _hash_of_first(part, file.tell()))
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
@@ -29,8 +58,11 @@ def read_state(path: Path, report: Report) -> Any | None:
     if not path.exists():
         return None
     try:
+        if _is_changed(path):
+            raise ValueError("its content does not have the hash that it ends with")
         kept = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        kept["threads"], kept["torch"], kept["value"]
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
         report.warn(f"{path} is damaged ({error or type(error).__name__}); what it held is made again")
         return None
     threads = torch.get_num_threads()

@@ -6,6 +6,7 @@ are fixed by `batch`, which is part of the key, because the composition of a bat
 """
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,8 +121,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     for start in starts:
         indices = list(range(start, min(start + config.batch, config.count)))
         kept = out.work / f"latents-{start:06d}.npz"
-        if kept.exists():
-            seconds += float(np.load(kept)["seconds"])
+        if (known := _kept(kept, ("latents", "seconds"), report)) is not None:
+            seconds += float(known["seconds"])
         else:
             mine = conditions[indices]
             if len(indices) not in warm:  # packing for a new batch size is not sampling
@@ -149,7 +150,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         report.begin("decode", config.count, unit="images")
     for start in starts:
         kept = out.work / f"images-{start:06d}.npz"
-        if not kept.exists():
+        if _kept(kept, ("images",), report) is None:
             latents = torch.from_numpy(np.load(out.work / f"latents-{start:06d}.npz")["latents"])
             _keep(kept, images=diffusion.to_uint8(model.decode(latents)).permute(0, 2, 3, 1).numpy())
         if model.first_stage is not None:
@@ -191,7 +192,29 @@ def _keep(path, **arrays) -> None:
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
+
+
+def _kept(path, names: tuple[str, ...], report: Report) -> dict | None:
+    """Those arrays of a file of `_keep`; None, and a word of it, where a disk damaged it, so that it is made again."""
+    import struct
+    import zipfile
+    import zlib
+
+    import numpy as np
+
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in names}
+    except (
+        OSError, EOFError, LookupError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error,
+    ) as error:  # fmt: skip
+        report.warn(f"{path} is damaged ({error or type(error).__name__}); what it held is made again")
+        return None
 
 
 def _write_pngs(images, folder) -> None:
