@@ -21,6 +21,7 @@ from hqdm_cli.commands import (
     distill,
     doctor,
     export,
+    gc,
     methods,
     plan,
     profile,
@@ -52,8 +53,8 @@ Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted, 143 term
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    profile, plan, distill, export, sample, score, compare, run, status, show, verify, methods, report, bench,
-    doctor,
+    profile, plan, distill, export, sample, score, compare, run, status, show, verify, gc, methods, report,
+    bench, doctor,
 )  # fmt: skip
 for module in COMMANDS:
     name = module.__name__.rpartition(".")[2]

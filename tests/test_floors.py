@@ -45,6 +45,7 @@ FLOORS = {
     "pipelines.doctor": 5,
     "pipelines.runner": 6,
     "pipelines.compare": 7,
+    "pipelines.gc": 7,
     "hqdm_cli": 8,
 }
 
