@@ -6,3 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are tiny: more threads gain nothing, and beside other work they wait for each other for minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pipelines  # noqa: E402, F401  (mends torchvision before any library imports it)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--crash-seed", type=int, help="decides when tests/test_crash.py kills; drawn and printed without")

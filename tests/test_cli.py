@@ -15,8 +15,8 @@ from pipelines.methods.base import Option
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "profile", "plan", "distill", "export", "sample", "score", "compare", "run", "status", "show", "verify", "gc", "methods",
-    "report", "bench", "doctor",
+    "profile", "plan", "distill", "export", "sample", "score", "compare", "run", "status", "show", "verify", "gc",
+    "methods", "report", "bench", "doctor",
 )  # fmt: skip
 ROAD = (("plan",), ("distill", "--bits", "w4a4"), ("export", "--format", "int"), ("sample",), ("score",))
 
