@@ -1,6 +1,7 @@
 """Commands that are killed at random moments, and what has to be true after each kill and at the end."""
 
 import fcntl
+import gc
 import json
 import os
 import random
@@ -14,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
-from pipelines.digits.train import write_checkpoint
+from pipelines import runner
 from pipelines.gc import collect
+from pipelines.stages import ROAD, load
 from pipelines.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,10 @@ YAML = """model:
 
 def narrow_checkpoint(folder: Path) -> Path:
     """A narrow model with random weights that draws 16×16 digits: a CompVis checkpoint and its YAML beside it."""
+    import torch
     from diffusers import UNet2DConditionModel
+
+    from pipelines.digits.train import write_checkpoint
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -61,6 +64,20 @@ def narrow_checkpoint(folder: Path) -> Path:
     write_checkpoint(model, model, 0, folder / "model.ckpt")
     (folder / "model.yaml").write_text(YAML)
     return folder / "model.ckpt"
+
+
+def typed_in(folder: Path, recipe: str) -> None:
+    """A folder with the checkpoint and a recipe in it."""
+    narrow_checkpoint(folder)
+    (folder / "recipe.yaml").write_text(recipe)
+
+
+def profiled(folder: Path, **options) -> None:
+    """The workspace of that folder up to the profile, without its pictures, which take most of its time."""
+    store, profile = Store(folder / "workspace"), load("profile")
+    runner.make(store, "model", runner.model_config(folder / "model.ckpt"))
+    profile._draw = lambda *_: None
+    runner.make(store, "profile", profile.Config(**options))
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,10 @@ class Warm:
     def start(self, words: tuple[str, ...], folder: Path) -> "Forked":
         return Forked(self, self.ask("start", list(words), str(folder)))
 
+    def prepare(self, folder: Path, recipe: str, **profile) -> None:
+        """`typed_in` and `profiled`, in a fork too."""
+        assert Forked(self, self.ask("prepare", str(folder), recipe, profile)).wait(PATIENCE) == 0
+
     def close(self) -> None:
         self._server.stdin.close()
         self._server.wait(PATIENCE)
@@ -148,13 +169,18 @@ def serve() -> None:
     import matplotlib.pyplot  # noqa: F401
     import peft  # noqa: F401
     import PIL.Image  # noqa: F401
+    from diffusers import DDIMScheduler, UNet2DConditionModel  # noqa: F401
 
+    import pipelines.digits.train  # noqa: F401
     import pipelines.models.source  # noqa: F401
     import pipelines.reconstruction.learning  # noqa: F401
     import pipelines.report.pictures  # noqa: F401
     import pipelines.students  # noqa: F401
     from hqdm_cli.app import main
 
+    for stage in ROAD:
+        load(stage)
+    gc.freeze()
     for line in sys.stdin:
         question, *given = json.loads(line)
         if question == "poll":
@@ -166,14 +192,21 @@ def serve() -> None:
                 break
         print(json.dumps(answer), flush=True)
     else:
-        return
+        os._exit(0)
+    if question == "prepare":
+        folder, recipe, profile = given
+        typed_in(Path(folder), recipe)
+        profiled(Path(folder), **profile)
+        os._exit(0)
     words, folder = given
     os.setsid()
     os.chdir(folder)
     log, nothing = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
     for descriptor, end in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, end)
-    sys.exit(main(words))
+    code = main(words)
+    sys.stdout.flush()
+    os._exit(code)  # without taking down what the parent loaded, which costs more than many a command
 
 
 def disturb(
