@@ -331,7 +331,7 @@ class Store:
             words = (self.root / stage / CURRENT).read_text(encoding="utf-8").split()
         except (OSError, ValueError):
             return None
-        if len(words) == 1:  # before there was a check
+        if len(words) == 1 and words[0].isdecimal():  # as it was written before it had a check
             return words[0]
         return words[0] if len(words) == 2 and words[1] == _check_of(stage, words[0]) else None
 
