@@ -232,7 +232,7 @@ def little_room(folder, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if mounted:
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)  # tensors are mapped from its files
 
 
 @pytest.fixture(scope="module")
@@ -247,13 +247,13 @@ def road(tmp_path_factory):
     return store
 
 
-@pytest.mark.parametrize("room", [0, 30_000, 150_000])
+@pytest.mark.parametrize("room", [0, 50_000])
 @pytest.mark.parametrize("stage", ["distill", "export", "sample"])
 def test_a_disk_that_fills_up_is_named_and_with_room_the_same_command_goes_on(road, tmp_path, capsys, stage, room):
     words = {
         "distill": ["distill", "--trajectories", "1", "--batch", "2", "--save-every", "1"],
         "export": ["export", "--format", "int"],
-        "sample": ["sample", "int", "--count", "1100", "--batch", "550", "--steps", "1"],
+        "sample": ["sample", "int", "--count", "300", "--batch", "150", "--steps", "1"],
     }[stage]
     words += ["-w", str(tmp_path / "ws")]
     shutil.copytree(road.root, tmp_path / "ws")
@@ -523,7 +523,8 @@ def test_damaged_latents_of_an_interrupted_run_do_not_stop_it(road, tmp_path, ca
     flipped(kept, 300)
     told = Told()
     again = runner.make(store, "sample", load("sample").Config(**options), {}, told)
-    assert f"{kept.name} is damaged" in told.warnings[0] and again.artifact.digest == calm.digest
+    assert any(f"{kept.name} is damaged" in warning for warning in told.warnings)
+    assert again.artifact.digest == calm.digest
 
 
 # Missing inputs
