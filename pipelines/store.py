@@ -454,8 +454,9 @@ class Store:
         lock = os.open(self.root / stage / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(lock, 0)
-            os.write(lock, f"{os.getpid()}\n".encode())
+            with contextlib.suppress(OSError):  # a full disk takes no name, and holds the lock all the same
+                os.ftruncate(lock, 0)
+                os.write(lock, f"{os.getpid()}\n".encode())
         except BlockingIOError as fault:
             holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
             os.close(lock)
