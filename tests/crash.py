@@ -105,6 +105,12 @@ class Tally:
         return "\n".join([*rows, f"{total} kills, {self.finished} runs to the end, {self.late} signals came too late"])
 
 
+def _hears_signals() -> None:
+    """A shell starts what runs in the background with Ctrl-C ignored, and children inherit it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Fresh:
     """A command is a new process: python -m hqdm_cli."""
 
@@ -114,7 +120,7 @@ class Fresh:
                 [sys.executable, "-m", "hqdm_cli", *words],
                 cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_hears_signals,
             )  # fmt: skip
 
 
@@ -125,6 +131,7 @@ class Warm:
         self._server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            preexec_fn=_hears_signals,
         )  # fmt: skip
 
     def ask(self, *question):
