@@ -28,7 +28,7 @@ CODES = {
     signal.SIGKILL: (-9, 0), signal.SIGTERM: (143, -15, 0), signal.SIGINT: (130, -2, 0),
 }  # fmt: skip
 CLOCK = {"seconds", "images_per_second", "peak_memory_bytes", "distill_seconds", "seconds_per_update"}
-CLOCK |= {"distillation s", "images/s", "peak MB", "s/update"}  # the columns of a comparison's table that are made from those
+CLOCK |= {"distillation s", "images/s", "peak MB", "s/update"}  # a comparison's columns that are made from those
 PATIENCE = 600  # seconds that one command may take on a busy machine
 # Of the embedded model at half its width and one resolution.
 YAML = """model:
