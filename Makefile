@@ -1,5 +1,6 @@
 # make demo        the whole road on the embedded model, from checkpoint to scored integers
 # make test        the tests
+# make test-crash  kills every stage at random moments, 60 times (about 20 minutes; SEED=number repeats its moments)
 # make size        memory and time of every stage on 400 million parameters, random weights (about 10 minutes, 8 GB of disk)
 # make training    what a step of distillation costs, beside training in full precision (about 15 minutes)
 # make bench       a step of published models' shapes in fp32, bfloat16 and integers on this machine (about 20 minutes)
@@ -26,7 +27,7 @@ READY := $(VENV)/.ready-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test size training bench others scaling tricks benchmark-cifar10 lint clean
+.PHONY: demo test test-crash size training bench others scaling tricks benchmark-cifar10 lint clean
 
 $(READY): pyproject.toml constraints.txt
 	$(OUTER) -m venv --clear --without-pip $(VENV)
@@ -45,6 +46,9 @@ demo: $(READY)
 
 test: $(READY)
 	python -m pytest --numprocesses=auto --dist=loadscope
+
+test-crash: $(READY)
+	python -m pytest -m nightly -s tests/test_crash.py $(if $(SEED),--crash-seed $(SEED))
 
 size: $(READY)
 	python -m benchmarks.size

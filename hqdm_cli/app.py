@@ -6,8 +6,11 @@ imports the engine when it is called.
 
 import os
 import shlex
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -18,6 +21,7 @@ from hqdm_cli.commands import (
     distill,
     doctor,
     export,
+    gc,
     methods,
     plan,
     profile,
@@ -45,29 +49,42 @@ Example:
   hqdm sample
   hqdm score
 
-Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted.""",
+Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted, 143 terminated.""",
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-LONG = (
-    profile,
-    plan,
-    distill,
-    export,
-    sample,
-    score,
-    compare,
-    run,
-    reproduce,
-    bench,
-)  # they show progress and can keep a journal
-SHORT = (status, show, verify, methods, report, doctor)
+# The first show progress and can keep a journal.
+LONG = (profile, plan, distill, export, sample, score, compare, run, reproduce, bench)
+SHORT = (status, show, verify, gc, methods, report, doctor)
 for module in (*LONG, *SHORT):
     name = module.__name__.rpartition(".")[2]
     command = getattr(module, name)
     app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(journalled(command) if module in LONG else command)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as a batch system or a machine that shuts down sends it: what is open is closed as after Ctrl-C."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let the first SIGTERM raise Terminated; a second one ends the process where it stands."""
+
+    def terminate(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not in the main thread, where alone signals arrive
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -101,9 +118,10 @@ def _follow(debug: bool) -> int:
 def _lead(args: list[str]) -> int:
     debug = "--debug" in args
     try:
-        code = typer.main.get_command(app).main(
-            args=args or ["--help"], prog_name="hqdm", standalone_mode=False, obj={"args": args}
-        )
+        with _terminable():
+            code = typer.main.get_command(app).main(
+                args=args or ["--help"], prog_name="hqdm", standalone_mode=False, obj={"args": args}
+            )
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output left. Point stdout elsewhere, or the interpreter complains again while it closes.
@@ -111,15 +129,18 @@ def _lead(args: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         code = 130
+    except Terminated:
+        code = 143
     except typer.TyperException as fault:  # the command line itself: an unknown option or command, a missing value
         path = getattr(getattr(fault, "ctx", None), "command_path", "hqdm")
         console.error(fault.format_message(), f"{path} --help")
         return fault.exit_code
     except Exception as fault:
         return _failed(fault, debug)
-    if code == 130:
+    if code in (130, 143):
         again = shlex.join(word for word in args if word != "--force")
-        console.error("interrupted", f"what was done is kept; the same command goes on: hqdm {again}")
+        what = "interrupted" if code == 130 else "terminated"
+        console.error(what, f"what was done is kept; the same command goes on: hqdm {again}")
     return code or 0
 
 

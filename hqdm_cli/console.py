@@ -66,6 +66,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def size(count: int) -> str:
+    """512 B, 3.4 KB, 1.2 GB"""
+    if count < 1000:
+        return f"{count} B"
+    value, units = count / 1000, ["KB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
 def number(value: Any) -> str:
     """A figure in at most five digits; anything else as it is."""
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else str(value)

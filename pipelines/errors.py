@@ -4,6 +4,7 @@
 1    something a user can mend: HqdmError and its children below
 2    usage: a wrong option, value or name (UsageError, and what the command line itself refuses)
 130  interrupted by Ctrl-C; the same command goes on where it stopped
+143  terminated by SIGTERM; likewise
 """
 
 import difflib

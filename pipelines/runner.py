@@ -75,6 +75,8 @@ def make(
     reuse_freed_memory()
     reset_peak()
     with store.begin(stage, key, request, afresh=force) as draft:
+        if draft.warning:
+            report.warn(draft.warning)
         figures = _run(store, stage, module, config, inputs, draft, report)
         artifact = draft.commit(figures | {"peak_memory_bytes": peak_bytes()})
     store.mark_current(artifact)

@@ -1,5 +1,9 @@
-"""Tensors that an interrupted run goes on from: a file of its draft, whole or not there."""
+"""Tensors that an interrupted run goes on from: a file of its draft, whole or not there.
 
+torch reads a changed byte of a tensor as another number, so the file ends with a hash of what stands before it.
+"""
+
+import hashlib
 import os
 import pickle
 import zipfile
@@ -28,6 +32,30 @@ def _check_size(path: Path) -> None:
         raise ValueError("it claims more than it holds")
 
 
+_MARK = b"hqdm sha256 "  # before the hash; torch finds its own end of the file in spite of both
+_CHUNK = 1 << 20  # bytes
+
+
+def _hash_of_first(path: Path, size: int) -> bytes:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size and (chunk := file.read(min(size, _CHUNK))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.digest()
+
+
+def _is_changed(path: Path) -> bool:
+    """Whether the file's end is the hash of something else; one without a hash is of an older hqdm."""
+    before = path.stat().st_size - len(_MARK) - hashlib.sha256().digest_size
+    if before <= 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(before)
+        end = file.read()
+    return end.startswith(_MARK) and end[len(_MARK) :] != _hash_of_first(path, before)
+
+
 @contextmanager
 def _in_one_piece(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path` when it has been written and synced."""
@@ -44,6 +72,8 @@ def write_state(path: Path, value: Any) -> None:
     """Replace `path` in one piece by `value`: tensors and plain values in nested tuples, lists and mappings."""
     with _in_one_piece(path) as file:
         torch.save({"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}, file)
+        file.flush()
+        file.write(_MARK + _hash_of_first(Path(file.name), file.tell()))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -59,6 +89,8 @@ def read_state(path: Path, report: Report) -> Any | None:
     if not path.exists():
         return None
     try:
+        if _is_changed(path):
+            raise ValueError("its content does not have the hash that it ends with")
         _check_size(path)
         kept = torch.load(path, weights_only=True)
         if not isinstance(kept, dict) or kept.keys() != {"value", "threads", "torch"}:

@@ -2,16 +2,21 @@
 
     <root>/<stage>/<NNNN>/manifest.json     a complete artifact; without a manifest there is none
     <root>/<stage>/.draft-<key>/            a run under way or interrupted: draft.json, out/ (final files), work/
+    <root>/<stage>/.gone-<name>/            what was being removed; the next run of the stage, or `hqdm gc`, ends that
     <root>/<stage>/.current                 the number of the artifact that was asked for last
     <root>/<stage>/.lock                    held with flock during a run; the kernel drops it with the process
 
 A commit hashes and syncs every file, writes the manifest last and renames out/ to its number, so that a reader sees the
-whole artifact or none of it. Nothing is inferred from the name of a file.
+whole artifact or none of it; what goes is renamed before it is deleted. Nothing is inferred from the name of a file.
+manifest.json and draft.json end with a seal, a hash of the rest of them.
 """
 
+import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
+import heapq
 import importlib.metadata
 import json
 import math
@@ -31,11 +36,12 @@ from pipelines.config import strict_json
 from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 
 KIND = "hqdm artifact"
-FORMAT = 1
+FORMAT = 2  # 1 had no seal and no times of files; it is still read
 MANIFEST = "manifest.json"
 CURRENT = ".current"
+DRAFT, GONE = ".draft-", ".gone-"
 LIBRARIES = ("torch", "diffusers", "peft", "safetensors")
-MOST_TEXT = 64 << 20  # characters of a manifest; one of 100,000 images has 15 million
+MOST_BYTES = 64 << 20  # of a manifest; one of 100,000 images has 15 million
 _CHUNK = 1 << 20  # bytes
 _STAGE = r"[A-Za-z_][A-Za-z0-9_-]{0,63}"
 _IDENT = re.compile(_STAGE + r"/[0-9]{1,9}")
@@ -43,6 +49,10 @@ _MANIFEST = {
     "stage_version": int, "key": str, "config": dict, "inputs": dict, "files": dict, "digest": str, "libraries": dict,
     "machine": dict, "started": str, "finished": str, "seconds": (int, float), "figures": dict,
 }  # fmt: skip
+_UNSEALED = "0" * 64  # what stands in the seal's place while it is computed
+_SEAL = re.compile(rb'\n "seal": "([0-9a-f]{64})"\n}\n\Z')
+# What a disk can do to any write, whichever library was writing.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 def sha256_of_file(path: Path | str) -> str:
@@ -66,15 +76,15 @@ def _sha256_of_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _json_in(path: Path) -> Any:
-    """The JSON of a regular file. ValueError for anything else that is there: a pipe would never end."""
+def _bytes_in(path: Path) -> bytes:
+    """The content of a regular file of JSON. ValueError for anything else that is there: a pipe would never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is no regular file")
-    with open(path, encoding="utf-8") as file:
-        text = file.read(MOST_TEXT + 1)
-    if len(text) > MOST_TEXT:
-        raise ValueError(f"it has more than {MOST_TEXT} characters")
-    return strict_json(text)
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES} bytes")
+    return data
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -134,13 +144,44 @@ def _regular(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    """Write beside, sync, rename: the file is the old one or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+def _sealed(value: Mapping[str, Any]) -> bytes:
+    """JSON whose last entry is the SHA-256 of all its bytes, taken with zeros in the seal's place."""
+    text = json.dumps({**value, "seal": _UNSEALED}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    before, _, after = text.rpartition(_UNSEALED)
+    return f"{before}{hashlib.sha256(text.encode()).hexdigest()}{after}".encode()
+
+
+def _seal_holds(data: bytes) -> bool:
+    """Whether these are the bytes that `_sealed` wrote."""
+    found = _SEAL.search(data)
+    if found is None:
+        return False
+    unsealed = data[: found.start(1)] + _UNSEALED.encode() + data[found.end(1) :]
+    return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
+
+
+def _write_sealed(path: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Write beside, sync, rename: the file is the old one or the new one, never a part. What a reader will find."""
+    part, data = path.with_name(path.name + ".part"), _sealed(value)
+    part.write_bytes(data)
     _sync(part)
     part.replace(path)
     _sync(path.parent)
+    return json.loads(data)
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there is any file below; another process may be removing them meanwhile."""
+    return any(files for _, _, files in os.walk(folder))
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of the workspace: out of its place in one step, then file by file. Its stage has to be locked."""
+    gone = folder.with_name(GONE + folder.name.removeprefix(DRAFT).removeprefix(GONE))
+    if gone != folder:
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -187,30 +228,60 @@ class Artifact:
         return path
 
     def verify(self) -> list[str]:
-        """One line for every file that is missing, added, cut or changed; empty where all are as they were written."""
-        return self._faults(lambda path, manifest_time: True)
+        """One line for every file, the manifest included, that is missing, added, cut, changed or unreadable; empty
+        where all are as they were written.
+        """
+        return self._faults(lambda file, entry, manifest: True)
 
     def damage(self) -> list[str]:
-        """As `verify`, but hashes only the files touched since the manifest was written: quick enough for every run."""
-        return self._faults(lambda path, manifest_time: path.stat().st_mtime_ns >= manifest_time)
+        """As `verify`, but hashes only the files whose time is not the one that was recorded: quick enough for every
+        run.
+        """
+        return self._faults(_is_touched)
 
-    def _faults(self, must_hash: Callable[[Path, int], bool]) -> list[str]:
+    def _faults(self, must_hash: Callable[[os.stat_result, Mapping[str, Any], os.stat_result], bool]) -> list[str]:
         recorded: dict[str, dict[str, Any]] = self.manifest["files"]
+        try:
+            data, about = (self.path / MANIFEST).read_bytes(), (self.path / MANIFEST).stat()
+        except OSError as fault:
+            return [f"{MANIFEST} {_unreadable(fault)}"]
         found = set(_files_under(self.path))
-        manifest_time = (self.path / MANIFEST).stat().st_mtime_ns
         faults = []
         for name, entry in recorded.items():
             path = self.path / name
             if name not in found:
                 faults.append(f"{name} is missing")
-            elif (size := path.stat().st_size) < entry["bytes"]:
-                faults.append(f"{name} is cut: {size} of {entry['bytes']} bytes")
-            elif size != entry["bytes"] or (must_hash(path, manifest_time) and sha256_of_file(path) != entry["sha256"]):
-                faults.append(f"{name} is changed")
+                continue
+            try:
+                file = path.stat()
+                if file.st_size < entry["bytes"]:
+                    faults.append(f"{name} is cut: {file.st_size} of {entry['bytes']} bytes")
+                elif file.st_size != entry["bytes"] or (
+                    must_hash(file, entry, about) and sha256_of_file(path) != entry["sha256"]
+                ):
+                    faults.append(f"{name} is changed")
+            except OSError as fault:
+                faults.append(f"{name} {_unreadable(fault)}")
         faults += [f"{name} is added" for name in sorted(found - recorded.keys())]
-        if _digest(recorded) != self.digest:
+        sealed = "seal" in self.manifest or self.manifest["format"] > 1
+        if _digest(recorded) != self.digest or (sealed and not _seal_holds(data)):
             faults.append(f"{MANIFEST} is changed")
         return faults
+
+
+def _is_touched(file: os.stat_result, entry: Mapping[str, Any], manifest: os.stat_result) -> bool:
+    """By the recorded time in both directions, since a clock may go backwards; format 1 recorded none."""
+    if "mtime_ns" in entry:
+        return file.st_mtime_ns != entry["mtime_ns"]
+    return file.st_mtime_ns >= manifest.st_mtime_ns
+
+
+def _unreadable(fault: OSError) -> str:
+    return "is missing" if isinstance(fault, FileNotFoundError) else f"cannot be read: {fault.strerror}"
+
+
+def _way_out_of(artifact: Path) -> str:
+    return f"restore it, or remove {artifact} and run that stage again"
 
 
 class Store:
@@ -237,7 +308,7 @@ class Store:
             identity = about.st_mtime_ns, about.st_size, about.st_ino
             if path in self._known and self._known[path][0] == identity:
                 return self._known[path][1]
-            manifest = _json_in(file)
+            manifest = strict_json(_bytes_in(file).decode())
             if (
                 not isinstance(manifest, dict)
                 or manifest.get("kind") != KIND
@@ -251,21 +322,35 @@ class Store:
             _check_manifest(manifest)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError as fault:
-            raise FileFault(
-                f"{file} is damaged: {fault}", f"restore it, or remove {path} and run that stage again"
-            ) from fault
+        except (ValueError, RecursionError) as fault:
+            raise FileFault(f"{file} is damaged: {fault}", _way_out_of(path)) from fault
         artifact = Artifact(f"{path.parent.name}/{path.name}", path.parent.name, path, manifest)
         self._known[path] = identity, artifact
         return artifact
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
-        """The complete ones, oldest first: of one stage in the order of their numbers, of all in the order of time."""
+        """The complete ones, oldest first: of one stage in the order of their numbers, of all in the order of time, as
+        far as the clock was right: none comes before its inputs, or before a smaller number of its stage.
+        """
         if stage is not None:
             return [artifact for path in self._folders(stage) if (artifact := self._read(path))]
-        stages = sorted(p.name for p in self.root.iterdir() if p.is_dir()) if self.root.is_dir() else []
-        found = [artifact for name in stages if not name.startswith(".") for artifact in self.artifacts(name)]
-        return sorted(found, key=lambda artifact: artifact.manifest["finished"])
+        return _in_order([self.artifacts(name) for name in self.stages()])
+
+    def stages(self) -> list[str]:
+        """Names of the folders that artifacts and drafts lie in, sorted; a folder may hold neither."""
+        if not self.root.is_dir():
+            return []
+        return sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    def survey(self, stage: str) -> tuple[list[Artifact], dict[str, FileFault]]:
+        """As `artifacts(stage)`, and by id what is wrong with those whose manifests cannot be read at all."""
+        sound, broken = [], {}
+        for path in self._folders(stage):
+            try:
+                sound += [artifact] if (artifact := self._read(path)) else []
+            except FileFault as fault:
+                broken[f"{stage}/{path.name}"] = fault
+        return sound, broken
 
     def current(self, stage: str, where: Callable[[Artifact], bool] | None = None) -> Artifact | None:
         """The artifact of a stage that was asked for last, if `where` holds for it, or else the newest for which it
@@ -273,17 +358,27 @@ class Store:
 
         Asking for an older configuration again finds its artifact up to date, and the stages after it go on from there.
         """
-        folders = self._folders(stage)
-        try:
-            with open(self.root / stage / CURRENT, encoding="utf-8", opener=_regular) as file:
-                last = file.read(64).strip()
-        except (OSError, ValueError):  # a hint, without which the newest counts
-            last = ""
-        for path in sorted(folders, key=lambda path: (path.name == last, int(path.name)), reverse=True):
+        last = self._asked_last(stage)
+        for path in sorted(self._folders(stage), key=lambda path: (path.name == last, int(path.name)), reverse=True):
             artifact = self._read(path)
             if artifact and (where is None or where(artifact)):
                 return artifact
         return None
+
+    def _asked_last(self, stage: str) -> str | None:
+        """The number that `.current` names; None where there is none, or it is damaged (the newest counts then)."""
+        try:
+            with open(self.root / stage / CURRENT, encoding="utf-8", opener=_regular) as file:
+                words = file.read(128).split()
+        except (OSError, ValueError):
+            return None
+        if len(words) == 1 and words[0].isdecimal():  # as it was written before it had a check
+            return words[0]
+        return words[0] if len(words) == 2 and words[1] == _check_of(stage, words[0]) else None
+
+    def current_is_damaged(self, stage: str) -> bool:
+        """Whether `.current` is there and says nothing that can be trusted. Nothing is lost with it."""
+        return (self.root / stage / CURRENT).exists() and self._asked_last(stage) is None
 
     def get(self, ident: str) -> Artifact:
         """`distill/0003`, `distill/3`, `distill` (the newest), or at least four digits of one artifact's digest."""
@@ -306,11 +401,11 @@ class Store:
 
     def mark_current(self, artifact: Artifact) -> None:
         """Remember that this one was asked for last. Not part of any artifact: without it the newest counts."""
-        path = self.root / artifact.stage / CURRENT
-        if self.current(artifact.stage) != artifact:
+        path, number = self.root / artifact.stage / CURRENT, artifact.path.name
+        if self.current(artifact.stage) != artifact or self.current_is_damaged(artifact.stage):
             part = path.with_name(path.name + ".part")
             part.unlink(missing_ok=True)  # what is written here must not go through a link to somewhere else
-            part.write_text(artifact.path.name + "\n", encoding="utf-8")
+            part.write_text(f"{number} {_check_of(artifact.stage, number)}\n", encoding="utf-8")
             part.replace(path)
 
     def find(self, stage: str, key: str) -> Artifact | None:
@@ -350,17 +445,26 @@ class Store:
         raise HqdmError(f"{artifact.id} was made without any {stage} artifact", "choose one that was")
 
     def _draft_folder(self, stage: str, key: str) -> Path:
-        return self.root / stage / f".draft-{key[:16]}"
+        return self.root / stage / f"{DRAFT}{key[:16]}"
 
     def interrupted(self, stage: str, key: str) -> bool:
         """Whether an unfinished run of that key lies there."""
-        folder = self._draft_folder(stage, key)
-        return _holds_work(folder) and _state_of(folder).get("key") == key
+        return self.is_unfinished(self._draft_folder(stage, key))
+
+    def is_unfinished(self, draft: Path) -> bool:
+        """Whether a draft's folder holds any of a run's files, and not only what a commit did not come to remove."""
+        if not any(_holds_files(draft / part) for part in ("out", "work")):
+            return False
+        if (draft / "out").is_dir():
+            return True
+        # A commit takes out/ away. Where no such artifact is there, something else did, and work/ is as good as ever.
+        begin = draft.name.removeprefix(DRAFT)
+        return not any(artifact.key.startswith(begin) for artifact in self.artifacts(draft.parent.name))
 
     def drafts(self) -> list[tuple[str, dict[str, Any]]]:
-        """(stage, recorded request) of every unfinished run, under way or interrupted."""
-        folders = sorted(self.root.glob("*/.draft-*")) if self.root.is_dir() else []
-        return [(folder.parent.name, _state_of(folder)["request"]) for folder in folders if _holds_work(folder)]
+        """(stage, recorded request) of every unfinished run, under way or interrupted; {} where its record is lost."""
+        folders = sorted(self.root.glob(f"*/{DRAFT}*")) if self.root.is_dir() else []
+        return [(f.parent.name, state_of(f).get("request", {})) for f in folders if self.is_unfinished(f)]
 
     def begin(self, stage: str, key: str, request: Mapping[str, Any], afresh: bool = False) -> "Draft":
         """A run of `stage` with that key; an unfinished one goes on, unless it is to be made `afresh`.
@@ -375,9 +479,26 @@ class Store:
             raise FileFault(
                 f"{folder} cannot be a folder: a file is in its way", "choose another --workspace"
             ) from fault
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        lock = self.lock(stage)
+        try:
+            for left in folder.glob(f"{GONE}*"):
+                remove(left)
+            return Draft(self, stage, key, request, lock, afresh)
+        except BaseException as fault:
+            os.close(lock)
+            _raise_disk_fault(fault, folder)
+            raise
+
+    def lock(self, stage: str) -> int:
+        """The descriptor that holds a stage, to be closed; its folder has to be there. HqdmError where another process
+        is at work.
+        """
+        lock = os.open(self.root / stage / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):  # a full disk takes no name, and holds the lock all the same
+                os.ftruncate(lock, 0)
+                os.write(lock, f"{os.getpid()}\n".encode())
         except BlockingIOError as fault:
             holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
             os.close(lock)
@@ -385,43 +506,86 @@ class Store:
                 f"process {holder} is working on {stage} in {self.root}",
                 "wait until it is done, stop it, or use another --workspace",
             ) from fault
-        try:
-            os.ftruncate(lock, 0)
-            os.write(lock, f"{os.getpid()}\n".encode())
-            return Draft(self, stage, key, request, lock, afresh)
         except BaseException:
             os.close(lock)
             raise
+        return lock
 
 
-def _state_of(folder: Path) -> dict[str, Any]:
-    """What an unfinished run recorded; empty where it was stopped before it could."""
+def _check_of(stage: str, number: str) -> str:
+    """What stands behind the number in `.current`, so that another number is not taken for it."""
+    return hashlib.sha256(f"{stage}/{number}".encode()).hexdigest()[:16]
+
+
+def _in_order(rows: Iterable[list[Artifact]]) -> list[Artifact]:
+    """Artifacts by when they were finished, each behind its inputs and behind those before it in its row."""
+    rows = list(rows)
+    by_id = {artifact.id: artifact for row in rows for artifact in row}
+    behind: dict[str, list[str]] = {ident: [] for ident in by_id}
+    waits = dict.fromkeys(by_id, 0)
+    for row in rows:
+        for place, artifact in enumerate(row):
+            before = {row[place - 1].id} if place else set()
+            for ident in before | {link["id"] for link in artifact.inputs.values()} & by_id.keys():
+                behind[ident].append(artifact.id)
+                waits[artifact.id] += 1
+    ready = [(by_id[ident].manifest["finished"], ident) for ident, count in waits.items() if not count]
+    heapq.heapify(ready)
+    ordered: list[Artifact] = []
+    while ready:
+        _, ident = heapq.heappop(ready)
+        ordered.append(by_id[ident])
+        for heir in behind[ident]:
+            waits[heir] -= 1
+            if not waits[heir]:
+                heapq.heappush(ready, (by_id[heir].manifest["finished"], heir))
+    # Inputs that go in a circle are a damaged manifest's: `verify` tells, and nothing is left out here.
+    there = {artifact.id for artifact in ordered}
+    return ordered + [artifact for row in rows for artifact in row if artifact.id not in there]
+
+
+def state_of(draft: Path) -> dict[str, Any]:
+    """What an unfinished run recorded of itself; empty where it was stopped before it could, or the file is damaged.
+
+    Nothing hangs on it but the time at work: a draft is known by its folder, and a run brings its own request.
+    """
     try:
-        state = _json_in(folder / "draft.json")
-        known = isinstance(state, dict) and isinstance(state.get("key"), str) and isinstance(state.get("request"), dict)
-        numbers = (state[name] for name in ("seconds", "session") if state.get(name) is not None) if known else ()
-        if not known or not all(isinstance(value, int | float) and value >= 0 for value in numbers):
-            raise ValueError("it is not what a run records of itself")
-        return state
-    except (FileNotFoundError, NotADirectoryError):
+        data = _bytes_in(draft / "draft.json")
+        state = strict_json(data.decode())
+    except (OSError, ValueError, RecursionError):
         return {}
-    except ValueError as fault:
-        raise FileFault(
-            f"{folder / 'draft.json'} is damaged: {fault}", f"remove {folder}, its run starts again"
-        ) from fault
+    if not isinstance(state, dict) or ("seal" in state and not _seal_holds(data)):
+        return {}
+    kinds = {"key": str, "request": dict, "seconds": int | float, "started": str, "session": int | float | None}
+    known = all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+    return state if known and state["seconds"] >= 0 and (state.get("session") or 0) >= 0 else {}
 
 
-def _holds_work(folder: Path) -> bool:
-    """Whether anything of the run is left: a state and at least one file beside it."""
-    if not (folder / "draft.json").exists():
-        return False
-    return any(True for part in ("out", "work") for path in (folder / part).rglob("*") if path.is_file())
+def _raise_disk_fault(fault: BaseException | None, folder: Path) -> None:
+    """Raise FileFault in the place of what a library made of a full or broken disk, which seldom names a file."""
+    if not isinstance(fault, Exception) or isinstance(fault, HqdmError):
+        return
+    link, seen = fault, set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        rust = re.search(r"\(os error (\d+)\)", str(link))
+        number = link.errno if isinstance(link, OSError) else int(rust[1]) if rust else None
+        if number in _DISK:
+            where = getattr(link, "filename", None) or folder
+            hint = "see that the path, its rights and its disk are right; the same command goes on"
+            if number in (errno.ENOSPC, errno.EDQUOT):
+                hint = "make room (hqdm gc --dry-run lists what can go); the same command goes on"
+            elif number == errno.EFBIG:
+                hint = "raise the limit on the size of files (ulimit -f); the same command goes on"
+            raise FileFault(f"{where}: {os.strerror(number)}", hint) from fault
+        link = link.__cause__ or link.__context__
 
 
 class Draft:
     """A run under way. `path` takes the final files, `work` the state to resume from; `work` goes at the commit.
 
-    Use it as a context manager: whatever happens inside, the lock goes; without a commit the draft stays.
+    A run that goes on finds `work` as it was and `path` empty: libraries write through temporary files, which a kill
+    leaves there. Use it as a context manager: whatever happens inside, the lock goes; without a commit the draft stays.
     """
 
     def __init__(self, store: Store, stage: str, key: str, request: Mapping[str, Any], lock: int, afresh: bool):
@@ -433,19 +597,25 @@ class Draft:
             raise FileFault(
                 f"{links[0]} is a link, through which a run would write elsewhere", f"remove {self._folder}"
             )
-        state = _state_of(self._folder)
-        self.resumed = not afresh and state.get("key") == key and _holds_work(self._folder)
-        if not self.resumed:
-            if self._folder.exists():
-                shutil.rmtree(self._folder)
-            state = {}
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.work.mkdir(exist_ok=True)
-        for left in (self.path / MANIFEST, self.path / (MANIFEST + ".part")):  # of a commit that was cut short
-            left.unlink(missing_ok=True)
+        self.resumed = not afresh and store.is_unfinished(self._folder)
+        if not self.resumed and self._folder.exists():
+            remove(self._folder)
+        state = state_of(self._folder)
+        #: What the user should know of a run that goes on.
+        self.warning = ""
+        if self.resumed and not state:
+            about = self._folder / "draft.json"
+            self.warning = f"{about} is damaged: the run goes on, and its time at work until now is not known"
         now = time.time()
         self._begun = time.monotonic()
         self._seconds = state.get("seconds", 0.0) + self._lost_seconds(state)
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.work.mkdir(exist_ok=True)
         self._state = {
             "key": key,
             "request": {"stage_version": 1, "config": {}, "inputs": {}, "seed": None} | dict(request),
@@ -453,11 +623,11 @@ class Draft:
             "seconds": self._seconds,
             "session": now,
         }
-        _write_json(self._folder / "draft.json", self._state)
+        _write_sealed(self._folder / "draft.json", self._state)
 
     def _lost_seconds(self, state: Mapping[str, Any]) -> float:
         """How long a killed run had worked: it could not write its seconds down, but its newest file tells."""
-        if state.get("session") is None:
+        if not isinstance(state.get("session"), int | float):
             return 0.0
         times = [path.stat().st_mtime for part in (self.path, self.work) for path in part.rglob("*") if path.is_file()]
         return max(0.0, max(times, default=0.0) - state["session"])
@@ -470,12 +640,16 @@ class Draft:
     def __enter__(self) -> "Draft":
         return self
 
-    def __exit__(self, *fault: object) -> None:
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
         try:
             if self._folder.exists():
-                _write_json(self._folder / "draft.json", self._state | {"seconds": self.seconds, "session": None})
+                _write_sealed(self._folder / "draft.json", self._state | {"seconds": self.seconds, "session": None})
+        except OSError:
+            if fault is None:
+                raise
         finally:
             os.close(self._lock)
+        _raise_disk_fault(fault, self._folder)
 
     def commit(self, figures: Mapping[str, Any]) -> Artifact:
         """Seal the files in `path` as the stage's next artifact."""
@@ -483,7 +657,12 @@ class Draft:
         files = {}
         for name in names:
             _sync(self.path / name)
-            files[name] = {"sha256": sha256_of_file(self.path / name), "bytes": (self.path / name).stat().st_size}
+            about = (self.path / name).stat()
+            files[name] = {
+                "sha256": sha256_of_file(self.path / name),
+                "bytes": about.st_size,
+                "mtime_ns": about.st_mtime_ns,
+            }
         for folder in (path for path in self.path.rglob("*") if path.is_dir()):
             _sync(folder)
         request = self._state["request"]
@@ -505,13 +684,14 @@ class Draft:
             "seconds": round(self.seconds, 3),
             "figures": finite(dict(figures)),
         }
-        _write_json(self.path / MANIFEST, manifest)
+        manifest = _write_sealed(self.path / MANIFEST, manifest)
         parent = self._folder.parent
         number = 1 + max((int(path.name) for path in self._store._folders(self._stage)), default=0)
         home = parent / f"{number:04d}"
         self.path.rename(home)
         _sync(parent)
-        shutil.rmtree(self._folder)
+        with contextlib.suppress(OSError):  # the artifact is there: what is left, the next run or hqdm gc removes
+            remove(self._folder)
         return Artifact(f"{self._stage}/{home.name}", self._stage, home, manifest)
 
 

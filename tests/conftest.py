@@ -41,3 +41,7 @@ def road(hqdm):
     for words in (("profile", "model.ckpt"), *ROAD):
         assert hqdm(*words)[0] == 0
     return hqdm
+
+
+def pytest_addoption(parser):
+    parser.addoption("--crash-seed", type=int, help="decides when tests/test_crash.py kills; drawn and printed without")

@@ -15,8 +15,8 @@ from pipelines.methods.base import Option
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "profile", "plan", "distill", "export", "sample", "score", "compare", "run", "status", "show", "verify", "methods",
-    "report", "reproduce", "bench", "doctor",
+    "profile", "plan", "distill", "export", "sample", "score", "compare", "run", "status", "show", "verify", "gc",
+    "methods", "report", "reproduce", "bench", "doctor",
 )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ FLOORS = {
     "pipelines.runner": 6,
     "pipelines.compare": 7,
     "pipelines.reproduce": 7,
+    "pipelines.gc": 7,
     "hqdm_cli": 8,
 }
 

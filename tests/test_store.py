@@ -150,9 +150,11 @@ def test_a_run_killed_inside_the_commit_leaves_no_artifact_and_goes_on(store):
     assert child.wait() == -9
     assert store.artifacts() == [] and store.interrupted("distill", "k")
     with store.begin("distill", "k", {}) as draft:
-        assert draft.resumed
+        assert draft.resumed and (draft.work / "state").read_text() == "x"
+        assert not list(draft.path.iterdir())  # what libraries began to write there may be half of it
+        (draft.path / "b").write_text("y")
         made = draft.commit({})
-    assert list(made.manifest["files"]) == ["a"] and made.verify() == []
+    assert list(made.manifest["files"]) == ["b"] and made.verify() == []
 
 
 def test_a_folder_without_a_manifest_is_no_artifact_and_its_number_is_not_reused(store):
@@ -179,11 +181,17 @@ def test_verify_names_every_missing_added_cut_and_changed_file(store):
     assert sorted(made.verify()) == sorted(made.damage()) == sorted(expected)
 
 
-def test_only_a_full_verify_sees_a_change_whose_time_was_set_back(store):
+def test_a_changed_file_is_seen_by_another_time_than_it_was_written_at_also_an_older_one(store):
     made = put(store, "plan", {"a": "12345"})
+    about = (made.path / "a").stat()
     (made.path / "a").write_text("12354")
-    os.utime(made.path / "a", (1, 1))
+    for time in (1, about.st_mtime_ns - 10**9, about.st_mtime_ns + 10**9):
+        os.utime(made.path / "a", ns=(time, time))
+        assert made.damage() == made.verify() == ["a is changed"]
+    os.utime(made.path / "a", ns=(about.st_atime_ns, about.st_mtime_ns))  # as a failing disk leaves it
     assert made.damage() == [] and made.verify() == ["a is changed"]
+    (made.path / "a").write_text("12345")
+    assert made.damage() == made.verify() == []
 
 
 def test_a_manifest_whose_hashes_were_edited_is_noticed(store):

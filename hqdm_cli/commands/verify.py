@@ -18,13 +18,23 @@ def verify(
 ) -> None:
     """Hash every file again and name each damaged one.
 
-    A file can be missing, added, cut or changed; exit code 1 if any is.
+    A file can be missing, added, cut, changed or unreadable; exit code 1 if any is. Manifests are checked too.
     """
-    from pipelines.store import Store
+    from pipelines.store import CURRENT, Store
 
     store = Store(workspace)
-    artifacts = [store.get(ident)] if ident else store.artifacts()
-    faults = {artifact.id: artifact.verify() for artifact in artifacts}
+    if ident:
+        artifact = store.get(ident)
+        faults = {artifact.id: artifact.verify()}
+    else:
+        faults = {}
+        for stage in store.stages():
+            sound, broken = store.survey(stage)
+            faults |= {name: [fault.what] for name, fault in broken.items()}
+            faults |= {artifact.id: artifact.verify() for artifact in sound}
+            if store.current_is_damaged(stage):
+                where = store.root / stage / CURRENT
+                console.say(f"warning: {where} is damaged: the newest {stage} counts as asked for last")
     if as_json:
         console.print_json(faults)
     else:

@@ -5,6 +5,7 @@ guided-diffusion's layout) and `grid.png`. The noise and condition of image i de
 are fixed by `batch`, which is part of the key, because the composition of a batch moves floating-point rounding.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -242,6 +243,8 @@ def _keep(path, **arrays) -> None:
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 
