@@ -216,7 +216,7 @@ def trajectory(
         yield step, timestep, x, epsilon
         extra = {}
         if eta:
-            noise = noise_of(seed, indices, tuple(x.shape[1:]), f"step {step}")
+            noise = noise_of(seed, indices, tuple(x.shape[1:]), f"step {step}").to(x.device)
             if (correction := getattr(model, "correction", None)) is not None:
                 noise = noise * noise_left(scheduler, timestep, eta, correction.rest(timestep))
             extra = dict(eta=eta, variance_noise=noise)
@@ -256,9 +256,10 @@ def sample(
     eta: float,
     seed: int,
     indices: list[int],
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Latents (N, *shape) of the images `indices`."""  # fmt: skip
-    start = noise_of(seed, indices, shape)
+    """Latents (N, *shape) of the images `indices`, on the device; the processor draws the noise."""  # fmt: skip
+    start = noise_of(seed, indices, shape).to(device)
     *_, last = trajectory(model, name, schedule, steps, start, conditions, guidance, eta, seed, indices)
     return last[2]
 

@@ -4,10 +4,13 @@ Codes are int8: centred where they fit, so that a convolution pads with zeros; a
 padded with the zero-point likewise, and Σ V times that is taken off the accumulator: exact. Every form is one product:
 digits are summed by Horner's rule in the accumulator itself. Weights lie on the device as (outputs, kh, kw, C).
 
-`Prepared.at` and `codes_at` read scale and zero-point on the device and wait for nothing, so a CUDA graph can hold
-them; `Prepared.__call__` takes numbers as the other back ends do. The integers are the same.
+Scales and zero-points are read on the device, in the tables' row that a tensor there names, and nothing waits for the
+host, so that a CUDA graph can hold a whole step (`pipelines/replay.py`). Where something is off: `hqdm doctor`
+multiplies through these kernels and compares with plain sums; `tests/test_cuda.py` runs on the device where there is
+one, every tile of the product by itself; `--backend reference` says what is right.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,13 +19,13 @@ from torch.nn import functional as F
 
 from pipelines.errors import HqdmError, NumericalFault
 from pipelines.kernels.forms import INT8, choose_form, low_digit
-from pipelines.kernels.prologue import Operand, centred_operand
+from pipelines.kernels.prologue import Operand, Prologue, centred_operand
 from pipelines.memory import give_back
 from pipelines.quant.hadamard import rotate_activation
 from pipelines.quant.integers import PackedWeights, accumulator_bound
 from pipelines.quant.layers import epilogue
 from pipelines.quant.spec import SitePlan, largest_magnitude
-from pipelines.quant.surroundings import Surroundings
+from pipelines.quant.tables import Rows
 
 if TYPE_CHECKING:  # Triton may be missing
     from pipelines.kernels.triton_ops import Lookup
@@ -61,46 +64,51 @@ def check_device() -> None:
         )
 
 
+def device() -> torch.device:
+    """Where the kernels run; HqdmError where they cannot. The interpreter's place is the processor."""
+    check_device()
+    return torch.device("cpu") if _ops().INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+
+
+def name_of(device: torch.device) -> str:
+    """What a device is called: a GPU by its name, the processor cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def round_nothing() -> None:
+    """Let fp32 be fp32: cuDNN takes an fp32 convolution's operands as TF32, of 10 bits, unless it is told otherwise."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def is_shifted(plan: SitePlan) -> bool:
     """Whether a site's codes are stored as code − 128: centred they need nine bits."""
     low, high = plan.activation_range
     return plan.inverse != "activation" and low == 0 and high > 127
 
 
-@torch.no_grad()
-def codes_at(
-    x: torch.Tensor, surroundings: Surroundings, at: "Lookup", fault: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `Prologue` gives them, with scale and zero-point from a table, and nothing waits for the device.
+class DevicePrologue(Prologue):
+    """The same codes where scale and zero-point are on the device. A fault is left there, for whoever asks later."""
 
-    fault: (1,) int32 on the device, set to 1 where the input holds NaN, for whoever reads it afterwards.
-    """
-    plan = surroundings.plan
-    if plan.inverse == "activation":  # its result is wider than int8, and other axes' butterflies are not compiled
-        moved, mean = surroundings.before(x.float().contiguous(memory_format=torch.channels_last))
-        low, high = plan.activation_range
-        scale, zero = at.now()
-        zero = 0 if zero is None else zero.clamp(low, high)
-        rounded = torch.div(rotate_activation(moved, plan.transform, True), scale).round_()
-        torch.maximum(fault, rounded.isnan().any().to(torch.int32), out=fault)
-        return rotate_activation(rounded.clamp_(low - zero, high - zero), plan.transform, True, inverse=True), mean
-    x, mean = surroundings.without_mean(x)
-    return _ops().codes(x, plan, at, is_shifted(plan), fault, surroundings.centre, surroundings.gain), mean
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, at: "Lookup") -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The codes of x (fp32, fp16, bf16) in its own shape, as `Prepared.operand` says, channels-last for a
+        convolution, and the mean that a dynamic centre subtracted, in fp32.
 
-
-def codes_of(
-    x: torch.Tensor, surroundings: Surroundings, scale: float, zero: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`Prologue` on the device, for the operand of `Prepared`. scale: what fp32 holds. NumericalFault where the input
-    holds NaN, for which it waits.
-    """
-    plan = surroundings.plan
-    at = _ops().Lookup.of(scale, None if plan.activation_quantiser == "symmetric" else zero, x.device)
-    fault = torch.zeros(1, dtype=torch.int32, device=x.device)
-    codes, mean = codes_at(x, surroundings, at, fault)
-    if fault.item():
-        raise NumericalFault(f"site {plan.site.name}: its input holds NaN", "distill again at lower rates")
-    return codes, mean
+        The site's entry of at.fault becomes 1 where a value to be rounded is NaN.
+        """
+        plan, surroundings = self.plan, self.surroundings
+        if plan.inverse == "activation":  # its result is wider than int8, and other axes' butterflies are not compiled
+            moved, mean = surroundings.before(x.float().contiguous(memory_format=torch.channels_last))
+            low, high = plan.activation_range
+            scale, zero = at.now()
+            zero = 0 if zero is None else zero.clamp(low, high)
+            rounded = torch.div(rotate_activation(moved, plan.transform, True), scale).round_()
+            fault = at.fault[at.site]
+            torch.maximum(fault, rounded.isnan().any().to(torch.int32), out=fault)
+            return rotate_activation(rounded.clamp_(low - zero, high - zero), plan.transform, True, inverse=True), mean
+        x, mean = surroundings.without_mean(x.float() if plan.centring == "dynamic" else x)
+        return _ops().codes(x, plan, at, is_shifted(plan), surroundings.centre, surroundings.gain), mean
 
 
 @dataclass(frozen=True)
@@ -113,15 +121,28 @@ class _Held:
     repeated: torch.Tensor | None
 
 
-class Prepared:
-    """One layer: the packed weights that it was given, and once it was called the unpacked ones on the device.
+_measured: dict[tuple, bool] = {}
 
-    int_mm: multiply with torch._int_mm (cuBLASLt) where its conditions hold, and let torch do the epilogue.
+
+def int_mm_is_quicker(key: tuple, ours: Callable[[], object], theirs: Callable[[], object]) -> bool:
+    """Whether torch._int_mm (cuBLASLt) and torch's epilogue take less time than the kernel that has both in it, found
+    out once for each kind of product. Only a device can tell; the interpreter is never asked.
     """
+    if _ops().INTERPRETED:
+        return False
+    if key not in _measured:
+        from triton.testing import do_bench
 
-    def __init__(self, weights: PackedWeights, int_mm: bool = False):
+        _measured[key] = do_bench(theirs, warmup=5, rep=20) < do_bench(ours, warmup=5, rep=20)
+    return _measured[key]
+
+
+class Prepared:
+    """One layer: the packed weights that it was given, and once it was called the unpacked ones on the device."""
+
+    def __init__(self, weights: PackedWeights):
         plan = weights.plan
-        self.plan, self.site, self.weights, self.int_mm = plan, plan.site, weights, int_mm
+        self.plan, self.site, self.weights = plan, plan.site, weights
         if self.site.groups != 1:
             raise HqdmError(f"site {self.site.name}: a convolution in groups", "use --backend cpu or reference")
         folded = weights.folded()
@@ -213,32 +234,37 @@ class Prepared:
             raise HqdmError(f"site {self.site.name}: its input is on {codes.device}", "move the denoiser to the device")
 
     def _product(
-        self, codes: torch.Tensor, at: "Lookup | None", weight_scale=None, residual=None, share=1.0, dtype=torch.float32
+        self, codes: torch.Tensor, at: "Lookup | None", weight_scale=None, dtype=torch.float32
     ) -> torch.Tensor:  # fmt: skip
         self._check(codes)
         held = self._on(codes.device)
         operands = self._operands(codes, held)
         size = codes.shape[-2:] if self.site.kind == "conv" else (1, operands.shape[1])
-        if residual is not None:
-            last = residual.movedim(1, -1) if self.site.kind == "conv" else residual
-            residual = last.reshape(-1, self.site.outputs).contiguous()
-        if self._may_int_mm(operands, held):
-            rows = self._int_mm(operands[0], held, at)
-            if weight_scale is not None:
-                rows = epilogue(rows.float(), at.now()[0] * share, weight_scale, held.bias)
-                rows = (rows if residual is None else rows + residual).to(dtype)
-        else:
-            rows = _ops().product(
-                operands, held.weight, self.plan, size, at, weight_scale, held.bias, held.sums, residual, share, dtype
+        share = 1 / self.plan.transform.order
+
+        def ours():
+            return _ops().product(
+                operands, held.weight, self.plan, size, at, weight_scale, held.bias, held.sums, share, dtype
             )
-        return self._shaped(rows, codes)
+
+        def theirs():
+            rows = self._int_mm(operands[0], held, at)
+            if weight_scale is None:
+                return rows
+            return epilogue(rows.float(), at.now()[0] * share, weight_scale, held.bias).to(dtype)
+
+        if self._may_int_mm(operands, held):
+            # Rows by powers of two, as tiles are chosen: one measurement for what is nearly the same.
+            key = (operands.shape[1].bit_length(), *held.weight.shape, self.shifted, weight_scale is None, dtype)
+            return self._shaped(theirs() if int_mm_is_quicker(key, ours, theirs) else ours(), codes)
+        return self._shaped(ours(), codes)
 
     def _may_int_mm(self, operands: torch.Tensor, held: _Held) -> bool:
         """torch._int_mm: one product of more than 16 rows, both widths multiples of 8."""
         digits, outputs, kh, kw, channels = held.weight.shape
         plain = self.site.stride == (1, 1) and self.site.padding == (0, 0) and kh == kw == 1
         return (
-            self.int_mm and plain and digits == len(operands) == 1 and operands.shape[1] > 16
+            plain and digits == len(operands) == 1 and operands.shape[1] > 16
             and outputs % 8 == 0 and channels % 8 == 0
         )  # fmt: skip
 
@@ -258,27 +284,24 @@ class Prepared:
         stored = (centred.float() + operand.offset).to(operand.dtype)
         return self._product(stored, _ops().Lookup.of(1.0, zero, centred.device) if self.shifted else None)
 
-    def at(
-        self, codes: torch.Tensor, at: "Lookup", weight_scale: torch.Tensor, residual: torch.Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:  # fmt: skip
-        """((acc·(s/order))·s_w + b) + residual, each operation rounded to fp32, then to `dtype` (fp32, fp16, bf16).
-
-        codes: as `codes_at` gives them. residual: of the output's shape, any float type.
-        """
-        return self._product(codes, at, weight_scale, residual, 1 / self.plan.transform.order, dtype)
+    def lookup(self, rows: Rows, site: int) -> "Lookup":
+        """Where the kernels find a site's scale and zero-point among the tables' rows on a device."""
+        zero = None if self.plan.activation_quantiser == "symmetric" else rows.zero
+        return _ops().Lookup(rows.scale, zero, rows.row, rows.fault, site)
 
     def __call__(
-        self, codes: torch.Tensor, operand: Operand, activation_scale: float, weight_scale: torch.Tensor
+        self, codes: torch.Tensor, at: "Lookup", weight_scale: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """codes: as `operand` has them. activation_scale: s/order, what fp32 holds."""
-        at = _ops().Lookup.of(activation_scale, operand.offset + SHIFT if self.shifted else None, codes.device)
-        return self._product(codes, at, weight_scale)
+        """(acc·(s/order))·s_w + b, each operation rounded to fp32, then to `dtype` (fp32, fp16, bf16).
+
+        codes: as `DevicePrologue` gives them. weight_scale: (outputs,) fp32.
+        """
+        return self._product(codes, at, weight_scale, dtype)
 
 
-def prepare(weights: PackedWeights, int_mm: bool = False) -> Prepared:
+def prepare(weights: PackedWeights) -> Prepared:
     """Choose the exact form and check every bound; unpacking waits for the first call. HqdmError where there is no
     device to run on.
     """
     check_device()
-    return Prepared(weights, int_mm)
+    return Prepared(weights)

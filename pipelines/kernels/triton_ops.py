@@ -63,12 +63,14 @@ def _worth_trying(configs: list[triton.Config], arguments: dict, **named) -> lis
 class Lookup:
     """Where kernels read a site's scale and zero-point, all of it on the device.
 
-    scale, zero: (T, n) fp32, contiguous; zero None is 0 (symmetric). row: (1,) int32, which timestep. site: the column.
+    scale, zero: (T, n) fp32, contiguous; zero None is 0 (symmetric). row: (1,) int32, which timestep. fault: (n,)
+    int32, see `codes`. site: the column.
     """
 
     scale: torch.Tensor
     zero: torch.Tensor | None
     row: torch.Tensor
+    fault: torch.Tensor
     site: int = 0
 
     def __post_init__(self):
@@ -81,7 +83,8 @@ class Lookup:
         scales, zeros = (
             None if value is None else torch.full((1, 1), float(value), device=device) for value in (scale, zero)
         )
-        return cls(scales, zeros, torch.zeros(1, dtype=torch.int32, device=device))
+        row, fault = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
+        return cls(scales, zeros, row, fault)
 
     def now(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and zero-point () fp32 of the current row, as torch reads them: still on the device."""
@@ -129,7 +132,7 @@ def _codes(
     bad = tl.reduce((v != v).to(tl.int32), 1, tl.standard._elementwise_max)
     s = tl.load(scale + at)
     bad = tl.where((s != s) | (s == 0.0), 1, bad)
-    tl.store(fault + bad * 0, bad, mask=bad > 0)  # several threads may write it, all of them the same
+    tl.store(fault + site + bad * 0, bad, mask=bad > 0)  # several threads may write it, all of them the same
     v = tl.div_rn(tl.reshape(v, [ROWS, ACROSS]), s)
     v = tl.minimum(tl.maximum(v, LOW - z), HIGH - z)  # before rounding: the same where the bounds are integers
     n = (v + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000  # adding 1.5·2²³ rounds to the nearest even
@@ -144,7 +147,7 @@ def _codes(
 )  # fmt: skip
 @triton.jit(do_not_specialize=["site", "size"])
 def _product(
-    codes, weight, out, sums, scale, zero, row, weight_scale, bias, residual,
+    codes, weight, out, sums, scale, zero, row, weight_scale, bias,
     rows, outputs, channels, rows_in, height, width, out_height, out_width, columns, site, size,
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, POINTWISE: tl.constexpr, CODE_DIGITS: tl.constexpr,
@@ -216,8 +219,6 @@ def _product(
         y = y * tl.load(weight_scale + n, mask=n < outputs, other=0.0)[None, :]
         if bias is not None:
             y = y + tl.load(bias + n, mask=n < outputs, other=0.0)[None, :]
-        if residual is not None:
-            y = y + tl.load(residual + to, mask=there, other=0.0).to(tl.float32)
         tl.store(out + to, y.to(out.dtype.element_ty), mask=there)
 
 
@@ -234,13 +235,13 @@ def _signs_on(device: torch.device, transform: Transform) -> torch.Tensor | None
 
 
 def codes(
-    x: torch.Tensor, plan: SitePlan, at: Lookup, shifted: bool, fault: torch.Tensor,
+    x: torch.Tensor, plan: SitePlan, at: Lookup, shifted: bool,
     centre: torch.Tensor | None = None, gain: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """int8 codes of x, centred or, `shifted`, code − 128, in x's shape; channels-last in memory for a convolution.
 
     x: (N, C, H, W) or (…, C), fp32, fp16 or bf16, in any layout; NCHW, channels-last and transposed tokens are read
-    where they lie. centre, gain: (C,) fp32. fault: (1,) int32, set to 1 where a value to be rounded is NaN.
+    where they lie. centre, gain: (C,) fp32. The site's entry of at.fault becomes 1 where a value to be rounded is NaN.
     """
     spatial, transform = plan.site.kind == "conv", plan.transform
     if spatial:
@@ -260,7 +261,7 @@ def codes(
     order = transform.order
     if rows:
         _codes[lambda meta: (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(channels, max(order, meta["WIDTH"])))](
-            x, out, _signs_on(x.device, transform), centre, gain, fault, at.scale, at.zero, at.row,
+            x, out, _signs_on(x.device, transform), centre, gain, at.fault, at.scale, at.zero, at.row,
             rows, channels, positions, *strides, at.scale.shape[1], at.site, _bucket(rows),
             ORDER=order, STAGES=order.bit_length() - 1, LOW=low, HIGH=high, SHIFTED=shifted, **EXACT,
         )  # fmt: skip
@@ -281,15 +282,14 @@ def output_size(site: Site, height: int, width: int) -> tuple[int, int]:
 def product(
     codes: torch.Tensor, weight: torch.Tensor, plan: SitePlan, size: tuple[int, int], at: Lookup | None = None,
     weight_scale: torch.Tensor | None = None, bias: torch.Tensor | None = None, sums: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, share: float = 1.0, dtype: torch.dtype = torch.float32,
+    share: float = 1.0, dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:  # fmt: skip
-    """((Σ q·V · (s·share))·s_w + b) + residual, rounded to fp32 after each, then to `dtype`: (positions, outputs), a
-    convolution's by image, row, column. Without weight_scale: the accumulators, int32.
+    """(Σ q·V · (s·share))·s_w + b, rounded to fp32 after each, then to `dtype`: (positions, outputs), a convolution's
+    by image, row, column. Without weight_scale: the accumulators, int32.
 
     codes: (digits, positions in, C) int8, digits of 7 bits, the lowest first, each at a convolution's (height, width)
     `size`. weight: (digits, outputs, kh, kw, C) int8, likewise. at: needed for the scale, and for the zero-point where
-    codes are shifted, of which `sums` says so: (outputs,) int32, Σ V. residual: (positions, outputs). share: a power
-    of two.
+    codes are shifted, of which `sums` says so: (outputs,) int32, Σ V. share: a power of two.
     """
     code_digits, rows_in, channels = codes.shape
     weight_digits, outputs, kh, kw, _ = weight.shape
@@ -310,7 +310,7 @@ def product(
     if out.numel():
         _product[lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(outputs, meta["BLOCK_N"]),)](
             codes, weight, out, sums, scale, zero, row,
-            None if weight_scale is None else weight_scale.contiguous(), bias, residual,
+            None if weight_scale is None else weight_scale.contiguous(), bias,
             rows, outputs, channels, rows_in, height, width, *out_size, columns, column, _bucket(rows),
             KH=kh, KW=kw, **around, POINTWISE=pointwise, CODE_DIGITS=code_digits, WEIGHT_DIGITS=weight_digits,
             LOW=low, HIGH=high, SHIFTED=sums is not None, SHARE=share, **EXACT,
