@@ -350,15 +350,15 @@ def move(denoiser: Denoiser, device: torch.device, dtype: torch.dtype) -> None:
     """
     cuda.round_nothing()
     tables: TimestepTables = denoiser.network.timestep_tables
+    del denoiser.network.timestep_tables
     denoiser.to(device)
-    tables.cpu()
-    layers = [part for part in denoiser.network.modules() if isinstance(part, integer_layers.IntegerLayer)]
-    kept = {id(part) for whole in [*layers, tables] for part in whole.modules()}
-    if dtype == torch.float32:
-        return
-    for module in denoiser.modules():
-        if id(module) not in kept:
-            for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                if value.is_floating_point():
-                    value.data = value.data.to(dtype)
-    denoiser.dtype = dtype
+    if dtype != torch.float32:
+        layers = [part for part in denoiser.modules() if isinstance(part, integer_layers.IntegerLayer)]
+        kept = {id(part) for layer in layers for part in layer.modules()}
+        for module in denoiser.modules():
+            if id(module) not in kept:
+                for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    if value.is_floating_point():
+                        value.data = value.data.to(dtype)
+        denoiser.dtype = dtype
+    denoiser.network.timestep_tables = tables

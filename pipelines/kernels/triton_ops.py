@@ -10,7 +10,6 @@ operations of Triton's core alone, so that triton itself may have been imported 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Self
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 
 from pipelines.quant.hadamard import signs_of
-from pipelines.quant.spec import Site, SitePlan, Transform
+from pipelines.quant.spec import Site, SitePlan
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 EXACT = dict(enable_fp_fusion=False)  # multiplications and additions stay apart, each rounded
@@ -227,13 +226,6 @@ def _bucket(rows: int) -> int:
     return rows.bit_length()
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _signs_on(device: torch.device, transform: Transform) -> torch.Tensor | None:
-    signs = signs_of(transform)
-    return None if signs is None else signs.to(device)
-
-
 def codes(
     x: torch.Tensor, plan: SitePlan, at: Lookup, shifted: bool,
     centre: torch.Tensor | None = None, gain: torch.Tensor | None = None,
@@ -261,7 +253,7 @@ def codes(
     order = transform.order
     if rows:
         _codes[lambda meta: (triton.cdiv(rows, meta["ROWS"]), triton.cdiv(channels, max(order, meta["WIDTH"])))](
-            x, out, _signs_on(x.device, transform), centre, gain, at.fault, at.scale, at.zero, at.row,
+            x, out, signs_of(transform, x.device), centre, gain, at.fault, at.scale, at.zero, at.row,
             rows, channels, positions, *strides, at.scale.shape[1], at.site, _bucket(rows),
             ORDER=order, STAGES=order.bit_length() - 1, LOW=low, HIGH=high, SHIFTED=shifted, **EXACT,
         )  # fmt: skip
