@@ -83,9 +83,22 @@ def shape_of(plan: SitePlan, size=(5, 3)) -> tuple[int, ...]:
     return (2, 7, plan.site.channels) if plan.site.kind == "linear" else (2, plan.site.channels, *size)
 
 
-def check(plan: SitePlan, weights: PackedWeights, seed: int = 0, size=(5, 3), int_mm: bool = False) -> cuda.Prepared:
+def lookup(plan: SitePlan, scale: float, zero: int) -> triton_ops.Lookup:
+    return triton_ops.Lookup.of(scale, None if plan.activation_quantiser == "symmetric" else zero, torch.device(DEVICE))
+
+
+def codes_of(x: torch.Tensor, surroundings: Surroundings, scale: float, zero: int) -> torch.Tensor:
+    """Codes on the device, and back from there; NaN is an AssertionError."""
+    at = lookup(surroundings.plan, scale, zero)
+    codes, _ = cuda.DevicePrologue(surroundings.to(DEVICE))(x.to(DEVICE), at)
+    surroundings.cpu()
+    assert not at.fault.item(), "NaN"
+    return codes.cpu()
+
+
+def check(plan: SitePlan, weights: PackedWeights, seed: int = 0, size=(5, 3)) -> cuda.Prepared:
     """Assert that accumulators and outputs are the reference's, bit for bit and in the same memory order."""
-    prepared, truth = cuda.prepare(weights, int_mm), reference.prepare(weights)
+    prepared, truth = cuda.prepare(weights), reference.prepare(weights)
     zero = 0 if plan.activation_quantiser == "symmetric" else seed % (plan.activation_range[1] + 1)
     centred = random_codes(plan, zero, shape_of(plan, size), seed)
     wanted = truth.accumulators(centred)
@@ -93,7 +106,8 @@ def check(plan: SitePlan, weights: PackedWeights, seed: int = 0, size=(5, 3), in
     assert found.dtype == torch.int32 and torch.equal(found, wanted)
     scale, operand = in_fp32(0.0371), prepared.operand(zero)
     codes = (centred + operand.offset).to(DEVICE, operand.dtype)
-    result = prepared(codes, operand, scale, weights.scale.to(DEVICE)).cpu()
+    at = lookup(plan, scale * plan.transform.order, zero)
+    result = prepared(codes, at, weights.scale.to(DEVICE)).cpu()
     output = truth(centred, centred_operand(plan), scale, weights.scale)
     assert torch.equal(result, output)
     assert [s for s, n in zip(result.stride(), result.shape, strict=True) if n > 1] == [
@@ -182,15 +196,14 @@ def test_digits_of_codes_and_of_weights_are_summed_in_one_accumulator():
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("activation_bits, activation", [(4, "symmetric"), (8, "asymmetric")])
-def test_the_librarys_product_is_an_option_with_the_same_bits(kind, activation_bits, activation):
+def test_the_librarys_product_has_the_same_bits(kind, activation_bits, activation, monkeypatch):
     s = site(kind, 32, 8, 1, padding=(0, 0))
     plan = SitePlan(s, True, IDENTITY, "none", 3, activation_bits, "symmetric", activation)
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:
-        wrapped = torch._int_mm
-        patch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.shape) or wrapped(a, b))
-        check(plan, random_weights(plan), seed=100, size=(3, 3), int_mm=kind == "conv")
-        assert bool(calls) == (kind == "conv")
+    calls, wrapped = [], torch._int_mm
+    monkeypatch.setattr(cuda, "int_mm_is_quicker", lambda key, ours, theirs: True)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.shape) or wrapped(a, b))
+    check(plan, random_weights(plan), seed=100, size=(3, 4))
+    assert bool(calls) == (kind == "conv")  # the linear's input has 14 rows, and it takes 17
 
 
 def surrounded(plan: SitePlan, around: str) -> Surroundings:
@@ -237,8 +250,8 @@ def test_codes_have_the_integers_of_the_definition_for_any_layer_layout_and_type
     zero = 0 if quantiser == "symmetric" else data.draw(st.integers(low, high))
     operand = Operand(torch.int8, zero - 128 if cuda.is_shifted(plan) else 0)
     wanted, _ = defined(surroundings, x.float(), scale, zero, operand)
-    codes, _ = cuda.codes_of(x.to(DEVICE), surroundings.to(DEVICE), scale, zero)
-    assert codes.dtype == torch.int8 and torch.equal(codes.cpu(), wanted)
+    codes = codes_of(x, surroundings, scale, zero)
+    assert codes.dtype == torch.int8 and torch.equal(codes, wanted)
 
 
 def test_division_is_true_and_a_reciprocal_would_move_values_across_ties():
@@ -247,8 +260,7 @@ def test_division_is_true_and_a_reciprocal_would_move_values_across_ties():
     for scale in torch.rand(8, generator=torch.Generator().manual_seed(3)).tolist():
         x = (halves * torch.tensor(scale))[None]
         wanted, _ = defined(surrounded(plan, ""), x, scale, 0, Operand(torch.int8))
-        codes, _ = cuda.codes_of(x.to(DEVICE), surrounded(plan, "").to(DEVICE), scale, 0)
-        assert torch.equal(codes.cpu(), wanted)
+        assert torch.equal(codes_of(x, surrounded(plan, ""), scale, 0), wanted)
         moved += ((x * (1 / torch.tensor(scale))).round().clamp(-127, 127) != wanted).sum()
     assert moved
 
@@ -258,8 +270,7 @@ def test_codes_along_the_width_have_the_integers_of_the_definition():
         plan = SitePlan(site("conv"), True, Transform("width", 4, 3), "activation", 4, 4, "symmetric", quantiser)
         x, scale, surroundings = torch.randn(2, 32, 4, 4) * 3, in_fp32(0.37), surrounded(plan, "cg")
         wanted, _ = defined(surroundings, x, scale, zero, centred_operand(plan))
-        codes, _ = cuda.codes_of(x.to(DEVICE), surroundings.to(DEVICE), scale, zero)
-        assert torch.equal(codes.cpu(), wanted)
+        assert torch.equal(codes_of(x, surroundings, scale, zero), wanted)
 
 
 @pytest.mark.parametrize("bits, quantiser", [(4, "symmetric"), (4, "asymmetric"), (8, "asymmetric")])
@@ -273,34 +284,34 @@ def test_scale_and_zero_point_are_read_from_the_tables_row_that_device_memory_na
     prepared, truth = cuda.prepare(weights), reference.prepare(weights)
     scales, zeros = torch.tensor([[9.0, 0.7], [9.0, 0.3]]), torch.tensor([[0.0, 3.0], [0.0, 999.0]])
     symmetric = quantiser == "symmetric"
-    row, fault = (torch.zeros(1, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    at = triton_ops.Lookup(scales.to(DEVICE), None if symmetric else zeros.to(DEVICE), row, 1)
+    row, fault = (torch.zeros(length, dtype=torch.int32, device=DEVICE) for length in (1, 2))
+    at = triton_ops.Lookup(scales.to(DEVICE), None if symmetric else zeros.to(DEVICE), row, fault, 1)
     x = torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(1)) * 2
     for timestep in (0, 1):
         row.fill_(timestep)
-        codes, _ = cuda.codes_at(x.to(DEVICE), surroundings, at, fault)
-        y = prepared.at(codes, at, weights.scale.to(DEVICE)).cpu()
+        codes, _ = cuda.DevicePrologue(surroundings)(x.to(DEVICE), at)
+        y = prepared(codes, at, weights.scale.to(DEVICE)).cpu()
         zero = 0 if symmetric else int(zeros[timestep, 1].clamp(*plan.activation_range))
         scale, operand = scales[timestep, 1].item(), centred_operand(plan)
         centred, _ = defined(surroundings.cpu(), x, scale, zero, operand)
         surroundings.to(DEVICE)
         assert torch.equal(y, truth(centred, operand, scale / transform.order, weights.scale))
-    assert not fault.item()
+    assert not fault.any()
+    cuda.DevicePrologue(surroundings)(torch.full_like(x, torch.nan).to(DEVICE), at)
+    assert fault.tolist() == [0, 1]  # the site's own
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_a_residual_is_one_more_rounded_addition_and_outputs_are_as_narrow_as_asked(kind):
+def test_outputs_are_as_narrow_as_asked(kind):
     plan = SitePlan(site(kind), True, IDENTITY, "none", 4, 4)
     weights = random_weights(plan)
     prepared, scale = cuda.prepare(weights), in_fp32(0.0371)
     centred = random_codes(plan, 0, shape_of(plan))
     plain = reference.prepare(weights)(centred, centred_operand(plan), scale, weights.scale)
-    residual = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2))
-    codes, at = centred.to(DEVICE, torch.int8), triton_ops.Lookup.of(scale, None, torch.device(DEVICE))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        other = residual.to(dtype)
-        y = prepared.at(codes, at, weights.scale.to(DEVICE), other.to(DEVICE), dtype).cpu()
-        wanted = (plain + other.float()).to(dtype)
+        codes = centred.to(DEVICE, torch.int8)
+        y = prepared(codes, lookup(plan, scale, 0), weights.scale.to(DEVICE), dtype).cpu()
+        wanted = plain.to(dtype)
         if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter cuts off where the instruction rounds
             assert ((y.view(torch.int16) - wanted.view(torch.int16)).abs() <= 1).all()
         else:
@@ -314,7 +325,7 @@ def test_operands_in_any_layout_give_the_same():
     wanted = reference.prepare(weights).accumulators(centred)
     assert torch.equal(cuda.prepare(weights).accumulators(centred.T.contiguous().T.to(DEVICE)).cpu(), wanted)
     with pytest.raises(ValueError, match="contiguous"):
-        triton_ops.Lookup(torch.ones(3, 2).T, None, torch.zeros(1, dtype=torch.int32))
+        triton_ops.Lookup(torch.ones(3, 2).T, None, *torch.zeros(2, 1, dtype=torch.int32))
 
 
 def test_a_product_of_many_tiles_is_whole():
@@ -339,17 +350,17 @@ def test_a_forgotten_weight_is_unpacked_again():
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("transform, inverse", PLACEMENTS)
-def test_nan_in_a_layers_input_is_named_by_its_site(value, transform, inverse):
+def test_nan_in_a_layers_input_is_found(value, transform, inverse):
     plan = SitePlan(site("conv"), True, transform, inverse, 4, 4)
     x = torch.randn(2, 32, 4, 4)
-    around = surrounded(plan, "").to(DEVICE)
-    cuda.codes_of(x.to(DEVICE), around, 0.5, 0)
+    around = surrounded(plan, "")
+    codes_of(x, around, 0.5, 0)
     x[1, 30:, 3, 2:] = value  # two infinities of a block leave NaN where they are subtracted
     if transform.is_identity and value == torch.inf:
-        assert cuda.codes_of(x.to(DEVICE), around, 0.5, 0)[0].max() == 7
+        assert codes_of(x, around, 0.5, 0).max() == 7
         return
-    with pytest.raises(NumericalFault, match="site layer: its input holds NaN"):
-        cuda.codes_of(x.to(DEVICE), around, 0.5, 0)
+    with pytest.raises(AssertionError, match="NaN"):
+        codes_of(x, around, 0.5, 0)
 
 
 def test_without_a_device_or_without_triton_it_says_so(monkeypatch):
@@ -431,10 +442,10 @@ plan = SitePlan(site, True, Transform("channels", 32, 1), "single", 4, 8, "symme
 ones, none = torch.ones(64), torch.zeros(64, dtype=torch.int16)
 weights = IntegerWeights(plan, torch.zeros(site.weight, dtype=torch.int16), none, ones, ones).packed()
 table, row = torch.ones(5, 3), torch.zeros(1, dtype=torch.int32)
-at = triton_ops.Lookup(table, table, row, 1)
+at = triton_ops.Lookup(table, table, row, torch.zeros(3, dtype=torch.int32), 1)
 x = torch.zeros(2, 64, 16, 16)
-codes, _ = cuda.codes_at(x, Surroundings(plan, dict(centre=ones, gain=ones)), at, row)
-cuda.Prepared(weights).at(codes, at, ones, x, torch.bfloat16)
+codes, _ = cuda.DevicePrologue(Surroundings(plan, dict(centre=ones, gain=ones)))(x, at)
+cuda.Prepared(weights)(codes, at, ones, torch.bfloat16)
 """
 
 

@@ -4,16 +4,20 @@ nothing, which a CUDA graph could not hold; and, where there is a device, the gr
 """
 
 import copy
+import json
 
 import pytest
 import torch
+from roads import make, tiny_store, tiny_student
 from safetensors.torch import save_file
 from tiny import tiny_denoiser
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipelines import diffusion
-from pipelines.kernels.layers import DeviceLayer, check_inputs
+from hqdm_cli.app import main
+from pipelines import diffusion, doctor, speed
+from pipelines.errors import HqdmError, NumericalFault, UsageError
+from pipelines.kernels.layers import DeviceLayer, check_inputs, forget_weights
 from pipelines.models.denoiser import Denoiser, find_sites
 from pipelines.plans import Plan, Recipe
 from pipelines.quant.affine import choose
@@ -132,27 +136,24 @@ def measured(student: Denoiser) -> Denoiser:
     return student
 
 
-def drawn(model, schedule, timesteps: int, device, eta: float = 0.0) -> torch.Tensor:
-    return diffusion.sample(
-        model, "DDIMScheduler", schedule, timesteps, (1, 8, 8), torch.tensor([2]), 1.5, eta, 0, [4], device
-    ).cpu()
+def along(model, timesteps: int, device="cpu") -> list[torch.Tensor]:
+    """x and ε of every step of a trajectory with noise, one after another."""
+    x = diffusion.noise_of(0, [4], (1, 8, 8)).to(device)
+    schedule = getattr(model, "model", model).info.schedule
+    given = "DDIMScheduler", schedule, timesteps, x, torch.tensor([2]), 1.5, 1.0, 0, [4]
+    with torch.inference_mode():
+        return [value.cpu() for step in diffusion.trajectory(model, *given) for value in step[2:]]
 
 
 @on_the_processor
-def test_every_epsilon_and_the_images_are_those_of_fake_quantisation_with_every_placement(everything):
-    fake, folder = everything
-    integer = load_integer(folder, "cuda")
+def test_every_epsilon_of_a_trajectory_is_that_of_fake_quantisation_with_every_placement(everything):
+    fake, integer = measured(everything[0]), measured(load_integer(everything[1], "cuda"))
     layers = [module for module in integer.network.modules() if isinstance(module, DeviceLayer)]
     assert {layer.prepared.form for layer in layers} >= {"one", "columns", "digits"}
     assert any(layer.plan.site.stride == (2, 2) for layer in layers) and any(layer.prepared.shifted for layer in layers)
     assert any(layer.prepared.code_digits > 1 for layer in layers)
-    fake, integer = measured(fake), measured(integer)
-    x, condition = torch.randn(1, 1, 8, 8), torch.tensor([1])
     steps = ReplayedSteps(integer, TIMESTEPS, 1.5, cuda.device())
-    for timestep in torch.tensor(TIMESTEPS):
-        found = steps.predict(x, timestep, condition, 1.5)
-        assert torch.equal(found, fake.predict(x, timestep, condition, 1.5))
-        x = x - 0.3 * found
+    assert all(map(torch.equal, along(steps, 3), along(fake, 3)))
     assert sorted(steps._bodies) == [(1, False), (1, True)]  # the last timestep takes half the rows
     check_inputs(integer.network)
 
@@ -250,3 +251,106 @@ def test_a_step_lies_on_the_device_and_asks_the_host_for_nothing(everything, mon
     assert kernels[0].calls == 4 * sum(plan.inverse != "activation" for plan in called)
     with pytest.raises(AssertionError, match="aten"), Recording():
         torch.ones(2, device=META) + torch.ones(2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    store = tiny_store(tmp_path_factory.mktemp("workspace"))
+    make(store, "export", {"distill": tiny_student(store).id})
+    return store
+
+
+@on_the_processor
+def test_images_sampled_on_the_back_end_are_those_of_the_processors(store):
+    options = dict(source="int", count=1, steps=2, guidance=1.0)
+    artifact = make(store, "sample", backend="cuda", **options)
+    assert artifact.digest == make(store, "sample", **options).digest
+    assert artifact.figures["backend"] == "cuda" and artifact.figures["device"] == "cpu"
+
+
+def test_what_cannot_run_on_a_device_is_refused_with_the_way_out(store, monkeypatch):
+    for stage, options in (("sample", dict(source="int", backend="cuda")), ("bench", dict(device="cuda"))):
+        with pytest.raises(UsageError, match="--attention int8 is compiled for processors alone"):
+            make(store, stage, attention="int8", **options)
+    with pytest.raises(UsageError, match="--backend chooses integer kernels, and fake has none"):
+        make(store, "sample", source="fake", backend="cuda-bf16")
+    assert doctor._back_end("cuda").state == "fine"
+    monkeypatch.setattr(triton_ops, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in (
+        dict(stage="sample", source="int", count=1, steps=2, backend="cuda"),
+        dict(stage="bench", device="cuda"),
+    ):
+        with pytest.raises(HqdmError, match="no CUDA device") as caught:
+            make(store, **options)
+        assert "--backend cpu" in caught.value.hint
+    found = doctor._back_end("cuda-bf16")
+    assert found.state == "without" and "no CUDA device" in found.found and "TRITON_INTERPRET=1" in found.hint
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_nan_in_a_layers_input_is_said_once_by_its_sites_name(everything):
+    integer = load_integer(everything[1], "cuda")
+    integer.network.timestep_tables.set_timestep(334)
+    layer = integer.network.get_submodule("down_blocks.0.resnets.0.conv1")
+    x = torch.randn(1, 32, 8, 8).to(cuda.device())
+    layer(x)
+    check_inputs(integer.network)
+    x[0, 3, 5, 5] = torch.nan
+    layer(x)
+    with pytest.raises(NumericalFault, match="site down_blocks.0.resnets.0.conv1: its input holds NaN"):
+        check_inputs(integer.network)
+    check_inputs(integer.network)
+
+
+def test_a_forgotten_network_unpacks_its_weights_again(everything):
+    integer = load_integer(everything[1], "cuda")
+    integer.network.timestep_tables.set_timestep(334)
+    layer, x = integer.network.conv_in, torch.randn(1, 1, 8, 8).to(cuda.device())
+    first = layer(x)
+    forget_weights(integer.network)
+    assert not layer.prepared._held and torch.equal(layer(x), first)
+
+
+def test_steps_of_all_contenders_are_measured_on_a_device(store, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "WARM_UP", 0)
+    monkeypatch.setattr(speed, "TRIES", 1)
+    options = ["--device", "cuda", "--batch", "1", "--turns", "1", "--guidance", "1", "--no-memory"]
+    assert main(["bench", *options, "--json", "-w", str(store.root)]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert [row["contender"] for row in table["steps"]] == ["fp32", "bf16", "int", "int-bf16"]
+    assert table["device"] == "cuda" and table["shares"]["int"]["quantisers"] > 0
+    assert all(row["times_as_fast_as_bf16"]["median"] > 0 for row in table["steps"])
+    assert store.current("bench").file("bench.png").exists()
+
+
+@on_a_device
+def test_a_graph_replays_what_plain_calls_compute_at_every_timestep(everything):
+    integer = measured(load_integer(everything[1], "cuda"))
+    steps = ReplayedSteps(integer, TIMESTEPS, 1.5, cuda.device())
+    assert all(map(torch.equal, along(steps, 3, "cuda"), along(integer, 3, "cuda")))
+    assert sorted(steps._bodies) == [(1, False), (1, True)]
+
+
+@on_a_device
+def test_every_layer_of_a_network_on_a_device_gives_what_the_reference_gives_of_its_input(everything):
+    """What is in floating point between the layers rounds otherwise on a GPU; a dynamic centre is such a thing."""
+    integer, truth = (load_integer(everything[1], name) for name in ("cuda", "reference"))
+    seen = {}
+    for name, module in integer.network.named_modules():
+        if isinstance(module, DeviceLayer) and module.plan.centring != "dynamic":
+            module.register_forward_hook(
+                lambda _module, args, y, name=name: seen.update({name: (args[0].cpu(), y.cpu())})
+            )
+    x, timestep = torch.randn(2, 1, 8, 8), torch.tensor(334)
+    with torch.inference_mode():
+        integer.predict(x.cuda(), timestep, torch.tensor([1, 3]), 1.5)
+        truth.network.timestep_tables.set_timestep(334)
+        for name, (given, y) in seen.items():
+            layer = truth.network.get_submodule(name)
+            wanted = layer(given)
+            if layer.surroundings.taps is None:
+                assert torch.equal(y, wanted), name
+            else:  # a convolution's sum of taps is the library's
+                assert torch.allclose(y, wanted, atol=1e-5), name
+    assert len(seen) > 40
