@@ -383,7 +383,7 @@ def test_without_a_device_or_without_triton_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pipelines.kernels.triton_ops", None)
     with pytest.raises(HqdmError, match="Triton") as caught:
         cuda.prepare(weights)
-    assert "pip install triton" in caught.value.hint
+    assert "pip install 'hqdm[cuda]'" in caught.value.hint
 
 
 def test_sums_beyond_32_bits_and_convolutions_in_groups_are_refused_by_name():

@@ -42,7 +42,7 @@ def _ops():
     except ImportError as error:
         raise HqdmError(
             f"the CUDA kernels are written in Triton, which cannot be imported: {error}",
-            "pip install triton, or use --backend cpu",
+            "pip install 'hqdm[cuda]' (Linux; CUDA builds of torch bring Triton), or use --backend cpu",
         ) from error
     return triton_ops
 

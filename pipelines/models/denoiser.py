@@ -109,6 +109,8 @@ class Denoiser(nn.Module):
         both = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
         times = torch.cat([timestep, timestep]) if timestep.ndim else timestep
         without, given = self._call(both, times, given, guidance).chunk(2)
+        if isinstance(strength, torch.Tensor):
+            strength = strength.to(x.device)
         guided = without + strength * (given - without)
         # An image of strength 1 is its conditional prediction in a mixed batch as it is alone.
         return torch.where(strength == 1, given, guided) if isinstance(strength, torch.Tensor) else guided
