@@ -98,6 +98,10 @@ class ReplayedSteps:
         guided = run().clone()
         return guided if self.correction is None else self.correction.corrected(guided, timestep)
 
+    def forget(self) -> None:
+        """Free the graphs and their memory: before weights are forgotten, of which they hold addresses."""
+        self._bodies.clear()
+
     def _of(self, count: int, halved: bool) -> tuple[Body, Callable[[], torch.Tensor]]:
         """The body for a number of images, and what has its output computed."""
         if (count, halved) not in self._bodies:

@@ -155,7 +155,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     report.end()
 
     # Decoding comes after all sampling, when a large model's weights have left memory, and the graphs that read them.
-    del predictor
+    if config.backend in ON_DEVICE:
+        predictor.forget()
     forget_weights(model.network)
     if model.first_stage is not None:
         report.begin("decode", config.count, unit="images")
