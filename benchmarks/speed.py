@@ -3,6 +3,7 @@
     python -m benchmarks.speed                              # steps and hadamard
     python -m benchmarks.speed --only steps --models cin256-v2
     python -m benchmarks.speed --only scaling hadamard
+    python -m benchmarks.speed --device cuda                # the steps on an NVIDIA GPU
 
 Steps: `hqdm bench` of each model (profiled, planned, distilled for two updates and exported by hqdm's own stages, in a
 workspace that is kept), with attention in fp32 and in 8-bit integers. Hadamard: the same quantisers with and without
@@ -10,6 +11,10 @@ their rotations, on the inputs that a step gives them. Scaling, where it is aske
 against the size of the image; `python -m benchmarks.scaling` adds the width, memory and a picture. Memory is each
 process's peak, libraries included. Everything that is compared runs in turns in one process. The table, its JSON, the
 machine and the versions go to RESULTS.
+
+On a GPU: LDM-4's shape at batches of 1 to 64. fp32 is called as it is, without TF32; bfloat16 is compiled by torch,
+channels-last, and replayed as a CUDA graph, as are the integers. nvidia-smi tells clocks, power and driver before and
+after. Minutes pass before the first figure of a batch: torch compiles, and Triton tries its tiles on every shape.
 """
 
 import argparse
@@ -37,6 +42,9 @@ from pipelines.store import Artifact, Store
 
 MODELS = ("cin256-v2", "lsun_beds256")
 PARTS = ("steps", "hadamard", "scaling")
+ON_DEVICE = dict(models=["cin256-v2"], only=["steps"], batches="1,8,16,32,64")  # where nothing else is asked for
+ON_PROCESSOR = dict(models=list(MODELS), only=list(PARTS), batches="1,4")
+CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 BATCHES, SIDES = (1, 2, 4, 8), (32, 48, 64, 96)  # latents of 64×64 are images of 256×256
 
 
@@ -61,8 +69,10 @@ def export_of(
 def steps_of(store: Store, export: Artifact, options: argparse.Namespace, progress) -> dict[str, dict]:
     """The tables of `hqdm bench`, by what attention multiplies in."""
     tables = {}
-    for attention in ("fp32", "int8"):
-        config = Config(batch=options.batches, turns=options.turns, guidance=1.0, attention=attention)
+    for attention in ("fp32", "int8") if options.device == "cpu" else ("fp32",):
+        config = Config(
+            batch=options.batches, turns=options.turns, guidance=1.0, attention=attention, device=options.device
+        )
         artifact = runner.make(store, "bench", config, {"export": export.id}, progress, force=True).artifact
         tables[attention] = json.loads(artifact.file("bench.json").read_text(encoding="utf-8"))
         shutil.copyfile(artifact.file("bench.png"), options.results / f"{export.path.parents[1].name}-{attention}.png")
@@ -140,19 +150,20 @@ def lines_of(results: dict[str, Any]) -> list[str]:
     lines = ["# Speed", "", f"{results['machine']}", ""]
     for model, tables in results.get("steps", {}).items():
         lines += [f"## A step of {model}", ""]
-        lines += ["| contender | batch | ms | ms an image | times fp32 | resident, GB | peak, GB |"]
-        lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+        lines += ["| contender | batch | ms | ms an image | times fp32 | times bf16 | resident, GB | peak, GB |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|--:|"]
         for attention, table in tables.items():
             for row in table["steps"]:
                 if attention != "fp32" and row["contender"] != "int":
                     continue
                 name = row["contender"] + (", attention in int8" if attention == "int8" else "")
-                times, memory = row["times_as_fast_as_fp32"], table["memory_gb"].get(row["contender"])
-                ms, held = row["ms"]["median"], f"{memory['resident']:.2f} | {memory['peak']:.2f}" if memory else "|"
-                lines.append(
-                    f"| {name} | {row['batch']} | {ms:.0f} | {ms / row['batch']:.0f} | "
-                    f"{times['median']:.2f} ({times['low']:.2f}–{times['high']:.2f}) | {held} |"
+                memory, ms = table["memory_gb"].get(row["contender"]), row["ms"]["median"]
+                held = f"{memory['resident']:.2f} | {memory['peak']:.2f}" if memory else "|"
+                times = " | ".join(
+                    "{median:.2f} ({low:.2f}–{high:.2f})".format(**row[f"times_as_fast_as_{other}"])
+                    for other in ("fp32", "bf16")
                 )
+                lines.append(f"| {name} | {row['batch']} | {_ms(ms)} | {_ms(ms / row['batch'])} | {times} | {held} |")
         lines += ["", "| ms at the smallest batch | " + " | ".join(speed.KINDS) + " | of the int8 peak |"]
         lines.append("|---|" + "--:|" * (len(speed.KINDS) + 1))
         for attention, table in tables.items():
@@ -161,7 +172,7 @@ def lines_of(results: dict[str, Any]) -> list[str]:
                     continue
                 share = mine.get("fraction_of_int8_peak")
                 label = name + (", attention in int8" if attention == "int8" else "")
-                cells = [f"{mine[kind]:.0f}" for kind in speed.KINDS] + [f"{share:.0%}" if share else ""]
+                cells = [_ms(mine[kind]) for kind in speed.KINDS] + [f"{share:.0%}" if share else ""]
                 lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines.append("")
     for model, row in results.get("hadamard", {}).items():
@@ -180,21 +191,29 @@ def lines_of(results: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS[:2], help="steps and hadamard, if not given")
-    parser.add_argument("--models", nargs="+", default=MODELS, help="published models whose shape is taken")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="steps and hadamard, if not given; on a GPU steps")
+    parser.add_argument("--models", nargs="+", help="published models whose shape is taken")
     parser.add_argument("--method", default="hqdm")
     parser.add_argument("--bits", default="w4a4")
-    parser.add_argument("--batches", default="1,4")
+    parser.add_argument("--batches", help="images of a step, with commas")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="of checkpoints and workspaces: 8 GB")
     parser.add_argument("--results", type=Path, default=Path("runs/speed/results"))
     options = parser.parse_args()
+    for name, usual in (ON_DEVICE if options.device == "cuda" else ON_PROCESSOR).items():
+        setattr(options, name, getattr(options, name) or usual)
+    if options.device == "cuda" and set(options.only) != {"steps"}:
+        parser.error("--device cuda measures steps alone")
     options.results.mkdir(parents=True, exist_ok=True)
     options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.results / "speed.json"
+    file = options.results / ("speed.json" if options.device == "cpu" else "speed-cuda.json")
     results = json.loads(file.read_text()) if file.exists() else {}
     told = {finding.what: finding.found for finding in findings(options.folder)}
     results["machine"] = f"{told['processor']}; {told['libraries']}; compiled kernels: {_compiler(told)}"
+    if options.device == "cuda":
+        Config(device="cuda").place()  # says now what is missing, and not after the export
+        results["machine"] += f"; CUDA {torch.version.cuda}; before: {clocks()}"
     reuse_freed_memory()
     with console.Progress() as progress:
         for index, model in enumerate(options.models):
@@ -207,9 +226,27 @@ def main() -> None:
             if "scaling" in options.only and not index:
                 results["scaling"] = scaling_of(store.ancestor(export, "model"), export, max(3, options.turns // 3))
             file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.device == "cuda":
+        results["machine"] += f"; after: {clocks()}"
+        file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = lines_of(results)
-    (options.results / "speed.md").write_text("\n".join(lines), encoding="utf-8")
+    file.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
+
+
+def clocks() -> str:
+    """What nvidia-smi says of the GPUs' clocks, power and driver."""
+    try:
+        run = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"nvidia-smi does not say: {error}"
+    return f"{CLOCKS}: {' / '.join(run.stdout.strip().splitlines())}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.2f}"
 
 
 def _compiler(told: dict[str, str]) -> str:

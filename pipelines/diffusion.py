@@ -218,7 +218,7 @@ def trajectory(
         yield step, timestep, x, epsilon
         extra = {}
         if eta:
-            noise = noise_of(seed, indices, tuple(x.shape[1:]), f"step {step}")
+            noise = noise_of(seed, indices, tuple(x.shape[1:]), f"step {step}").to(x.device)
             if (correction := getattr(model, "correction", None)) is not None:
                 noise = noise * noise_left(scheduler, timestep, eta, correction.rest(timestep))
             extra = dict(eta=eta, variance_noise=noise)
@@ -258,11 +258,12 @@ def sample(
     eta: float,
     seed: int,
     indices: list[int],
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Latents (N, *shape) of the images `indices`. NumericalFault that names images, timestep and, where a layer made
-    it, the layer, for the first NaN or Inf.
+    """Latents (N, *shape) of the images `indices`, on the device; the processor draws the noise. NumericalFault that
+    names images, timestep and, where a layer made it, the layer, for the first NaN or Inf.
     """  # fmt: skip
-    start = noise_of(seed, indices, shape)
+    start = noise_of(seed, indices, shape).to(device)
     for _, timestep, x, _ in trajectory(
         Checked(model, indices), name, schedule, steps, start, conditions, guidance, eta, seed, indices
     ):

@@ -9,7 +9,7 @@ import torch
 
 from pipelines import native
 from pipelines.errors import HqdmError
-from pipelines.kernels import BACKENDS, backend
+from pipelines.kernels import BACKENDS, ON_DEVICE, backend
 from pipelines.metrics.extractors import EXTRACTORS
 from pipelines.quant.integers import IntegerWeights
 from pipelines.quant.spec import Site, SitePlan, Transform
@@ -60,12 +60,14 @@ def _back_end(name: str) -> Finding:
     codes = torch.randint(-7, 8, (5, 64), generator=generator)
     what = f"integers ({name})"
     try:
-        found = backend(name).prepare(weights).accumulators(codes)
+        device = backend(name).device() if name in ON_DEVICE else torch.device("cpu")
+        found = backend(name).prepare(weights).accumulators(codes.to(device)).cpu()
     except HqdmError as error:
         return Finding(what, error.what, "without", error.hint)
     if not torch.equal(found.long(), codes @ weights.folded().long().T):
         return Finding(what, "wrong sums", "without", "sample with --backend reference, and report this machine")
-    return Finding(what, BACKENDS[name])
+    interpreted = name in ON_DEVICE and device.type == "cpu"
+    return Finding(what, BACKENDS[name] + ("; here by Triton's interpreter, slowly" if interpreted else ""))
 
 
 def _compiled() -> Finding:

@@ -18,7 +18,9 @@ from pipelines.kernels.prologue import Prologue
 
 WARM_UP = 2  # turns that are not counted: oneDNN makes its kernels in the first
 SIDE = 2048  # of the matrices by which the machine's best is measured: 17 GFLOP, far beyond the caches
+DEVICE_SIDE = 8192  # the same on a GPU: 1100 GFLOP
 TRIES = 5
+CPU = torch.device("cpu")
 
 # What a layer is, in the order in which shares are told.
 KINDS = ("convolutions", "linears", "quantisers", "attention", "norms", "activations", "the rest")
@@ -57,29 +59,44 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1]}
 
 
-def _best(run: Callable[[], object]) -> float:
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds on a clock that is read when a CUDA device has done all that it was given."""
+
+    def read() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read if device.type == "cuda" else time.perf_counter
+
+
+def _best(run: Callable[[], object], clock: Callable[[], float]) -> float:
     """The least of some times, in seconds."""
     run()
     found = []
     for _ in range(TRIES):
-        begun = time.perf_counter()
+        begun = clock()
         run()
-        found.append(time.perf_counter() - begun)
+        found.append(clock() - begun)
     return min(found)
 
 
 @torch.inference_mode()
-def peaks() -> dict[str, float]:
-    """What this machine does at best, by the operators that networks are made of: fp32 and bf16 products in GFLOP/s,
-    int8 products in GOP/s (0 where torch has no operator for them), and a copy in GB/s, read and written.
+def peaks(device: torch.device = CPU) -> dict[str, float]:
+    """What this machine or a device of it does at best, by the operators that networks are made of: fp32 and bf16
+    products in GFLOP/s, int8 products in GOP/s (0 where torch has no operator for them), and a copy in GB/s, read and
+    written.
     """
-    operations = 2 * SIDE**3 / 1e9
-    x, y = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
-    result = {"fp32_gflops": operations / _best(lambda: x @ y)}
+    side, clock = DEVICE_SIDE if device.type == "cuda" else SIDE, clock_of(device)
+    operations = 2 * side**3 / 1e9
+    x, y = (torch.randn(side, side, device=device) for _ in range(2))
+    result = {"fp32_gflops": operations / _best(lambda: x @ y, clock)}
     narrow = x.bfloat16(), y.bfloat16()
-    result["bf16_gflops"] = operations / _best(lambda: narrow[0] @ narrow[1])
+    result["bf16_gflops"] = operations / _best(lambda: narrow[0] @ narrow[1], clock)
     result["int8_gops"] = 0.0
-    if hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available():
+    if device.type == "cuda":
+        left, right = (torch.randint(-7, 8, (side, side), dtype=torch.int8, device=device) for _ in range(2))
+        result["int8_gops"] = operations / _best(lambda: torch._int_mm(left, right.T), clock)
+    elif hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available():
         codes = torch.randint(0, 16, (SIDE, SIDE), dtype=torch.uint8)
         packed = torch.ops.onednn.qlinear_prepack(torch.randint(-7, 8, (SIDE, SIDE), dtype=torch.int8), [SIDE, SIDE])
         ones, zeros = torch.ones(SIDE), torch.zeros(SIDE, dtype=torch.int8)
@@ -89,10 +106,10 @@ def peaks() -> dict[str, float]:
                 codes, 1.0, 8, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
 
-        result["int8_gops"] = operations / _best(product)
-    large = torch.randn(2**26)
+        result["int8_gops"] = operations / _best(product, clock)
+    large = torch.randn(2**26, device=device)
     into = torch.empty_like(large)
-    result["copy_gb_per_s"] = 2 * large.numel() * 4 / 1e9 / _best(lambda: into.copy_(large))
+    result["copy_gb_per_s"] = 2 * large.numel() * 4 / 1e9 / _best(lambda: into.copy_(large), clock)
     return result
 
 
@@ -118,15 +135,17 @@ class Shares:
     """Where the time of a network's calls goes, by kind of layer, while it is entered.
 
     seconds: of each of KINDS. operations: of the integer layers' products, two for a multiplication and its addition.
+    On a CUDA device every layer is waited for, which leaves launches and the time between them in its share.
     """
 
-    def __init__(self, network: nn.Module):
-        self.network = network
+    def __init__(self, network: nn.Module, device: torch.device = CPU):
+        self.network, self.device = network, device
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.operations = {"convolutions": 0, "linears": 0}
         self._open: list[list[float]] = []  # when each module that runs was called, and the seconds of those in it
 
     def __enter__(self) -> "Shares":
+        self._clock = clock_of(self.device)
         self._handles = []
         for module in self.network.modules():
             self._handles.append(module.register_forward_pre_hook(self._begin))
@@ -138,11 +157,11 @@ class Shares:
             handle.remove()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self._open.append([time.perf_counter(), 0.0])
+        self._open.append([self._clock(), 0.0])
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         begun, within = self._open.pop()
-        taken = time.perf_counter() - begun
+        taken = self._clock() - begun
         if self._open:
             self._open[-1][1] += taken
         kind = kind_of(module)

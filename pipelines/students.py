@@ -32,7 +32,7 @@ from torch import nn
 from pipelines.config import from_dict, to_dict
 from pipelines.diffusion import walker
 from pipelines.errors import FileFault, NumericalFault, UsageError, did_you_mean
-from pipelines.kernels import cpu, reference
+from pipelines.kernels import ON_DEVICE, cpu, cuda, reference
 from pipelines.kernels import layers as integer_layers
 from pipelines.kernels.attention import shorten
 from pipelines.memory import give_back, let_go
@@ -340,7 +340,8 @@ def _site_entry(site: SitePlan) -> dict:
 
 
 def load_integer(folder: Path, backend: str) -> Denoiser:
-    """An exported integer model, ready to sample on a back end ("reference" or "cpu"), from its own files alone.
+    """An exported integer model, ready to sample on a back end, from its own files alone. Where that is a device's,
+    network and conditions lie there.
 
     FileFault for files that do not go together, NumericalFault for scales and tensors that are no numbers: kernels read
     where a plan says, and must not read beyond.
@@ -396,7 +397,30 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
         denoiser.guidance_shares = GuidanceShares.load(Path(folder))
     if config.get("corrected"):
         denoiser.correction = Correction.load(Path(folder))
+    if backend in ON_DEVICE:
+        move(denoiser, cuda.device(), torch.bfloat16 if backend == "cuda-bf16" else torch.float32)
     for value in floats.values():  # convolutions were copied
         let_go(value.data_ptr(), value.nbytes)
     give_back(sum(value.numel() for value in tensors.values()))
     return denoiser
+
+
+def move(denoiser: Denoiser, device: torch.device, dtype: torch.dtype) -> None:
+    """Move an integer student to a device, in place, and what is computed in floating point around its integers to a
+    type. Packed weights and tables stay on the processor, where they are unpacked and interpolated; scales, biases and
+    what centring adds stay fp32.
+    """
+    cuda.round_nothing()
+    tables: TimestepTables = denoiser.network.timestep_tables
+    del denoiser.network.timestep_tables
+    denoiser.to(device)
+    if dtype != torch.float32:
+        layers = [part for part in denoiser.modules() if isinstance(part, integer_layers.IntegerLayer)]
+        kept = {id(part) for layer in layers for part in layer.modules()}
+        for module in denoiser.modules():
+            if id(module) not in kept:
+                for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    if value.is_floating_point():
+                        value.data = value.data.to(dtype)
+        denoiser.dtype = dtype
+    denoiser.network.timestep_tables = tables

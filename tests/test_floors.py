@@ -37,6 +37,7 @@ FLOORS = {
     "pipelines.metrics": 3,
     "pipelines.report": 3,
     "pipelines.speed": 4,
+    "pipelines.replay": 4,
     "pipelines.students": 4,  # quantised denoisers: of models, kernels and quant together
     "pipelines.distillation": 4,
     "pipelines.reconstruction": 4,

@@ -20,6 +20,7 @@ def bench(
     batch: Annotated[str | None, typer.Option(help="Images of a step, with commas.", metavar="N,…")] = None,
     turns: Annotated[int | None, typer.Option(help="How often each is measured.", metavar="N")] = None,
     guidance: Guidance = None,
+    device: Annotated[str | None, typer.Option(help="Where steps run.", metavar="cpu|cuda")] = None,
     attention: Annotated[
         str | None, typer.Option(help="What integers' attention multiplies in.", metavar="fp32|int8")
     ] = None,
@@ -50,16 +51,19 @@ def bench(
         elif model is not None:
             artifact = store.get(model)
             chosen["export" if artifact.stage == "export" else "model"] = artifact.id
-        config = config_of("bench", batch=batch, turns=turns, guidance=guidance, attention=attention, memory=memory)
+        config = config_of(
+            "bench", batch=batch, turns=turns, guidance=guidance, device=device, attention=attention, memory=memory
+        )
         outcome = runner.make(store, "bench", config, chosen, progress, force=True)
     table = json.loads(outcome.artifact.file("bench.json").read_text(encoding="utf-8"))
     if as_json:
         console.print_json(table)
         return
+    digits = 1 if table["device"] == "cpu" else 2
     rows = [
-        {"contender": row["contender"], "batch": row["batch"], "ms": round(row["ms"]["median"], 1),
-         "p10": round(row["ms"]["p10"], 1), "p90": round(row["ms"]["p90"], 1),
-         "ms/image": round(row["ms"]["median"] / row["batch"], 1),
+        {"contender": row["contender"], "batch": row["batch"], "ms": round(row["ms"]["median"], digits),
+         "p10": round(row["ms"]["p10"], digits), "p90": round(row["ms"]["p90"], digits),
+         "ms/image": round(row["ms"]["median"] / row["batch"], digits),
          "times fp32": round(row["times_as_fast_as_fp32"]["median"], 2),
          "quartiles": "{low:.2f}–{high:.2f}".format(**row["times_as_fast_as_fp32"]),
          "s/image": round(row["ms"]["median"] / row["batch"] * table["steps_of_an_image"] / 1e3, 2),
@@ -69,7 +73,7 @@ def bench(
     console.out("\n".join(console.table(rows)))
     console.out("")
     fraction = "fraction_of_int8_peak"
-    shares = [{"ms of a step": name} | {kind: round(ms, 1) for kind, ms in mine.items() if kind != fraction}
+    shares = [{"ms of a step": name} | {kind: round(ms, digits) for kind, ms in mine.items() if kind != fraction}
               for name, mine in table["shares"].items()]  # fmt: skip
     console.out("\n".join(console.table(shares)))
     console.out("")

@@ -38,7 +38,7 @@ def sample(
     scheduler: Scheduler = None,
     batch: Batch = None,
     backend: Annotated[
-        str | None, typer.Option(help="Who computes the integers: cpu or reference.", metavar="NAME")
+        str | None, typer.Option(help="Who computes the integers: cpu, reference, cuda, cuda-bf16.", metavar="NAME")
     ] = None,
     attention: Annotated[
         str | None, typer.Option(help="What a student's attention multiplies in.", metavar="fp32|int8")

@@ -5,7 +5,10 @@ from pipelines.errors import UsageError, did_you_mean
 BACKENDS = {
     "reference": "plain torch integer operations, the truth; slow",
     "cpu": "oneDNN's int8 operators on x86-64, channels-last",
+    "cuda": "Triton kernels on an NVIDIA GPU, the rest of the network in fp32 there",
+    "cuda-bf16": "the same with the rest of the network in bfloat16",
 }
+ON_DEVICE = ("cuda", "cuda-bf16")  # a network with their layers lies on a device
 
 
 def backend(name: str):
@@ -14,6 +17,6 @@ def backend(name: str):
     """
     if name not in BACKENDS:
         raise UsageError(f"back end {name!r} does not exist", did_you_mean(name, BACKENDS))
-    from pipelines.kernels import cpu, reference
+    from pipelines.kernels import cpu, cuda, reference
 
-    return {"reference": reference, "cpu": cpu}[name]
+    return {"reference": reference, "cpu": cpu, "cuda": cuda, "cuda-bf16": cuda}[name]

@@ -29,7 +29,7 @@ class Short:
     ) -> torch.Tensor:  # fmt: skip
         attention, context, kernels = self.attention, encoder_hidden_states, native.library()
         one = context is not None and context.shape[1] == 1
-        compiled = kernels is not None and hidden_states.dtype == torch.float32
+        compiled = kernels is not None and hidden_states.device.type == "cpu" and hidden_states.dtype == torch.float32
         if attention_mask is not None or torch.is_grad_enabled() or not (one or compiled):
             return self.usual(hidden_states, context, attention_mask, temb=temb, **kwargs)
         x = hidden_states
@@ -73,7 +73,9 @@ def attend(
 
 
 def choose_products(network: nn.Module, products: str) -> None:
-    """What a student's attentions multiply in: "fp32", or "int8". HqdmError where int8 cannot be."""
+    """What a student's attentions multiply in: "fp32" (the network's own type), or "int8". HqdmError where int8 cannot
+    be.
+    """
     if products == "int8" and native.library() is None:
         raise HqdmError(f"attention in 8-bit integers needs compiled kernels: {native.state().why_not}", "hqdm doctor")
     for module in network.modules():

@@ -5,8 +5,10 @@ import math
 import torch
 from torch import nn
 
-from pipelines.kernels import backend
+from pipelines.errors import NumericalFault
+from pipelines.kernels import ON_DEVICE, backend
 from pipelines.kernels.attention import shorten
+from pipelines.kernels.cuda import DevicePrologue
 from pipelines.kernels.prologue import Prologue
 from pipelines.memory import give_back
 from pipelines.quant.integers import PackedWeights
@@ -67,6 +69,43 @@ class IntegerLayer(nn.Module):
         self.prepared.forget()
 
 
+class DeviceLayer(IntegerLayer):
+    """The same on a device: x fp32, fp16 or bf16 to y of its type. Nothing in it waits for the device or tells it a
+    number, so that the row of the tables in force can change between two replays of one CUDA graph.
+    """
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.prologue = DevicePrologue(self.surroundings)
+
+    def _at_one_timestep(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self._tables[0].on(x.device)
+        at = self.prepared.lookup(rows, self.index)
+        codes, mean = self.prologue(x, at)
+        factor = rows.factors_of(self.span)
+        weight_scale = self.weight_scale if factor is None else self.weight_scale * factor
+        if mean is None and self.surroundings.taps is None:
+            return self.prepared(codes, at, weight_scale, x.dtype)
+        y = self.prepared(codes, at, weight_scale)  # what is added is fp32, and is rounded with it once
+        return self.surroundings.after(y, x, mean, self._folded, weight_scale).to(x.dtype)
+
+    def _folded(self) -> torch.Tensor:
+        if self._floats is None:
+            self._floats = super()._folded().to(self.weight_scale.device)
+        return self._floats
+
+
+def check_inputs(network: nn.Module) -> None:
+    """NumericalFault where a layer's input has held NaN on a device since this was asked last; it waits for the device.
+
+    Codes are integers, in which a NaN is not seen any more.
+    """
+    layers = {layer.index: layer for layer in network.modules() if isinstance(layer, DeviceLayer)}
+    if layers and (faults := network.timestep_tables.faults()):
+        name = layers[faults[0]].plan.site.name
+        raise NumericalFault(f"site {name}: its input holds NaN", "distill again at lower rates")
+
+
 def forget_weights(network: nn.Module) -> None:
     """Free the unpacked weights of a network's integer layers, for whatever comes next; a call unpacks them again."""
     layers = [module for module in network.modules() if isinstance(module, IntegerLayer)]
@@ -86,11 +125,11 @@ def swap_in(
     """Replace the planned layers of `network`, in place, by integer ones; the tables follow its timestep, times
     `unit`.
     """
-    layers = {}
+    layers, kind = {}, DeviceLayer if backend_name in ON_DEVICE else IntegerLayer
     divide(network, [plan.site for plan in plans])
     for index, (plan, span) in enumerate(zip(plans, output_spans(plans), strict=True)):
         name = plan.site.name
-        layers[name] = IntegerLayer(weights[name], tables, index, span, backend_name)
+        layers[name] = kind(weights[name], tables, index, span, backend_name)
         network.set_submodule(name, layers[name])
     shorten(network)
     network.timestep_tables = tables

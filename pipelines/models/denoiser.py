@@ -65,6 +65,7 @@ class Denoiser(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.network, self.info, self.first_stage = network, info, first_stage
+        self.dtype: torch.dtype | None = None  # in which the network is told x, where that is not x's own
         self.guidance_shares: GuidanceShares | None = None
         self.correction: Correction | None = None
         self.conditions = nn.Module()
@@ -88,26 +89,40 @@ class Denoiser(nn.Module):
         `timestep` is the schedule's, a number or (N,). The conditional and unconditional halves are one batch of 2N
         (g = 1 needs the conditional half alone).
         """
-        guided = self._guided(x, timestep, conditions, guidance)
+        guided = self.guided(x, timestep, conditions, guidance, self.strength(guidance, timestep))
         return guided if self.correction is None else self.correction.corrected(guided, timestep)
 
-    def _guided(
-        self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
-    ) -> torch.Tensor:
+    def strength(self, guidance: float, timestep: torch.Tensor) -> float | torch.Tensor:
+        """What a difference of predictions is multiplied with where `guidance` is asked for: 1 where nothing is."""
+        if self.info.guidance != CLASSIFIER_FREE:
+            return 1.0
+        return guidance if self.guidance_shares is None else self.guidance_shares.strength(guidance, timestep)
+
+    def guided(
+        self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float,
+        strength: float | torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """The guided prediction at a `strength`, a number or a tensor that broadcasts with x; not yet corrected."""
         x = x.contiguous(memory_format=torch.channels_last)
-        strength: float | torch.Tensor = guidance
-        if self.guidance_shares is not None and self.info.guidance == CLASSIFIER_FREE:
-            strength = self.guidance_shares.strength(guidance, timestep)
-        if self.info.guidance != CLASSIFIER_FREE or (not isinstance(strength, torch.Tensor) and strength == 1):
-            return self.family.call(self.network, x, timestep, self.given(conditions), guidance)
+        if not isinstance(strength, torch.Tensor) and strength == 1:
+            return self._call(x, timestep, self.given(conditions), guidance)
         null = torch.full_like(conditions, self.info.conditions)
         given = self.given(torch.cat([null, conditions]))
         both = torch.cat([x, x]).contiguous(memory_format=torch.channels_last)
         times = torch.cat([timestep, timestep]) if timestep.ndim else timestep
-        without, given = self.family.call(self.network, both, times, given, guidance).chunk(2)
+        without, given = self._call(both, times, given, guidance).chunk(2)
+        if isinstance(strength, torch.Tensor):
+            strength = strength.to(x.device)
         guided = without + strength * (given - without)
         # An image of strength 1 is its conditional prediction in a mixed batch as it is alone.
         return torch.where(strength == 1, given, guided) if isinstance(strength, torch.Tensor) else guided
+
+    def _call(
+        self, x: torch.Tensor, timestep: torch.Tensor, given: Mapping[str, torch.Tensor], guidance: float
+    ) -> torch.Tensor:
+        if self.dtype is None:
+            return self.family.call(self.network, x, timestep, given, guidance)
+        return self.family.call(self.network, x.to(self.dtype), timestep, given, guidance).to(x.dtype)
 
     def check_images(self) -> None:
         """HqdmError where no images can be made of what is denoised."""

@@ -68,12 +68,13 @@ class FirstStage:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (N, C, H, W) as the denoiser has them to images (N, 1 or 3, H', W'), about [-1, 1]."""
-        module = self.module()
+        module = self.module().to(latents.device)
         if isinstance(module, SpaceToDepth):
             return module.decode(latents)
         scaled = latents / module.config.scaling_factor + (module.config.get("shift_factor") or 0.0)
         if module.config.get("latents_mean") is not None and module.config.get("latents_std") is not None:
-            mean, deviation = (torch.tensor(module.config[key]) for key in ("latents_mean", "latents_std"))
+            known = (module.config[key] for key in ("latents_mean", "latents_std"))
+            mean, deviation = (torch.tensor(values, device=latents.device) for values in known)
             scaled = latents * deviation.view(-1, 1, 1) / module.config.scaling_factor + mean.view(-1, 1, 1)
         scaled = scaled.contiguous()  # GroupNorm is less exact channels-last
         convolutions = (part for part in module.modules() if isinstance(part, nn.Conv2d))

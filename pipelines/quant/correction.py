@@ -35,7 +35,8 @@ class Correction(ByTimestep):
 
     def corrected(self, prediction: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """(ε̂ − b)/(1 + k) of ε̂ (N, C, H, W) at a timestep, a number or (N,)."""
-        bias, slope = (self.at(values, timestep) for values in (self.bias, self.slope))
+        # On the processor, and then as tensors where the prediction is: dividing by a number takes a reciprocal there.
+        bias, slope = (self.at(values, timestep).to(prediction.device) for values in (self.bias, self.slope))
         return (prediction - bias[..., None, None]) / (1 + slope.reshape(-1, 1, 1, 1))
 
     def rest(self, timestep: torch.Tensor) -> float:

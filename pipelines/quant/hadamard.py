@@ -35,9 +35,11 @@ def sign_diagonal(order: int, seed: int | None) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)  # a cached tensor made while sampling could not take part in a backward pass later
-def signs_of(transform: Transform) -> torch.Tensor | None:
-    """The diagonal of D (order,) fp32, or None where there is none."""
-    return None if transform.signs is None else sign_diagonal(transform.order, transform.signs)
+def signs_of(transform: Transform, device: torch.device | None = None) -> torch.Tensor | None:
+    """The diagonal of D (order,) fp32, or None where there is none; on the processor unless a device is named, to which
+    it is sent once.
+    """
+    return None if transform.signs is None else sign_diagonal(transform.order, transform.signs).to(device)
 
 
 def matrix(transform: Transform) -> torch.Tensor:
@@ -90,8 +92,8 @@ def compiled_for(x: torch.Tensor, length: int, order: int):
 
 
 def _butterflies(x: torch.Tensor, transform: Transform, inverse: bool) -> torch.Tensor:
-    order, signs = transform.order, signs_of(transform)
-    signs = None if signs is None else signs.to(x.device, x.dtype)
+    order, signs = transform.order, signs_of(transform, x.device)
+    signs = None if signs is None else signs.to(x.dtype)
     y = x.reshape(-1, order)
     if signs is not None and not inverse:
         y = y * signs

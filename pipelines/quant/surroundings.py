@@ -65,7 +65,7 @@ class Surroundings(nn.Module):
         site = self.plan.site
         if site.kind == "linear":
             return y + self.taps
-        ones = torch.ones(1, 1, *x.shape[-2:])
+        ones = torch.ones(1, 1, *x.shape[-2:], device=y.device)
         return y + F.conv2d(ones, self.taps[:, None], None, site.stride, site.padding, site.dilation)
 
     def to_quantiser(self, rows: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ counts calls. A batch may mix timesteps: every image is then quantised with the 
 
 import inspect
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -85,6 +86,25 @@ def timestep_argument(network: nn.Module, args: tuple, kwargs: Mapping) -> torch
     return found
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the tables in a device's memory, where kernels read them, and there too which of them is in force.
+
+    scale, zero: (T, n) fp32, contiguous. factor: (T, m) fp32 or None. row: (1,) int32. fault: (n,) int32, of which a
+    site's entry becomes 1 where its input holds NaN.
+    """
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+    factor: torch.Tensor | None
+    row: torch.Tensor
+    fault: torch.Tensor
+
+    def factors_of(self, span: slice) -> torch.Tensor | None:
+        """Factors (outputs,) of the row in force on the weight scales in `span`, or None where there are none."""
+        return None if self.factor is None else self.factor[:, span].index_select(0, self.row)[0]
+
+
 @dataclass
 class _Row:
     """What the layers read at one timestep: scales and zero-points of all sites (n,), factors (m,) or None."""
@@ -92,6 +112,7 @@ class _Row:
     scale: torch.Tensor
     zero: torch.Tensor
     factor: torch.Tensor | None
+    on_device: Rows | None = None  # the same there, made once
 
     @cached_property
     def numbers(self) -> tuple[list[float], list[int]]:
@@ -145,6 +166,8 @@ class TimestepTables(nn.Module):
             self.factor = nn.ParameterList([nn.Parameter(factor[index].clone()) for index in heads])
         self._now: _Row | None = None
         self._mixed: tuple[int, list[tuple[_Row, list[int]]]] | None = None
+        self._fixed: Rows | None = None
+        self._faults: dict[torch.device, torch.Tensor] = {}
 
     @torch.no_grad()
     def raw(self) -> dict[str, torch.Tensor]:
@@ -250,6 +273,50 @@ class TimestepTables(nn.Module):
         scales, zeros = self._current().numbers
         return scales[index], zeros[index]
 
+    @torch.inference_mode(False)  # what is made while sampling is written to at other times too
+    @torch.no_grad()
+    def rows(self, timesteps: Sequence[float], device: torch.device) -> Rows:
+        """A row for each of some timesteps, in their order, in a device's memory; the first is in force."""
+        return self._on_device([self._at(float(timestep)) for timestep in timesteps], device)
+
+    def _on_device(self, found: list[_Row], device: torch.device) -> Rows:
+        scale, zero = (torch.stack([getattr(row, name) for row in found]) for name in ("scale", "zero"))
+        factor = None if self.factor is None else torch.stack([row.factor for row in found]).to(device)
+        if device not in self._faults:
+            self._faults[device] = torch.zeros(scale.shape[1], dtype=torch.int32, device=device)
+        row = torch.zeros(1, dtype=torch.int32, device=device)
+        return Rows(scale.to(device), zero.to(device), factor, row, self._faults[device])
+
+    @contextmanager
+    def reading(self, rows: Rows) -> Iterator[None]:
+        """While it is entered layers read these rows, and a call of the network asks for no timestep's number: what a
+        CUDA graph is recorded of.
+        """
+        before, self._fixed, self._mixed = self._fixed, rows, None
+        try:
+            yield
+        finally:
+            self._fixed = before
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def on(self, device: torch.device) -> Rows:
+        """What layers on a device read: the rows of `reading`, or one of the current timestep."""
+        if self._fixed is not None:
+            return self._fixed
+        now = self._current()
+        if now.on_device is None or now.on_device.row.device != device:
+            now.on_device = self._on_device([now], device)
+        return now.on_device
+
+    def faults(self) -> list[int]:
+        """The sites whose input has held NaN on a device since this was asked last. It waits for the device."""
+        found: set[int] = set()
+        for fault in self._faults.values():
+            found |= set(fault.nonzero().flatten().tolist())
+            fault.zero_()
+        return sorted(found)
+
     def _current(self) -> _Row:
         if self._now is None:
             raise HqdmError("a quantised layer ran before its denoiser was called", "call the denoiser, not the layer")
@@ -264,6 +331,7 @@ class TimestepTables(nn.Module):
         """Set the timestep from the network's own `timestep` argument, times `unit`, at every call of it."""
 
         def before(_module, args, kwargs):
-            self.set_timestep(timestep_argument(network, args, kwargs) * unit)
+            if self._fixed is None:
+                self.set_timestep(timestep_argument(network, args, kwargs) * unit)
 
         network.register_forward_pre_hook(before, with_kwargs=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.report.pictures import COLOURS, figure_file, wrapped
 
-NAMES = {"fp32": "fp32", "bf16": "bfloat16", "int": "integers"}
+NAMES = {"fp32": "fp32", "bf16": "bfloat16", "int": "integers", "int-bf16": "integers, bfloat16 around"}
 
 
 def save_bench(table: Mapping[str, Any], path: Path) -> None:
@@ -15,9 +15,9 @@ def save_bench(table: Mapping[str, Any], path: Path) -> None:
     """
     batches = list(dict.fromkeys(row["batch"] for row in table["steps"]))
     names = [name for name in NAMES if any(row["contender"] == name for row in table["steps"])]
-    peaks = table["peaks"]
+    peaks, threads = table["peaks"], f", {table['threads']} threads" if table["device"] == "cpu" else ""
     caption = (
-        f"{table['processor']}, {table['threads']} threads; a step at guidance {table['guidance']:g}. At best it makes "
+        f"{table['processor']}{threads}; a step at guidance {table['guidance']:g}. At best it makes "
         f"{peaks['fp32_gflops']:.0f} GFLOP/s in fp32, {peaks['bf16_gflops']:.0f} in bfloat16 and "
         f"{peaks['int8_gops']:.0f} GOP/s in int8."
     )
@@ -32,9 +32,9 @@ def save_bench(table: Mapping[str, Any], path: Path) -> None:
                 left.bar(at, ms["median"], width * 0.92, color=COLOURS[place], label=NAMES[name] if not index else None)
                 error = [[ms["median"] - ms["p10"]], [ms["p90"] - ms["median"]]]
                 left.errorbar(at, ms["median"], error, color="black", linewidth=0.7, capsize=1.5)
-                times = rows[batch]["times_as_fast_as_fp32"]["median"]
+                times, digits = rows[batch]["times_as_fast_as_fp32"]["median"], 0 if ms["median"] >= 10 else 1
                 left.annotate(
-                    f"{ms['median']:.0f}" + (f"\n{times:.1f}×" if name != "fp32" else ""), (at, ms["p90"]),
+                    f"{ms['median']:.{digits}f}" + (f"\n{times:.1f}×" if name != "fp32" else ""), (at, ms["p90"]),
                     (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=6.5,
                 )  # fmt: skip
         left.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])

@@ -1,5 +1,7 @@
 """Measure a model's step here: full precision, bfloat16 and integers in turns, against what the machine can do.
 
+On a CUDA device fp32 is called as it is; bfloat16 is compiled by torch and, as the integers, replayed as a CUDA graph.
+
 Writes `bench.json` and `bench.png`. A step is what `hqdm sample` does at one timestep for a batch of images. What is
 measured is the machine as much as the model, so that nothing is ever taken as up to date: every call measures anew.
 """
@@ -18,6 +20,7 @@ from pipelines.store import Artifact, Draft, Store, machine
 NAME = "bench"
 VERSION = 1
 FLOAT = ("fp32", "bf16")
+INTEGER = {"int": "cuda", "int-bf16": "cuda-bf16"}  # contender on a device: back end
 STEPS = 20  # of an image, as `hqdm sample` draws it unless told otherwise
 
 
@@ -26,6 +29,7 @@ class Config:
     batch: str = "1,4"  # images of a step, with commas
     turns: int = 9
     guidance: float | None = None  # the model's; with 1 the network is called once a step
+    device: Literal["cpu", "cuda"] = "cpu"
     attention: Literal["fp32", "int8"] = "fp32"  # what the integer model's attention multiplies in
     memory: bool = True  # whether each contender also runs in a process of its own, for its memory
 
@@ -34,10 +38,20 @@ class Config:
             raise UsageError(f"bench: turns cannot be {self.turns}", "it takes 1 or more")
         if not all(word.strip().isdigit() and int(word) > 0 for word in self.batch.split(",")):
             raise UsageError(f"bench: batch cannot be {self.batch!r}", "write numbers with commas, as in 1,4")
+        if self.attention != "fp32" and self.device != "cpu":
+            raise UsageError(f"--attention {self.attention} is compiled for processors alone", "leave it out")
 
     @property
     def batches(self) -> list[int]:
         return [int(word) for word in self.batch.split(",")]
+
+    def place(self):
+        """The torch device; HqdmError where it is not there. Triton's interpreter is on the processor."""
+        import torch
+
+        from pipelines.kernels import cuda
+
+        return cuda.device() if self.device == "cuda" else torch.device("cpu")
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
@@ -64,26 +78,30 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
 def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report) -> dict:
     """Measure; figures: the ratio of fp32 to integers (or bf16) at each batch, and milliseconds."""
     from pipelines import speed
+    from pipelines.kernels.cuda import name_of
 
-    here = machine()
+    here, device = machine(), config.place()
     report.begin("the machine's best", 1, unit="measurements")
-    peaks = speed.peaks()
+    peaks = speed.peaks(device)
     report.advance(1)
     report.end()
     paths = {name: str(inputs["model"].path) for name in FLOAT}
     if "export" in inputs:
-        paths["int"] = str(inputs["export"].path)
+        paths |= dict.fromkeys(INTEGER if config.device == "cuda" else ["int"], str(inputs["export"].path))
     steps = _steps(paths, config)
     rows, shares = [], {}
     report.begin("steps", len(config.batches) * (config.turns + speed.WARM_UP), unit="turns")
     for index, batch in enumerate(config.batches):
         runs = {name: step.of(batch) for name, step in steps.items()}
         done = index * (config.turns + speed.WARM_UP)
-        taken = speed.in_turns(runs, config.turns, after=lambda turn, done=done: report.advance(done + turn))
+        taken = speed.in_turns(
+            runs, config.turns, speed.clock_of(device), lambda turn, done=done: report.advance(done + turn)
+        )
         for name, seconds in taken.items():
             rows.append(
                 {"contender": name, "batch": batch, "ms": speed.spread(seconds),
-                 "times_as_fast_as_fp32": speed.ratio(taken["fp32"], seconds)}
+                 "times_as_fast_as_fp32": speed.ratio(taken["fp32"], seconds),
+                 "times_as_fast_as_bf16": speed.ratio(taken["bf16"], seconds)}
             )  # fmt: skip
         if index == 0:
             shares = {name: _shares(step, batch, peaks) for name, step in steps.items() if name != "bf16"}
@@ -91,7 +109,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     memory = _memory(paths, config, report) if config.memory else {}
     table = {
         "steps": rows, "shares": shares, "peaks": peaks, "memory_gb": memory, "steps_of_an_image": STEPS,
-        "guidance": steps["fp32"].guidance, "attention": config.attention, "processor": here["cpu"],
+        "guidance": steps["fp32"].guidance, "attention": config.attention,
+        "processor": name_of(device) if device.type == "cuda" else here["cpu"], "device": config.device,
         "threads": here["threads"],
     }  # fmt: skip
     text = json.dumps(table, indent=1, ensure_ascii=False, allow_nan=False)
@@ -112,14 +131,25 @@ class Step:
         import torch
 
         from pipelines import diffusion
+        from pipelines.kernels import cuda
         from pipelines.kernels.attention import choose_products
         from pipelines.models.denoiser import load_denoiser
         from pipelines.students import load_integer
 
-        model = load_integer(Path(path), "cpu") if kind == "int" else load_denoiser(Path(path))
+        self.device, self.recorded = config.place(), config.device == "cuda" and kind != "fp32"
+        if config.device == "cuda":
+            cuda.round_nothing()
+        if kind in FLOAT:
+            model = load_denoiser(Path(path)).to(self.device)
+        else:
+            model = load_integer(Path(path), INTEGER[kind] if config.device == "cuda" else "cpu")
         self.model = model.bfloat16() if kind == "bf16" else model
         self.dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        if kind == "int":
+        if kind == "bf16":
+            model.dtype = self.dtype
+        if kind == "bf16" and self.device.type == "cuda":
+            model.network.compile(dynamic=False)
+        if kind not in FLOAT:
             choose_products(model.network, config.attention)
         else:
             self.model.network.to(memory_format=torch.channels_last)
@@ -131,18 +161,23 @@ class Step:
             timestep = max(known)
         self.timestep = timestep
 
-    def of(self, batch: int):
-        """A call without arguments that makes one step."""
+    def of(self, batch: int, recorded: bool | None = None):
+        """A call without arguments that makes one step. recorded: whether it replays a graph; None: as it is best."""
         import torch
+
+        from pipelines.replay import ReplayedSteps
 
         generator = torch.Generator().manual_seed(0)
         x = torch.randn((batch, *self.model.info.shape), generator=generator)
-        x = x.to(self.dtype, memory_format=torch.channels_last)
-        classes, timestep = torch.zeros(batch, dtype=torch.int64), torch.tensor(self.timestep)
+        x = x.to(self.device, self.dtype, memory_format=torch.channels_last)
+        classes = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        timestep, model = torch.tensor(self.timestep), self.model
+        if self.recorded if recorded is None else recorded:
+            model = ReplayedSteps(model, [self.timestep], self.guidance, self.device)
 
         def step():
             with torch.inference_mode():
-                return self.model.predict(x, timestep, classes, self.guidance)
+                return model.predict(x, timestep, classes, self.guidance)
 
         return step
 
@@ -160,9 +195,9 @@ def _shares(step: Step, batch: int, peaks: Mapping[str, float]) -> dict[str, Any
     """Seconds by kind of layer, of a step, and of integers the fraction of the machine's best in their products."""
     from pipelines import speed
 
-    call = step.of(batch)
+    call = step.of(batch, recorded=False)
     call()
-    with speed.Shares(step.model.network) as shares:
+    with speed.Shares(step.model.network, step.device) as shares:
         for _ in range(speed.TRIES):
             call()
     result: dict[str, Any] = {kind: seconds / speed.TRIES * 1e3 for kind, seconds in shares.seconds.items()}
@@ -175,12 +210,14 @@ def _shares(step: Step, batch: int, peaks: Mapping[str, float]) -> dict[str, Any
 
 def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[str, dict[str, float]]:
     """GB of each contender in a process of its own, libraries included: resident after two steps at the smallest batch,
-    and at its peak, which loading may have been; `libraries` is theirs alone.
+    and at its peak, which loading may have been; `libraries` is theirs alone. Of a CUDA device: what torch keeps of its
+    memory.
     """
     context = multiprocessing.get_context("spawn")
-    report.begin("memory", len(paths) + 1, unit="processes")
+    contenders = ({"libraries": ""} if config.device == "cpu" else {}) | dict(paths)
+    report.begin("memory", len(contenders), unit="processes")
     result = {}
-    for index, (name, path) in enumerate({"libraries": "", **paths}.items()):
+    for index, (name, path) in enumerate(contenders.items()):
         receiver, sender = context.Pipe(duplex=False)
         child = context.Process(target=_peak, args=(sender, name, path, config))
         child.start()
@@ -200,9 +237,15 @@ def _peak(sender, name: str, path: str, config: Config) -> None:
 
     reuse_freed_memory()
     if path:
-        call = Step(name, path, config, None).of(min(config.batches))
+        step = Step(name, path, config, None)
+        call = step.of(min(config.batches))
         call()
         call()
+        if step.device.type == "cuda":
+            import torch
+
+            sender.send({"resident": torch.cuda.memory_reserved(), "peak": torch.cuda.max_memory_reserved()})
+            return
     else:
         from pipelines import students  # noqa: F401  (all that a step imports)
     sender.send({"resident": resident_bytes(), "peak": peak_bytes()})

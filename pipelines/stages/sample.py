@@ -14,6 +14,7 @@ from typing import Literal
 
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
+from pipelines.kernels import ON_DEVICE
 from pipelines.plans import read_plan, read_sites
 from pipelines.store import Artifact, Draft, Store
 
@@ -33,7 +34,7 @@ class Config:
     scheduler: str | None = None  # a name of diffusers; DDIM's, or flow matching's Euler
     seed: int = 0
     batch: int = 50
-    backend: Literal["cpu", "reference"] | None = None  # of the integer model; cpu by default
+    backend: Literal["cpu", "reference", "cuda", "cuda-bf16"] | None = None  # of the integer model; cpu by default
     attention: Literal["fp32", "int8"] = "fp32"  # what a student's attention multiplies in
     low_memory: bool = field(default=False, metadata={"key": False})  # takes longer; the images are the same
 
@@ -59,6 +60,8 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
         )
     if config.backend is not None and config.source != "int":
         raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
+    if config.attention != "fp32" and config.backend in ON_DEVICE:
+        raise UsageError(f"--attention {config.attention} is compiled for processors alone", "leave it out")
     if config.attention != "fp32" and config.source == "teacher":
         raise UsageError(f"--attention {config.attention} is for students, not for the teacher", "leave it out")
     return {"source": maker} | ({"model": store.ancestor(maker, "model")} if config.source == "fake" else {})
@@ -77,10 +80,12 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     import torch
 
     from pipelines import diffusion, native, processes
+    from pipelines.kernels import cuda
     from pipelines.kernels.attention import choose_products
-    from pipelines.kernels.layers import forget_weights
+    from pipelines.kernels.layers import check_inputs, forget_weights
     from pipelines.memory import return_freed_memory, trim
     from pipelines.models.denoiser import load_denoiser
+    from pipelines.replay import ReplayedSteps
     from pipelines.report.grids import save_grid
     from pipelines.students import load_fake, load_integer
 
@@ -97,7 +102,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         size = weights.stat().st_size + maker.file("student.safetensors").stat().st_size
     else:
         model = load_integer(maker.path, config.backend or "cpu")
-        if native.library() is None:
+        if native.library() is None and config.backend not in ON_DEVICE:
             report.warn(f"no compiled kernels, so this takes longer: {native.state().why_not}; see hqdm doctor")
         size = maker.file("model.safetensors").stat().st_size
     if config.source != "teacher":
@@ -122,6 +127,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)
     if config.low_memory:
         return_freed_memory()
+    device, predictor = torch.device("cpu"), model
+    if config.backend in ON_DEVICE:
+        device = cuda.device()
+        predictor = ReplayedSteps(model, timesteps, guidance, device)
     crew = processes.here()
     latents_of, images_of = (_files(out.work, what, starts) for what in ("latents", "images"))
     size_of = {start: min(config.batch, config.count - start) for start in starts}
@@ -135,29 +144,33 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         if len(indices) not in warm:  # packing for a new batch size is not sampling
             with torch.inference_mode():
                 for timestep in _of_each_size(model, timesteps, guidance):
-                    zeros = torch.zeros(shapes[start])
-                    diffusion.Checked(model, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
+                    zeros = torch.zeros(shapes[start], device=device)
+                    diffusion.Checked(predictor, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
             trim()
             warm.add(len(indices))
         begun = time.perf_counter()
         latents = diffusion.sample(
-            model, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
-            config.seed, indices,
-        )  # fmt: skip
+            predictor, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
+            config.seed, indices, device,
+        ).cpu()  # fmt: skip
         taken = time.perf_counter() - begun
+        check_inputs(model.network)
         _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
         report.advance(_images_in(latents_of, size_of))
     crew.gathered(None)  # all latents are there
     report.advance(config.count)
     report.end()
 
-    # Decoding comes after all sampling, when a large model's weights have left memory.
+    # Decoding comes after all sampling, when a large model's weights have left memory, and the graphs that read them.
+    if config.backend in ON_DEVICE:
+        predictor.forget()
     forget_weights(model.network)
     if model.first_stage is not None:
         report.begin("decode", config.count, unit="images")
     unread = [start for start in starts if not _is_kept(images_of[start], (size_of[start],), report)]
     for start in crew.dealt(crew.told(unread)):
-        decoded = model.decode(torch.from_numpy(np.load(latents_of[start])["latents"]))
+        latents = torch.from_numpy(np.load(latents_of[start])["latents"])
+        decoded = model.decode(latents.to(device)).cpu()
         bad = (~decoded.isfinite().flatten(1).all(1)).nonzero().flatten()
         if len(bad):
             named = ", ".join(str(start + index) for index in bad.tolist())
@@ -185,7 +198,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "interpolated_timesteps": interpolated,
         "backend": config.backend or ("cpu" if config.source == "int" else None),
         "attention": config.attention, "compiled": native.library() is not None,
-        "threads": torch.get_num_threads(), **about,
+        "threads": torch.get_num_threads(), "device": cuda.name_of(device), **about,
     }  # fmt: skip
 
 
