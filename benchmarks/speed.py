@@ -43,7 +43,7 @@ from pipelines.store import Artifact, Store
 MODELS = ("cin256-v2", "lsun_beds256")
 PARTS = ("steps", "hadamard", "scaling")
 ON_DEVICE = dict(models=["cin256-v2"], only=["steps"], batches="1,8,16,32,64")  # where nothing else is asked for
-ON_PROCESSOR = dict(models=list(MODELS), only=list(PARTS), batches="1,4")
+ON_PROCESSOR = dict(models=list(MODELS), only=["steps", "hadamard"], batches="1,4")
 CLOCKS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 BATCHES, SIDES = (1, 2, 4, 8), (32, 48, 64, 96)  # latents of 64×64 are images of 256×256
 

@@ -270,7 +270,7 @@ def test_a_folder_and_a_missing_file_are_no_files_of_tensors(tmp_path):
     "content, fault",
     [
         (b"{", "not a configuration in JSON"), (b"[1]", "holds a list at its top"), (b"\xff{}", "utf-8"),
-        (b'{"a": NaN}', "NaN is no number"), (b'{"a": 1e999}', "a number too large"),
+        (b'{"a": NaN}', "NaN is no number"), (b'{"a": 1e999}', "is larger than any number"),
         (b'{"a": 123456789012345678901234567890}', "a number too large"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not a configuration in JSON"),
         (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", "more than 32 deep"),

@@ -82,6 +82,8 @@ def save_scaling(results: Mapping[str, Any], path: Path) -> None:
             values = [row[part] for row in rows]
             for what, axes, taken in (("ms", grid[0, column], 0.0), ("gb", grid[1, column], libraries)):
                 for place, name in enumerate(NAMES):
+                    if f"{name}_{what}" not in rows[0]:  # a contender of another device
+                        continue
                     found = results["laws"].get(part, {}).get(what, {}).get(name)
                     shown = NAMES[name] + (f": {found['exponent']:.2f}" if found else "")
                     measured = [row[f"{name}_{what}"] - taken for row in rows]
