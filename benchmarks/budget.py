@@ -125,7 +125,7 @@ def images_table(known: dict[str, float], options: argparse.Namespace) -> Iterat
     yield f"**{options.images:,} images** of LDM-4 ImageNet, 256×256, {options.steps} steps" + (
         " with guidance" if options.guided else "") + ", w4a4, attention in int8:"  # fmt: skip
     yield ""
-    yield "| processes | time | memory of each | model read | kept in the workspace |"
+    yield "| processes | denoising | memory of each | model read | latents and images meanwhile |"
     yield "| --- | --- | --- | --- | --- |"
     kept = options.images * (3 * 64 * 64 * 4 + 3 * 256 * 256)
     for count in options.processes:

@@ -36,6 +36,7 @@ from hqdm_cli.commands import (
 )  # fmt: skip
 from hqdm_cli.journal import journalled
 from pipelines import processes
+from pipelines.errors import Terminated
 
 app = typer.Typer(
     name="hqdm",
@@ -62,10 +63,6 @@ for module in (*LONG, *SHORT):
     name = module.__name__.rpartition(".")[2]
     command = getattr(module, name)
     app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(journalled(command) if module in LONG else command)
-
-
-class Terminated(BaseException):
-    """SIGTERM, as a batch system or a machine that shuts down sends it: what is open is closed as after Ctrl-C."""
 
 
 @contextmanager
@@ -101,13 +98,16 @@ def main(args: list[str] | None = None) -> int:
 
 
 def _follow(debug: bool) -> int:
-    """Share the leader's work. Who failed says why; that another process ended is no fault of this one."""
+    """Share the leader's work. Who failed says why. That another process ended is no fault of this one: an agent that
+    watches over all of them (torchrun, hqdm) has the exit code of that one, and elsewhere whoever restarts processes
+    has to restart this one too.
+    """
     from pipelines.runner import follow
 
     try:
         follow()
     except processes.PeerLost:
-        return 0
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 1
     except KeyboardInterrupt:
         return 130
     except Exception as fault:

@@ -164,6 +164,9 @@ class Progress(Report):
         worked = f"{task.done - task.first} {task.unit} in {duration(time.monotonic() - task.start)}"
         self._show(f"{task.name}: {worked}" + (f"  {task.state()}" if task.done > task.first else ""))
 
+    def made(self, outcome: Any) -> None:
+        journal.current.artifact(outcome)
+
     def note(self, message: str) -> None:
         journal.current.event("note", message=message)
         self._show(message)
@@ -194,9 +197,6 @@ def show_outcomes(outcomes: Sequence[Any], dry_run: bool, as_json: bool) -> None
         }
         for outcome in outcomes
     ]
-    if not dry_run:
-        for row in rows:
-            journal.current.artifact(row)
     if as_json:
         print_json(rows)
     elif dry_run:

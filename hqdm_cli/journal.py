@@ -63,16 +63,20 @@ class Journal:
             "advance", task=task, done=done, total=total, unit=unit, rate=rate, seconds_left=left, figures=dict(figures)
         )
 
-    def artifact(self, row: Mapping[str, Any]) -> None:
-        kept = ("id", "path", "ran", "reason", "config", "figures")
-        self.event("artifact", **{name: row[name] for name in kept})
+    def artifact(self, outcome: Any) -> None:
+        """The runner's Outcome of a stage whose artifact is there."""
+        artifact = outcome.artifact
+        self.event(
+            "artifact", id=artifact.id, path=str(artifact.path), ran=outcome.ran, reason=outcome.reason,
+            config=outcome.config, figures=artifact.figures,
+        )  # fmt: skip
         if self._tracker is not None:
             numbers = {
-                f"{row['stage']}/{name}": value
-                for name, value in (row["figures"] or {}).items()
+                f"{outcome.stage}/{name}": value
+                for name, value in artifact.figures.items()
                 if isinstance(value, int | float) and not isinstance(value, bool)
             }
-            self._tracker.log(numbers, step=int(row["id"].rpartition("/")[2]))
+            self._tracker.log(numbers, step=int(artifact.path.name))
 
 
 current = Journal()
@@ -83,9 +87,11 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
     """Inside, `current` keeps what is told to it."""
     global current
     from pipelines import processes
-    from pipelines.errors import FileFault, HqdmError
+    from pipelines.errors import FileFault, HqdmError, Terminated
     from pipelines.store import LIBRARIES, libraries, machine
 
+    if processes.asked() > 1:
+        processes.crew()  # before the tracker asks Accelerate who is here, which then takes nobody else
     if log is not None:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +111,7 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
     try:
         yield
         code = 0
-    except typer.Exit as end:
+    except (typer.Exit, Terminated) as end:
         code = end.exit_code
         raise
     except KeyboardInterrupt:
@@ -116,6 +122,7 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
         current.event("error", what=fault.what, hint=fault.hint)
         raise
     except Exception as fault:
+        code = getattr(fault, "exit_code", 1)  # typer's own have one
         current.event("error", what=f"{type(fault).__name__}: {fault}", hint="")
         raise
     finally:
@@ -155,7 +162,8 @@ def journalled(command: Callable[..., None]) -> Callable[..., None]:
         words = given["context"].obj["args"]
         if not own:
             del given["context"]
-        launches = (given.get("processes") or 1) > 1  # then the process that leads keeps the journal
+        # Where it launches processes, the one that leads them keeps the journal.
+        launches = (given.get("processes") or 1) > 1 and not given.get("dry_run")
         if launches or (log_json is None and tensorboard is None):
             command(*args, **given)
             return

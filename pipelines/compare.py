@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines import runner, stages
+from pipelines import processes, runner, stages
 from pipelines.config import from_dict, read_yaml, replace
 from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.events import Report
-from pipelines.processes import PeerLost
 from pipelines.quant.spec import Bits
 from pipelines.store import Artifact, Store
 
@@ -347,11 +346,16 @@ class _Run:
                 if outcome.ran:
                     pace.add(stage, cell, time.monotonic() - begun)
             cell.ended = True
-        except PeerLost:  # so are the cells after it
+        except processes.PeerLost:  # so are the cells after it
             raise
         except Exception as fault:  # whatever it is, the cells after it do not hang on it
             if cell.spec is None:
                 raise
+            if processes.asked() > processes.crew().count:  # the stage was shared, and the others left it
+                raise HqdmError(
+                    f"{cell.name} failed in {stage}, which ended a job of several processes: {_told(fault)}",
+                    "the same command without --processes records it and makes the other cells",
+                ) from fault
             cell.failed, cell.error = stage, _told(fault)
             report.unwind(depth)
             report.warn(f"{cell.name} failed in {stage}: {cell.error}")
@@ -465,7 +469,7 @@ class _Depth(Report):
 
     def __init__(self, report: Report):
         self._report, self.depth = report, 0
-        self.advance, self.note, self.warn = report.advance, report.note, report.warn
+        self.advance, self.note, self.warn, self.made = report.advance, report.note, report.warn, report.made
 
     def begin(self, task: str, total: int, done: int = 0, unit: str = "steps") -> None:
         self.depth += 1

@@ -264,10 +264,12 @@ def sample(
     names images, timestep and, where a layer made it, the layer, for the first NaN or Inf.
     """  # fmt: skip
     start = noise_of(seed, indices, shape).to(device)
-    for _, timestep, x, _ in trajectory(
-        Checked(model, indices), name, schedule, steps, start, conditions, guidance, eta, seed, indices
-    ):
-        _check_images(x, indices, f"after the step before timestep {float(timestep):g}")
+    at_once = start.device.type == "cpu"  # asking a device at every step would make it wait
+    seen = Checked(model, indices) if at_once else model
+    for _, timestep, x, _ in trajectory(seen, name, schedule, steps, start, conditions, guidance, eta, seed, indices):
+        if at_once:
+            _check_images(x, indices, f"after the step before timestep {float(timestep):g}")
+    _check_images(x, indices, "after the last step")
     return x
 
 

@@ -36,6 +36,12 @@ class NumericalFault(HqdmError):
     """NaN, Inf or an integer bound that would be exceeded; names the site and, where there is one, the timestep."""
 
 
+class Terminated(BaseException):
+    """SIGTERM, as a batch system or a machine that shuts down sends it: what is open is closed as after Ctrl-C."""
+
+    exit_code = 143
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known name, or lists them all."""
     known = sorted(known)

@@ -2,6 +2,8 @@
 likes.
 """
 
+from typing import Any
+
 
 class Report:
     """Receives events and ignores them; the base class is what a library user gets."""
@@ -14,6 +16,9 @@ class Report:
 
     def end(self) -> None:
         """The current task is finished."""
+
+    def made(self, outcome: Any) -> None:
+        """A stage's artifact is there, whole: the runner's Outcome."""
 
     def note(self, message: str) -> None:
         """Something worth a line: a decision, a file written."""

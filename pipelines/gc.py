@@ -39,6 +39,7 @@ class Found:
 
     leftovers: list[Leftover] = field(default_factory=list)
     busy: dict[str, str] = field(default_factory=dict)  # stage -> the process that holds it, whose things stay
+    stuck: list[Path] = field(default_factory=list)  # of which something could not be removed
 
     @property
     def bytes(self) -> int:
@@ -69,10 +70,10 @@ def collect(store: Store, stale: bool = False, dry_run: bool = False) -> Found:
             ]
         if not dry_run:
             for leftover in found.leftovers:
-                if leftover.path.is_dir():
-                    remove(leftover.path)
-                else:
+                if not leftover.path.is_dir():
                     leftover.path.unlink()
+                elif not remove(leftover.path):
+                    found.stuck.append(leftover.path)
     return found
 
 

@@ -76,6 +76,10 @@ class _Several(Processes):
 
         state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
         self.rank, self.count = state.process_index, state.num_processes
+        if self.count != asked():
+            raise HqdmError(
+                f"{asked()} processes were started and {self.count} met", "start them with hqdm --processes or torchrun"
+            )
 
     def told(self, value: Any) -> Any:
         import torch.distributed as dist
@@ -106,10 +110,15 @@ class _Several(Processes):
 
 @contextmanager
 def _peers() -> Iterator[None]:
-    """torch raises RuntimeError where the connection to another process is gone."""
+    """What torch and gloo raise where the connection to another process is gone becomes PeerLost."""
+    import torch.distributed as dist
+
     try:
         yield
     except RuntimeError as fault:
+        lost = ("gloo", "connection", "closed", "reset by peer", "timed out")
+        if not isinstance(fault, dist.DistError) and not any(word in str(fault).lower() for word in lost):
+            raise
         raise PeerLost(
             "another process of this job ended", "it said why, unless it was killed; the same command goes on"
         ) from fault
@@ -152,9 +161,13 @@ def crew() -> Processes:
 
 def dismiss() -> None:
     """The leader's last word: there is nothing more to share."""
-    if (met := crew()).leads:
-        met.told(None)
-    part_company()
+    try:
+        if (met := crew()).leads:
+            met.told(None)
+    except PeerLost:  # then nobody waits for it
+        pass
+    finally:
+        part_company()
 
 
 def part_company() -> None:
@@ -169,7 +182,7 @@ def part_company() -> None:
 
 def end_with_launcher() -> None:
     """Watch over whoever launched this process: where it was killed, this one ends too instead of working on unseen."""
-    launcher = os.environ.get(LAUNCHER)
+    launcher = os.environ.pop(LAUNCHER, None)  # whatever this process starts has a launcher of its own
     if launcher is None:
         return
 
@@ -201,6 +214,7 @@ def launch(count: int, command: Sequence[str]) -> int:
             f"--processes {count} inside a job of {asked()} processes", "leave it out: torchrun has started them"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     os.environ[LAUNCHER] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong
@@ -215,4 +229,7 @@ def launch(count: int, command: Sequence[str]) -> int:
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # as a shell tells of a signal
     except SignalException as fault:
         return 128 + fault.sigval
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return 0

@@ -124,8 +124,15 @@ def _hash_of(artifact: Artifact, name: str) -> str | None:
 def _about(artifact: Artifact) -> dict[str, Any]:
     """What a result's bits may hang on besides its configuration and inputs."""
     machine_ = artifact.manifest["machine"]
-    known = dict(artifact.manifest["libraries"]) | {"cpu": machine_.get("cpu"), "device": machine_.get("device")}
-    return known | {"threads": _threads(artifact), "processes": artifact.figures.get("processes", 1)}
+    known = dict(artifact.manifest["libraries"]) | {
+        "cpu": machine_.get("cpu"),
+        "device": artifact.figures.get("device") or machine_.get("device"),
+    }
+    return known | {
+        "threads": _threads(artifact),
+        "processes": artifact.figures.get("processes", 1),
+        "inputs": ", ".join(sorted(artifact.inputs)),
+    }
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -58,9 +58,11 @@ def make(
     recorded = to_dict(config)
     report.note(f"{stage}: {reason}" if not (runs and dry_run) else f"{stage}: would run ({reason})")
     if not runs:
+        outcome = Outcome(stage, found, False, reason, recorded)
         if not dry_run:
             store.mark_current(found)
-        return Outcome(stage, found, False, reason, recorded)
+            report.made(outcome)
+        return outcome
     for artifact in inputs.values():
         if faults := artifact.damage():
             raise FileFault(f"{artifact.path}: {faults[0]}", f"restore it, or: {artifact.redo}")
@@ -80,7 +82,9 @@ def make(
         figures = _run(store, stage, module, config, inputs, draft, report)
         artifact = draft.commit(figures | {"peak_memory_bytes": peak_bytes()})
     store.mark_current(artifact)
-    return Outcome(stage, artifact, True, reason, recorded)
+    outcome = Outcome(stage, artifact, True, reason, recorded)
+    report.made(outcome)
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class _Job:
     root: Path
     path: Path
     work: Path
+    threads: int
 
 
 def _run(
@@ -104,9 +109,12 @@ def _run(
     shared = crew.count > 1 and hasattr(module, "shared") and module.shared(config, inputs)
     if not shared:
         return module.run(config, inputs, draft, report)
+    import torch
+
     named = {role: artifact.id for role, artifact in inputs.items()}
-    crew.told(_Job(stage, config, named, store.root.absolute(), draft.path.absolute(), draft.work.absolute()))
+    places = (path.absolute() for path in (store.root, draft.path, draft.work))
     try:
+        crew.told(_Job(stage, config, named, *places, torch.get_num_threads()))
         with processes.sharing(crew):
             return module.run(config, inputs, draft, report) | {"processes": crew.count}
     except BaseException:
@@ -118,9 +126,12 @@ def follow() -> None:
     """Do this process's share of every stage that the leader shares, until it says that there are no more. PeerLost
     where it ends before.
     """
+    import torch
+
     crew = processes.crew()
     while (job := crew.told(None)) is not None:
         store, module = Store(job.root), stages.load(job.stage)
+        torch.set_num_threads(job.threads)
         reuse_freed_memory()
         with processes.sharing(crew):
             module.run(job.config, {role: store.get(ident) for role, ident in job.inputs.items()}, job, Report())

@@ -7,13 +7,12 @@ import hashlib
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save
 
 from pipelines.events import Report
 
@@ -57,7 +56,7 @@ def _is_changed(path: Path) -> bool:
 
 
 @contextmanager
-def _in_one_piece(path: Path) -> Iterator[BinaryIO]:
+def in_one_piece(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path` when it has been written and synced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -70,16 +69,10 @@ def _in_one_piece(path: Path) -> Iterator[BinaryIO]:
 
 def write_state(path: Path, value: Any) -> None:
     """Replace `path` in one piece by `value`: tensors and plain values in nested tuples, lists and mappings."""
-    with _in_one_piece(path) as file:
+    with in_one_piece(path) as file:
         torch.save({"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}, file)
         file.flush()
         file.write(_MARK + _hash_of_first(Path(file.name), file.tell()))
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace `path` in one piece by a safetensors file, for what is read once more, as it was written."""
-    with _in_one_piece(path) as file:
-        file.write(save(dict(tensors)))
 
 
 def read_state(path: Path, report: Report) -> Any | None:

@@ -40,7 +40,7 @@ FORMAT = 2  # 1 had no seal and no times of files; it is still read
 MANIFEST = "manifest.json"
 CURRENT = ".current"
 DRAFT, GONE = ".draft-", ".gone-"
-LIBRARIES = ("torch", "diffusers", "peft", "safetensors")
+LIBRARIES = ("torch", "diffusers", "peft", "safetensors", "triton")
 MOST_BYTES = 64 << 20  # of a manifest; one of 100,000 images has 15 million
 _CHUNK = 1 << 20  # bytes
 _STAGE = r"[A-Za-z_][A-Za-z0-9_-]{0,63}"
@@ -175,13 +175,16 @@ def _holds_files(folder: Path) -> bool:
     return any(files for _, _, files in os.walk(folder))
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder of the workspace: out of its place in one step, then file by file. Its stage has to be locked."""
+def remove(folder: Path) -> bool:
+    """Delete a folder of the workspace: out of its place in one step, then file by file. Its stage has to be locked.
+    False where something of it could not be deleted.
+    """
     gone = folder.with_name(GONE + folder.name.removeprefix(DRAFT).removeprefix(GONE))
     if gone != folder:
         shutil.rmtree(gone, ignore_errors=True)
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
+    return not gone.exists()
 
 
 @dataclass(frozen=True)
@@ -558,6 +561,10 @@ def state_of(draft: Path) -> dict[str, Any]:
         return {}
     kinds = {"key": str, "request": dict, "seconds": int | float, "started": str, "session": int | float | None}
     known = all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+    made_from = state["request"].get("inputs", {}) if known else {}
+    known &= isinstance(made_from, dict) and all(
+        isinstance(link, dict) and isinstance(link.get("id"), str) for link in made_from.values()
+    )
     return state if known and state["seconds"] >= 0 and (state.get("session") or 0) >= 0 else {}
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from pipelines.errors import Terminated
+
 
 def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -22,6 +24,7 @@ def test_the_log_tells_the_whole_story_of_a_command(hqdm, tmp_path):
     assert told[0]["event"] == "start" and told[0]["command"][:3] == ["hqdm", "profile", "model.ckpt"]
     assert told[0]["libraries"]["python"] and told[0]["machine"]["cpu"] and told[0]["processes"] == 1
     assert {"begin", "note", "end", "artifact"} <= set(events(log))
+    assert [line["id"] for line in told if line["event"] == "artifact"] == ["model/0001", "profile/0001"]
     made = [line for line in told if line["event"] == "artifact"][-1]
     assert made["id"] == "profile/0001" and made["config"]["seed"] == 0 and made["figures"]["loss"] == 1 / 3
     ended = next(line for line in told if line["event"] == "end")
@@ -44,6 +47,23 @@ def test_an_interrupted_run_is_told_too(hqdm, fakes, tmp_path):
     assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 130
     assert events(log)[-1] == "finish" and lines(log)[-1]["exit_code"] == 130
     assert "advance" in events(log)
+
+
+def test_a_run_that_fails_has_told_of_what_it_made_before(hqdm, fakes, tmp_path):
+    fakes["profile"].interrupt_at = 2
+    log = tmp_path / "run.jsonl"
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 130
+    assert [line["id"] for line in lines(log) if line["event"] == "artifact"] == ["model/0001"]
+
+
+def test_sigterm_and_an_unknown_value_are_told_with_their_exit_codes(hqdm, fakes, tmp_path):
+    def terminated(*_):
+        raise Terminated
+
+    fakes["model"].run = terminated
+    log = tmp_path / "run.jsonl"
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 143
+    assert lines(log)[-1]["exit_code"] == 143
 
 
 def test_a_log_that_cannot_be_written_is_refused_before_anything_runs(hqdm, tmp_path):

@@ -2,6 +2,7 @@
 artifacts, and a job that ends when a process of it is killed and goes on in another number of them.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from pipelines import processes
 from pipelines.distillation import _rows_of, _whole
-from pipelines.errors import UsageError
+from pipelines.errors import HqdmError, NumericalFault, UsageError
 
 ROOT = Path(__file__).parents[1]
 TWO = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
@@ -74,8 +75,12 @@ def test_images_are_the_same_whatever_the_number_of_processes(store, tmp_path):
         (other.root / name).mkdir()
         (other.root / artifact.id).symlink_to(artifact.path)
     options = ["--count", "11", "--batch", "2", "--steps", STEPS, "-w", other.root]
-    done = run("-m", "hqdm_cli", "sample", "teacher", "int", "--processes", "3", *options)
+    journal = ["--log-json", other.root / "log.jsonl", "--tensorboard", other.root / "board"]
+    done = run("-m", "hqdm_cli", "sample", "teacher", "int", "--processes", "3", *options, *journal)
     assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in (other.root / "log.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in told if line["event"] == "artifact"] == ["sample/0001", "sample/0002"]
+    assert told[0]["processes"] == 3 and len(list((other.root / "board").rglob("events.*"))) == 1
     for source in ("teacher", "int"):
         alone = make(store, "sample", source=source, count=11, batch=2, steps=STEPS)
         shared = other.current("sample", lambda sample, source=source: sample.config["source"] == source)
@@ -112,6 +117,41 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on_where_it_stopped(
     assert "goes on after update" in done.stderr
     figures = other.current("distill").figures
     assert figures["updates"] == 40 * STEPS and figures["last_loss"] > 0 and "processes" not in figures
+
+
+def test_a_cell_that_fails_in_a_shared_stage_ends_the_comparison_with_the_way_out(store, monkeypatch):
+    """What a leader sees whose stage failed: the others have left it."""
+    from pipelines import compare
+
+    asked = compare.comparison(["rtn"], ["w4a4"], [0], {"sample": {"count": 2, "steps": STEPS}, "score": {}})
+    model = store.current("model")
+    monkeypatch.setattr(processes, "asked", lambda: 2)
+    monkeypatch.setattr(processes, "_crew", processes.ALONE)
+    made = compare.runner.make
+
+    def fails(store, stage, *args, **kwargs):
+        if stage == "distill":
+            raise NumericalFault("the loss is nan")
+        return made(store, stage, *args, **kwargs)
+
+    monkeypatch.setattr(compare.runner, "make", fails)
+    with pytest.raises(HqdmError, match="rtn w4a4 seed 0 failed in distill, which ended a job") as caught:
+        compare.compare(store, asked, model)
+    assert "without --processes" in caught.value.hint
+
+
+def test_a_process_that_lost_its_leader_tells_only_those_who_would_restart_it(monkeypatch):
+    from hqdm_cli import app
+    from pipelines import runner
+
+    def lost():
+        raise processes.PeerLost("another process of this job ended")
+
+    monkeypatch.setattr(runner, "follow", lost)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert app._follow(debug=False) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert app._follow(debug=False) == 0
 
 
 def test_what_cannot_be_shared_is_refused_with_the_way_out(store, monkeypatch):

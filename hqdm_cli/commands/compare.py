@@ -220,7 +220,9 @@ def _show_table(artifact: Any) -> None:
         for heading, number in zip(view.headings, view.numbers, strict=True):
             drawn.add_column(heading, justify="right" if number else "left", overflow="fold")
         for texts, best in zip(view.lines, view.best, strict=True):
-            drawn.add_row(*(Text(t, "bold green" if b else "") for t, b in zip(texts, best, strict=True)))
+            drawn.add_row(
+                *(Text(console.plain(t), "bold green" if b else "") for t, b in zip(texts, best, strict=True))
+            )
         Console().print(drawn)
     else:
         rows = [

@@ -27,6 +27,7 @@ def gc(
     """
     from pipelines import gc as engine
     from pipelines import runner
+    from pipelines.errors import FileFault
     from pipelines.store import Store
 
     store = Store(workspace)
@@ -46,7 +47,7 @@ def gc(
         )  # fmt: skip
     else:
         for left in found.leftovers:
-            print(f"{left.path}\t{console.size(left.bytes)}\t{left.kind}: {left.why}")
+            console.out(f"{left.path}\t{console.size(left.bytes)}\t{left.kind}: {left.why}")
     for stage, holder in found.busy.items():
         console.say(f"{stage} stays as it is: {holder}")
     if not found.leftovers:
@@ -54,6 +55,9 @@ def gc(
     else:
         done = "would be removed" if dry_run else "removed"
         console.say(f"{len(found.leftovers)} things of {console.size(found.bytes)} {done}")
+    if found.stuck:
+        named = ", ".join(str(path) for path in found.stuck)
+        raise FileFault(f"not all of it could be removed: {named}", "see the rights of what is in there")
     if dry_run and found.leftovers:
         console.next_step("hqdm gc --stale" if stale else "hqdm gc", workspace)
     else:

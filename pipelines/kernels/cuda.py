@@ -10,6 +10,7 @@ multiplies through these kernels and compares with plain sums; `tests/test_cuda.
 one, every tile of the product by itself; `--backend reference` says what is right.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,9 +66,15 @@ def check_device() -> None:
 
 
 def device() -> torch.device:
-    """Where the kernels run; HqdmError where they cannot. The interpreter's place is the processor."""
+    """Where the kernels run; HqdmError where they cannot. The interpreter's place is the processor; processes of a job
+    are dealt the devices of their machine.
+    """
     check_device()
-    return torch.device("cpu") if _ops().INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+    if _ops().INTERPRETED:
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def name_of(device: torch.device) -> str:

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, register_feature_extractor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -31,7 +30,7 @@ from pipelines.digits.classifier import load_classifier as load_digits
 from pipelines.digits.data import CLASSES, SIZE
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError, did_you_mean
 from pipelines.events import Report
-from pipelines.states import write_tensors
+from pipelines.states import read_state, write_state
 from pipelines.store import sha256_of_file
 
 BATCH = 64  # images a forward pass; fixed, because it moves float rounding
@@ -89,15 +88,15 @@ class Extractor:
             parts = [self._of(images, 0, len(images), report)]
         else:
             crew = processes.here()
-            files = {start: kept / f"{start:07d}.safetensors" for start in range(0, len(images), KEPT_TOGETHER)}
-            missing = crew.told([start for start, file in files.items() if not file.exists()])
-            report.begin(task, len(images), (len(files) - len(missing)) * KEPT_TOGETHER if missing else len(images),
-                         unit="images")  # fmt: skip
+            files = {start: kept / f"{start:07d}.pt" for start in range(0, len(images), KEPT_TOGETHER)}
+            missing = crew.once(lambda: [start for start, file in files.items() if read_state(file, report) is None])
+            known = len(images) - sum(min(KEPT_TOGETHER, len(images) - start) for start in missing)
+            report.begin(task, len(images), known, unit="images")
             for start in crew.dealt(missing):
                 found = self._of(images, start, min(start + KEPT_TOGETHER, len(images)), report)
-                write_tensors(files[start], found._asdict())
+                write_state(files[start], dict(found._asdict()))
             crew.gathered(None)  # all of them are there
-            parts = [Features(**load_file(file)) for file in files.values()]
+            parts = [Features(**read_state(file, Report())) for file in files.values()]
             report.advance(len(images))
         report.end()
         features = Features(*(torch.cat(values) for values in zip(*parts, strict=True)))

@@ -70,7 +70,7 @@ def exact_product(codes: torch.Tensor, folded: torch.Tensor, plan: SitePlan, nar
     """`product` of integer-valued fp32 operands, exact whatever they hold: integers rounded once, to fp32.
 
     Sums may pass 2²⁴ where 8-bit operands meet many inputs. Then the channels are taken in parts whose sums cannot, and
-    the parts are added in fp64. One input channel's sum never reaches that far.
+    the parts are added in fp64. Where one channel's sum could reach that far, all of it is fp64.
     """
     reach = largest_magnitude(plan.activation_range) * largest_magnitude(plan.weight_range) * plan.transform.order
     if reach * folded[0].numel() < EXACT_FP32:  # by the bits alone, as with 4 of them
@@ -85,6 +85,8 @@ def exact_product(codes: torch.Tensor, folded: torch.Tensor, plan: SitePlan, nar
     parts = 1
     while max(part.sum(1).max().item() for part in inputs.chunk(parts, 1)) * reach >= EXACT_FP32:
         parts *= 2
+        if parts > folded.shape[1] or plan.site.groups > 1:
+            return product(codes.double(), folded.double(), plan.site).float()
     if parts == 1:
         return product(codes, folded, plan.site, narrow)
     channel = 1 if plan.site.kind == "conv" else -1

@@ -5,7 +5,6 @@ guided-diffusion's layout) and `grid.png`. The noise and condition of image i de
 are fixed by `batch`, which is part of the key, because the composition of a batch moves floating-point rounding.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -135,25 +134,29 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     latents_of, images_of = (_files(out.work, what, starts) for what in ("latents", "images"))
     size_of = {start: min(config.batch, config.count - start) for start in starts}
     shapes = {start: (size, *info.shape) for start, size in size_of.items()}
-    missing = crew.told([start for start in starts if not _is_kept(latents_of[start], shapes[start], report)])
+    missing = crew.once(lambda: [s for s in starts if not _is_kept(latents_of[s], shapes[s], report)])
     report.begin(f"sample {config.source}", config.count, _images_in(latents_of, size_of), unit="images")
     warm: set[int] = set()
     for start in crew.dealt(missing):
         indices = list(range(start, start + size_of[start]))
         mine = conditions[indices]
-        if len(indices) not in warm:  # packing for a new batch size is not sampling
-            with torch.inference_mode():
-                for timestep in _of_each_size(model, timesteps, guidance):
-                    zeros = torch.zeros(shapes[start], device=device)
-                    diffusion.Checked(predictor, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
-            trim()
-            warm.add(len(indices))
-        begun = time.perf_counter()
-        latents = diffusion.sample(
-            predictor, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
-            config.seed, indices, device,
-        ).cpu()  # fmt: skip
-        taken = time.perf_counter() - begun
+        try:
+            if len(indices) not in warm:  # packing for a new batch size is not sampling
+                with torch.inference_mode():
+                    for timestep in _of_each_size(model, timesteps, guidance):
+                        zeros = torch.zeros(shapes[start], device=device)
+                        diffusion.Checked(predictor, indices).predict(zeros, torch.tensor(timestep), mine, guidance)
+                trim()
+                warm.add(len(indices))
+            begun = time.perf_counter()
+            latents = diffusion.sample(
+                predictor, scheduler, info.schedule, config.steps, info.shape, mine, guidance, config.eta,
+                config.seed, indices, device,
+            ).cpu()  # fmt: skip
+            taken = time.perf_counter() - begun
+        except NumericalFault:
+            check_inputs(model.network)  # a device's kernels know the site
+            raise
         check_inputs(model.network)
         _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
         report.advance(_images_in(latents_of, size_of))
@@ -167,8 +170,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     forget_weights(model.network)
     if model.first_stage is not None:
         report.begin("decode", config.count, unit="images")
-    unread = [start for start in starts if not _is_kept(images_of[start], (size_of[start],), report)]
-    for start in crew.dealt(crew.told(unread)):
+    undecoded = crew.once(lambda: [s for s in starts if not _is_kept(images_of[s], (size_of[s],), report)])
+    for start in crew.dealt(undecoded):
         latents = torch.from_numpy(np.load(latents_of[start])["latents"])
         decoded = model.decode(latents.to(device)).cpu()
         bad = (~decoded.isfinite().flatten(1).all(1)).nonzero().flatten()
@@ -184,7 +187,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     if not crew.leads:
         return {}
 
-    images = np.concatenate([np.load(images_of[start])["images"] for start in starts])
+    first = np.load(images_of[0])["images"]
+    # In a file, since those of a large job would take all memory.
+    images = np.lib.format.open_memmap(out.work / "images.npy", "w+", np.uint8, (config.count, *first.shape[1:]))
+    for start in starts:
+        images[start : start + size_of[start]] = np.load(images_of[start])["images"]
     seconds = sum(float(np.load(latents_of[start])["seconds"]) for start in starts)
     _write_pngs(images, out.path / "images")
     _write_npz(images, conditions.numpy(), out.path / "samples.npz")
@@ -224,7 +231,7 @@ def _images_in(files: Mapping[int, Path], size_of: Mapping[int, int]) -> int:
 
 def _is_kept(path: Path, shape: tuple[int, ...], report: Report) -> bool:
     """Whether the arrays of a batch are there, images or latents of a shape that begins so; what is there and is not
-    them is removed, and made again.
+    them is told, and made again.
     """
     import numpy as np
 
@@ -244,21 +251,18 @@ def _is_kept(path: Path, shape: tuple[int, ...], report: Report) -> bool:
             raise FileFault(f"{path}: is not what was kept")
     except FileFault as fault:
         report.warn(f"{fault.what}; it is made again")
-        path.unlink()
         return False
     return True
 
 
-def _keep(path, **arrays) -> None:
+def _keep(path: Path, **arrays) -> None:
     """Write what a run that goes on later finds; the file is whole or not there."""
     import numpy as np
 
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
+    from pipelines.states import in_one_piece
+
+    with in_one_piece(path) as file:
         np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _write_pngs(images, folder) -> None:
