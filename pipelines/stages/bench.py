@@ -209,7 +209,7 @@ def _shares(step: Step, batch: int, peaks: Mapping[str, float]) -> dict[str, Any
 
 
 def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[str, dict[str, float]]:
-    """GB of each contender in a process of its own, libraries included: resident after two steps at the smallest batch,
+    """GB of each contender in a process of its own, libraries included: resident after three steps at the smallest batch,
     and at its peak, which loading may have been; `libraries` is theirs alone. Of a CUDA device: what torch keeps of its
     memory.
     """
@@ -233,12 +233,14 @@ def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[st
 
 
 def _peak(sender, name: str, path: str, config: Config) -> None:
-    from pipelines.memory import peak_bytes, resident_bytes, reuse_freed_memory
+    from pipelines.memory import peak_bytes, resident_bytes, reuse_freed_memory, trim
 
     reuse_freed_memory()
     if path:
         step = Step(name, path, config, None)
         call = step.of(min(config.batches))
+        call()
+        trim()  # of what packing freed, as sampling does
         call()
         call()
         if step.device.type == "cuda":
