@@ -209,9 +209,9 @@ def _shares(step: Step, batch: int, peaks: Mapping[str, float]) -> dict[str, Any
 
 
 def _memory(paths: Mapping[str, str], config: Config, report: Report) -> dict[str, dict[str, float]]:
-    """GB of each contender in a process of its own, libraries included: resident after three steps at the smallest batch,
-    and at its peak, which loading may have been; `libraries` is theirs alone. Of a CUDA device: what torch keeps of its
-    memory.
+    """GB of each contender in a process of its own, libraries included: resident after three steps at the smallest
+    batch, and at its peak, which loading may have been; `libraries` is theirs alone. Of a CUDA device: what torch keeps
+    of its memory.
     """
     context = multiprocessing.get_context("spawn")
     contenders = ({"libraries": ""} if config.device == "cpu" else {}) | dict(paths)
