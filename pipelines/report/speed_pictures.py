@@ -96,7 +96,7 @@ def save_scaling(results: Mapping[str, Any], path: Path) -> None:
                 axes.set_xticks(values, [str(value) for value in values])
                 axes.minorticks_off()
                 axes.legend(loc="upper left")
-                axes.margins(y=0.25)
+                axes.margins(y=0.6 if what == "gb" else 0.25)  # room for the legend above flat lines
             grid[1, column].set_xlabel(label)
         grid[0, 0].set_ylabel("ms of a step")
         grid[1, 0].set_ylabel("GB")
