@@ -1,10 +1,9 @@
 """The training loop: the student follows its teacher along the teacher's own trajectories, without data.
 
 Source: HQ-DM, equation 12, and the public code of EfficientDM and HQ-DM: the teacher runs DDIM from noise, at every
-step
-the student sees the same x_t, one optimiser step follows, and the teacher's ε carries the trajectory on. The loss
-is the
-squared error, summed, of the two guided ε: the teacher's as asked, the student's by its shares where it has such.
+step the student sees the same x_t, one optimiser step follows, and the teacher's ε carries the trajectory on. The loss
+is the squared error, summed, of the two guided ε: the teacher's as asked, the student's by its shares where it has
+such.
 
 Every draw is a function of (seed, trajectory, step), so the loop's whole state is its parameters, the optimiser's
 moments and the x_t it stands at: saved now and then, and a run killed anywhere ends with the bits of one that was not.

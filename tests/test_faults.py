@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_stages import checkpoint, install
+from fake_stages import checkpoint
 from roads import make, tiny_store, tiny_student
 from test_store import put
 
@@ -49,26 +49,6 @@ class Told(Report):
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "ws")
-
-
-@pytest.fixture
-def fakes(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HQDM_WORKSPACE", raising=False)
-    checkpoint(tmp_path)
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def hqdm(fakes, capsys):
-    """Type a command in a folder with model.ckpt: exit code, stdout and stderr."""
-
-    def type_command(*words):
-        code = main(list(words))
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return type_command
 
 
 def hashes(folder):

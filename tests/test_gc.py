@@ -3,32 +3,11 @@
 import json
 
 import pytest
-from fake_stages import checkpoint, install
 from test_store import put
 
 from hqdm_cli.app import main
 from hqdm_cli.console import size
 from pipelines.store import Store
-
-
-@pytest.fixture
-def fakes(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HQDM_WORKSPACE", raising=False)
-    checkpoint(tmp_path)
-    return install(monkeypatch)
-
-
-@pytest.fixture
-def hqdm(fakes, capsys):
-    """Type a command in a folder with model.ckpt: exit code, stdout and stderr."""
-
-    def type_command(*words):
-        code = main(list(words))
-        streams = capsys.readouterr()
-        return code, streams.out, streams.err
-
-    return type_command
 
 
 @pytest.fixture
