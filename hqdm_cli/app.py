@@ -112,6 +112,8 @@ def _follow(debug: bool) -> int:
         return 130
     except Exception as fault:
         return _failed(fault, debug)
+    finally:
+        processes.part_company()
     return 0
 
 

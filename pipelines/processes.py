@@ -171,7 +171,11 @@ def dismiss() -> None:
 
 
 def part_company() -> None:
-    """Leave the other processes, which see this one gone where they wait for it; from now on it works alone."""
+    """Leave the other processes, which see this one gone where they wait for it; from now on it works alone.
+
+    Every process owes this before it ends: the interpreter's own end meets gloo's threads now and then where they want
+    its lock, and C++ aborts the process then, whose work was whole.
+    """
     global _crew
     if _crew is not None and _crew.count > 1:
         import torch.distributed as dist

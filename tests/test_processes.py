@@ -159,6 +159,23 @@ def test_a_process_that_lost_its_leader_tells_only_those_who_would_restart_it(mo
     assert app._follow(debug=False) == 0
 
 
+@pytest.mark.parametrize("ends", [None, processes.PeerLost("gone"), KeyboardInterrupt(), HqdmError("failed")])
+def test_a_process_leaves_the_others_however_it_ends(monkeypatch, ends):
+    """Or the interpreter's end meets gloo's threads and aborts, now and then, a process whose work is whole."""
+    from hqdm_cli import app
+    from pipelines import runner
+
+    def follow():
+        if ends is not None:
+            raise ends
+
+    left = []
+    monkeypatch.setattr(runner, "follow", follow)
+    monkeypatch.setattr(processes, "part_company", lambda: left.append(True))
+    app._follow(debug=False)
+    assert left == [True]
+
+
 def test_what_cannot_be_shared_is_refused_with_the_way_out(store, tmp_path, monkeypatch):
     plan, pair = make(store, "plan", method="hqdm", variant="tuned"), processes.Processes()
     pair.count = 2
