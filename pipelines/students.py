@@ -34,7 +34,6 @@ from pipelines.diffusion import walker
 from pipelines.errors import FileFault, NumericalFault, UsageError, did_you_mean
 from pipelines.kernels import ON_DEVICE, cpu, cuda, reference
 from pipelines.kernels import layers as integer_layers
-from pipelines.kernels.attention import shorten
 from pipelines.memory import give_back, let_go
 from pipelines.models.checkpoint import first_line
 from pipelines.models.denoiser import Denoiser, info_from_dict, load_conditions, ready, save_beside
@@ -195,7 +194,7 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
         if freeze:
             layer.freeze()
     if freeze:
-        shorten(student.network)
+        integer_layers.shorten(student.network)
     if plan.recipe.guidance_signal and student.info.guidance == CLASSIFIER_FREE:
         student.guidance_shares = GuidanceShares.load(path.parent)
     if plan.recipe.correction:

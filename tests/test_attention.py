@@ -10,7 +10,7 @@ from test_students import students
 
 from pipelines import native
 from pipelines.errors import HqdmError, UsageError
-from pipelines.kernels.attention import Short, attend, choose_products, shorten
+from pipelines.kernels.attention import Short, attend, choose_products, shorten_attention
 
 compiled = pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
 
@@ -26,7 +26,7 @@ def both(**options):
         usual = Attention(64, 24, heads=4, dim_head=16, **options).eval()
     short = Attention(64, 24, heads=4, dim_head=16, **options).eval()
     short.load_state_dict(usual.state_dict())
-    shorten(short)
+    shorten_attention(short)
     return usual, short
 
 
@@ -112,14 +112,14 @@ def test_more_tokens_take_compiled_kernels_and_give_what_diffusers_gives():
     assert torch.allclose(usual(x, several), short(x, several), atol=1e-6)
     own = Attention(64, heads=4, dim_head=16).eval()
     expected = own(x)
-    shorten(own)
+    shorten_attention(own)
     assert torch.allclose(own(x), expected, atol=1e-6)
     block = Attention(64, heads=4, dim_head=16, norm_num_groups=8, residual_connection=True, bias=True).eval()
     image = noise(3, 2, 64, 6, 5)
     for laid in (image, image.contiguous(memory_format=torch.channels_last)):
         expected = block(laid)
         again = copy.deepcopy(block)
-        shorten(again)
+        shorten_attention(again)
         assert isinstance(again.forward, Short) and torch.allclose(again(laid), expected, atol=1e-6)
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from pipelines import native
 from pipelines.errors import HqdmError
+from pipelines.kernels.norms import Normed, ShortNorm, given_to
 
 PRODUCTS = ("fp32", "int8")
 
@@ -36,14 +37,17 @@ class Short:
         if x.ndim == 4:
             x = x.view(*x.shape[:2], -1).transpose(1, 2)
         if attention.group_norm is not None:
-            x = attention.group_norm(x.transpose(1, 2)).transpose(1, 2)
+            x = _normed(attention.group_norm, x)
         if context is not None and attention.norm_cross:
             context = attention.norm_encoder_hidden_states(context)
         source = x if context is None else context
         if one:
             out = attention.to_v(source)
         else:
-            q, k, v = attention.to_q(x), attention.to_k(source), attention.to_v(source)
+            q, (k, v) = (
+                given_to(attention.to_q, x),
+                (given_to(layer, source) for layer in (attention.to_k, attention.to_v)),
+            )
             out = attend(q, k, v, attention.heads, kernels, self.products)
         out = attention.to_out[1](attention.to_out[0](out)).expand(-1, x.shape[1], -1)
         if hidden_states.ndim == 4:
@@ -51,6 +55,13 @@ class Short:
         if attention.residual_connection:
             out = out + hidden_states
         return out / attention.rescale_output_factor if attention.rescale_output_factor != 1 else out
+
+
+def _normed(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor | Normed:
+    """The norm of x (N, tokens, C)."""
+    if isinstance(norm.forward, ShortNorm) and norm.forward.takes(x):
+        return norm(x, pending=True)
+    return norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 def attend(
@@ -83,7 +94,7 @@ def choose_products(network: nn.Module, products: str) -> None:
             short.products = products
 
 
-def shorten(network: nn.Module) -> None:
+def shorten_attention(network: nn.Module) -> None:
     """Give the attentions of a network that are as diffusers makes them the shorter forward pass, in place."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from pipelines.errors import NumericalFault
 from pipelines.kernels import ON_DEVICE, backend
-from pipelines.kernels.attention import shorten
+from pipelines.kernels.attention import shorten_attention
 from pipelines.kernels.cuda import DevicePrologue
+from pipelines.kernels.norms import Normed, shorten_norms
 from pipelines.kernels.prologue import Prologue
 from pipelines.memory import give_back
 from pipelines.quant.integers import PackedWeights
@@ -23,6 +24,8 @@ LARGE = 2**18  # values of an input before whose layer free pages are returned, 
 class IntegerLayer(nn.Module):
     """A linear or convolution in integer arithmetic, for inference: x fp32 to y fp32, integers in between."""
 
+    takes_pending = True  # Normed, of the shape that x would have
+
     def __init__(self, weights: PackedWeights, tables: TimestepTables, index: int, span: slice, backend_name: str):
         super().__init__()
         self.plan, self.index, self.span = weights.plan, index, span
@@ -33,14 +36,14 @@ class IntegerLayer(nn.Module):
         self.register_buffer("weight_scale", weights.scale, persistent=False)
         self._tables = [tables]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(x)
         return self._tables[0].each(x, self._at_one_timestep, self.plan.site.name)
 
-    def _at_one_timestep(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() >= LARGE:
+    def _at_one_timestep(self, x: torch.Tensor | Normed) -> torch.Tensor:
+        if x.shape.numel() >= LARGE:
             give_back()
         tables = self._tables[0]
         scale, zero = tables.numbers_of(self.index)
@@ -74,6 +77,8 @@ class DeviceLayer(IntegerLayer):
     number, so that the row of the tables in force can change between two replays of one CUDA graph.
     """
 
+    takes_pending = False
+
     def __init__(self, *given):
         super().__init__(*given)
         self.prologue = DevicePrologue(self.surroundings)
@@ -93,6 +98,12 @@ class DeviceLayer(IntegerLayer):
         if self._floats is None:
             self._floats = super()._folded().to(self.weight_scale.device)
         return self._floats
+
+
+def shorten(network: nn.Module) -> None:
+    """Give what lies between a student's quantised layers, fake or integer, the ways that inference alone can take."""
+    shorten_attention(network)
+    shorten_norms(network)
 
 
 def check_inputs(network: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipelines.errors import NumericalFault
+from pipelines.kernels.norms import Normed
 from pipelines.quant.affine import quantise
 from pipelines.quant.hadamard import compiled_for, rotate_activation, rotate_last, signs_of
 from pipelines.quant.layers import row_spans
@@ -56,7 +57,7 @@ class Prologue(nn.Module):
         self.surroundings, self.plan = surroundings, surroundings.plan
 
     def forward(
-        self, x: torch.Tensor, scale: float, zero: int, operand: Operand
+        self, x: torch.Tensor | Normed, scale: float, zero: int, operand: Operand
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The codes of x in its own shape, channels-last for a convolution, and the mean that a dynamic centre
         subtracted.
@@ -70,13 +71,19 @@ class Prologue(nn.Module):
         spatial = plan.site.kind == "conv"
         # What is written by rows must lie in memory by rows: a linear's input may be another tensor's transpose.
         layout = torch.channels_last if spatial else torch.contiguous_format
+        channels, order = x.shape[1 if spatial else -1], plan.transform.order
+        bytes_fit = plan.transform.axis != "width" and operand.dtype in (torch.int8, torch.uint8)
+        pending = x if isinstance(x, Normed) else None
+        if pending is not None:
+            x = pending.x
+        compiled = compiled_for(x, channels, order) if bytes_fit else None
+        if pending is not None and (compiled is None or plan.centring == "dynamic"):
+            x, pending = pending.tensor(), None
         if plan.transform.axis == "width":
             moved, mean = surroundings.before(x.contiguous(memory_format=layout))
             rotated = rotate_activation(moved, plan.transform, spatial)
             centred = quantise(rotated, torch.tensor(scale), None, *bounds, overwrite=True)
             return rotate_activation(centred, plan.transform, spatial, inverse=True), mean
-        channels, order = x.shape[1 if spatial else -1], plan.transform.order
-        compiled = compiled_for(x, channels, order) if operand.dtype in (torch.int8, torch.uint8) else None
         if compiled is None:
             moved, mean = surroundings.before(x)
             return _in_torch(moved.contiguous(memory_format=layout), plan, scale, bounds, operand), mean
@@ -87,7 +94,7 @@ class Prologue(nn.Module):
         fault = compiled.hqdm_codes(
             x.data_ptr(), codes.data_ptr(), x.numel() // channels, channels, order,
             *(None if value is None else value.data_ptr() for value in self._constants()), scale, *bounds,
-            operand.offset, carried, len(carried), torch.get_num_threads(),
+            operand.offset, carried, len(carried), *_norm_of(pending, x), torch.get_num_threads(),
         )  # fmt: skip
         if fault == NAN:
             raise NumericalFault(f"site {plan.site.name}: its input holds NaN", "distill again at lower rates")
@@ -95,6 +102,14 @@ class Prologue(nn.Module):
 
     def _constants(self) -> tuple[torch.Tensor | None, ...]:
         return signs_of(self.plan.transform), self.surroundings.centre, self.surroundings.gain
+
+
+def _norm_of(pending: Normed | None, x: torch.Tensor) -> tuple[int | None, int | None, int, bool]:
+    """How hqdm_codes is told of a norm before it: factors, terms, rows of an image, and whether SiLU follows."""
+    if pending is None:
+        return None, None, 1, False
+    rows = x.numel() // pending.factors.numel()
+    return pending.factors.data_ptr(), pending.terms.data_ptr(), rows, pending.silu
 
 
 def _room_for(x: torch.Tensor, operand: Operand, channels: int) -> torch.Tensor:

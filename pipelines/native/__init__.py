@@ -1,9 +1,9 @@
 """Kernels in C++, built once for this machine by the compiler that is there and kept in a cache folder.
 
-Rotations and quantisers (exact.cpp) are defined in torch, elsewhere, and have the same bits here; attention is
-floating point, and takes the place of torch's. Here is only how they are built and called. Where there is no compiler
-`library` is None, and torch computes: slower, the same integers. `state` says which it is and why. HQDM_NATIVE=0 leaves
-them out.
+Rotations and quantisers (exact.cpp) are defined in torch, elsewhere, and have the same bits here; attention and norms
+are floating point, and take the place of torch's. Here is only how they are built and called. Where there is no
+compiler `library` is None, and torch computes: slower, the same integers. `state` says which it is and why.
+HQDM_NATIVE=0 leaves them out.
 
 This is floor 0: numbers and addresses, no torch.
 """
@@ -132,7 +132,14 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hqdm_rotate.argtypes = [address, address, count, number, address, number, number]
     found.hqdm_codes.argtypes = [
         address, address, count, count, number, address, address, address, real, real, real, ctypes.c_int32,
-        ctypes.c_char_p, count, number,
+        ctypes.c_char_p, count, address, address, count, number, number,
+    ]  # fmt: skip
+    found.hqdm_normed.argtypes = [address, address, count, count, address, address, count, number, number]
+    found.hqdm_group_norm_scratch.argtypes = [count, count, count]
+    found.hqdm_group_norm_scratch.restype = count
+    found.hqdm_group_norm.argtypes = [
+        address, address, address, count, count, count, count, address, address, address, ctypes.c_double, address,
+        number,
     ]  # fmt: skip
     found.hqdm_attention_scratch.argtypes = [count, count, count, count, number]
     found.hqdm_attention_scratch.restype = count

@@ -42,7 +42,8 @@ void weighted(const float* scores, const float* v, float* out, const Shape& shap
   }
 }
 
-// COUNT queries of one head. k: (width, padded_keys), v: (padded_keys, padded_width); scores: COUNT × padded_keys.
+// COUNT queries of one head. k: (padded_keys / KEYS, width, KEYS), v: (padded_keys, padded_width), scores: COUNT ×
+// padded_keys.
 template <int COUNT>
 void rows_of(const float* q, const float* k, const float* v, float* out, const Shape& shape, float scale,
              float* scores) {
@@ -50,7 +51,8 @@ void rows_of(const float* q, const float* k, const float* v, float* out, const S
   for (int64_t key = 0; key < shape.padded_keys; key += KEYS) {
     Floats s[COUNT][2] = {};
     for (int64_t d = 0; d < shape.width; ++d) {
-      const Floats a = load(k + d * shape.padded_keys + key), b = load(k + d * shape.padded_keys + key + LANES);
+      const float* of_k = k + key * shape.width + d * KEYS;
+      const Floats a = load(of_k), b = load(of_k + LANES);
       for (int r = 0; r < COUNT; ++r) {
         const float factor = q[r * stride + d];
         s[r][0] += a * factor;
@@ -109,7 +111,8 @@ void hqdm_attention(const float* q, const float* k, const float* v, float* out, 
     std::memset(kt, 0, of_keys * sizeof(float));
     std::memset(vp, 0, of_values * sizeof(float));
     for (int64_t key = 0; key < keys; ++key) {
-      for (int64_t d = 0; d < width; ++d) kt[d * shape.padded_keys + key] = k[from + key * stride + d];
+      float* of_key = kt + key / KEYS * KEYS * width + key % KEYS;  // keys side by side, a pass's in one piece
+      for (int64_t d = 0; d < width; ++d) of_key[d * KEYS] = k[from + key * stride + d];
       std::memcpy(vp + key * shape.padded_width, v + from + key * stride, width * sizeof(float));
     }
   }

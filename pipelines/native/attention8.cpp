@@ -56,16 +56,21 @@ struct Row {
 };
 
 struct Head {  // k, v of one head as the products take them
-  std::vector<int8_t> keys;     // (width / 4, padded keys, 4)
+  std::vector<int8_t> keys;     // (padded keys / KEYS, width / 4, KEYS, 4)
   std::vector<int32_t> sums;    // of each key's bytes, times OFFSET
   std::vector<float> scale;     // of each key
   std::vector<int8_t> values;   // (padded keys / 4, padded width, 4)
   std::vector<float> by_column; // scales of v
 };
 
+// Where four values of a key's head lie, those from `d` on: what a pass takes is in one piece.
+inline int64_t place_of(int64_t key, int64_t d, int64_t wide) {
+  return key / KEYS * KEYS * wide + (d / 4 * KEYS + key % KEYS) * 4;
+}
+
 void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64_t width, Head& head) {
-  const int64_t columns = padded(width, LANES), all = padded(keys, KEYS);
-  head.keys.assign(padded(width, 4) * all, 0);
+  const int64_t wide = padded(width, 4), columns = padded(width, LANES), all = padded(keys, KEYS);
+  head.keys.assign(wide * all, 0);
   head.values.assign(all * columns, 0);
   head.sums.assign(all, 0);
   head.scale.assign(all, 0);
@@ -99,7 +104,7 @@ void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64
       const Bytes bytes = __builtin_convertvector(codes, Bytes);
       total += codes;
       for (int64_t i = 0; i < LANES && d + i < width; i += 4)
-        std::memcpy(head.keys.data() + ((d + i) / 4 * all + key) * 4, (const char*)&bytes + i, 4);
+        std::memcpy(head.keys.data() + place_of(key, d + i, wide), (const char*)&bytes + i, 4);
     }
     for (int i = 0; i < LANES; ++i) head.sums[key] += total[i] * OFFSET;
   }
@@ -141,7 +146,7 @@ void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t
     for (int64_t d = 0; d < wide / 4; ++d)
       for (int r = 0; r < COUNT; ++r)
         for (int i = 0; i < 2; ++i)
-          sums[r][i] = dot(sums[r][i], codes[r][d], head.keys.data() + (d * all + key + i * LANES) * 4);
+          sums[r][i] = dot(sums[r][i], codes[r][d], head.keys.data() + place_of(key + i * LANES, d * 4, wide));
     for (int i = 0; i < 2; ++i) {
       Integers offset;
       std::memcpy(&offset, head.sums.data() + key + i * LANES, sizeof offset);

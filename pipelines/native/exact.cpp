@@ -1,15 +1,42 @@
-// What torch has no operator for: block-wise Hadamard transforms, alone and together with quantisation.
+// What torch has no operator for: block-wise Hadamard transforms, alone and together with quantisation and with the
+// group norm and SiLU before it.
 //
-// Every function computes the very bits of its counterpart in torch (pipelines/quant): the same additions in the same
-// order, true division, rounding to the nearest even. Hence -ffp-contract=off, and nothing of -ffast-math.
+// Rotations and quantisers compute the very bits of their counterparts in torch (pipelines/quant): the same additions in
+// the same order, true division, rounding to the nearest even. Hence -ffp-contract=off, and nothing of -ffast-math. A
+// norm is floating point and not torch's to the bit; alone and before a quantiser it has the same bits.
 // Plain C interface, addresses and numbers only; pipelines/native/__init__.py calls it.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "lanes.h"
+#include "exponential.h"
 
 namespace {
+
+// What a group norm and an activation function make of a value before anything else: x·factor + term, then SiLU.
+struct Norm {
+  const float *factors, *terms;  // (images, channels); nullptr: values are taken as they are
+  int64_t rows;                  // of an image
+  bool silu;
+
+  int64_t of(int64_t row, int64_t channels) const { return factors ? row / rows * channels : 0; }
+};
+
+inline Floats silu(Floats v) {
+  const Floats e = exponential((Floats)((Integers)v | INT32_MIN));  // exp(-|v|)
+  return v * (v < 0 ? e : Floats{} + 1.0f) / (1.0f + e);
+}
+
+// LANES values at `at` of a row, normed; `place` is that of the image's factors for them.
+inline Floats normed(const float* at, const Norm& norm, int64_t place) {
+  Floats v = load(at);
+  if (norm.factors) {
+    v = v * load(norm.factors + place) + load(norm.terms + place);
+    if (norm.silu) v = silu(v);
+  }
+  return v;
+}
 
 template <int HALF>
 inline Floats exchanged(Floats v) {  // lane i gets lane i ^ HALF
@@ -96,7 +123,8 @@ void rotate(const float* x, float* y, int64_t values, const float* signs, bool i
 
 template <int ORDER>
 bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, const float* signs, const float* centre,
-              const float* gain, const Codes& codes, const uint8_t* carried, int64_t extra, int threads) {
+              const float* gain, const Codes& codes, const uint8_t* carried, int64_t extra, const Norm& norm,
+              int threads) {
   constexpr int WIDTH = width<ORDER>(), COUNT = WIDTH / LANES;
   Floats sign[COUNT];
   for (int i = 0; i < WIDTH; ++i) sign[i / LANES][i % LANES] = signs ? signs[i % ORDER] : 1.0f;
@@ -105,11 +133,12 @@ bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, cons
   for (int64_t row = 0; row < rows; ++row) {
     Integers bad = {};
     uint8_t* to = out + row * (channels + extra);
+    const int64_t image = norm.of(row, channels);
     for (int64_t c = 0; c < channels; c += WIDTH) {
       Floats v[COUNT];
       for (int k = 0; k < COUNT; ++k) {
         const int64_t at = c + k * LANES;
-        v[k] = load(x + row * channels + at);
+        v[k] = normed(x + row * channels + at, norm, image + at);
         if (centre) v[k] -= load(centre + at);
         if (gain) v[k] *= load(gain + at);
         if (signs) v[k] *= sign[k];
@@ -124,6 +153,26 @@ bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, cons
     found |= any(bad);
   }
   return found;
+}
+
+constexpr int64_t CHUNK = 64;  // rows whose sums are in fp32; fixed, so that threads change no bit
+constexpr int SPAN = 4;        // vectors of channels at a time, where there are so many
+
+// Sums of x − x₀ and of their squares over some rows, for COUNT vectors of channels.
+template <int COUNT>
+inline void sums_of(const float* x, int64_t rows, int64_t stride, const float* first, float* sums, float* squares) {
+  Floats base[COUNT], sum[COUNT] = {}, square[COUNT] = {};
+  for (int k = 0; k < COUNT; ++k) base[k] = load(first + k * LANES);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int k = 0; k < COUNT; ++k) {
+      const Floats d = load(x + row * stride + k * LANES) - base[k];
+      sum[k] += d;
+      square[k] += d * d;
+    }
+  for (int k = 0; k < COUNT; ++k) {
+    store(sums + k * LANES, sum[k]);
+    store(squares + k * LANES, square[k]);
+  }
 }
 
 }  // namespace
@@ -148,21 +197,91 @@ int hqdm_rotate(const float* x, float* y, int64_t values, int order, const float
 }
 
 // Bytes of rows × channels: clamp(⌊((x − centre)·gain)·blockdiag(M, …)/scale⌉, low, high) + offset, modulo 256, and
-// after each row the `extra` bytes `carried`.
+// after each row the `extra` bytes `carried`. With factors and terms x is first normed as hqdm_normed does.
 // 1: no such order or channels are no multiple of max(order, lanes). 2: NaN among what was to be quantised.
 int hqdm_codes(const float* x, uint8_t* out, int64_t rows, int64_t channels, int order, const float* signs,
                const float* centre, const float* gain, float scale, float low, float high, int32_t offset,
-               const uint8_t* carried, int64_t extra, int threads) {
+               const uint8_t* carried, int64_t extra, const float* factors, const float* terms, int64_t rows_of_image,
+               int silu, int threads) {
   const Codes codes{scale, Floats{} + low, Floats{} + high, offset};
+  const Norm norm{factors, terms, rows_of_image, silu != 0};
   switch (order) {
 #define CASE(N) \
   case N:       \
     if (channels % width<N>()) return 1; \
-    return quantise<N>(x, out, rows, channels, signs, centre, gain, codes, carried, extra, threads) ? 2 : 0;
+    return quantise<N>(x, out, rows, channels, signs, centre, gain, codes, carried, extra, norm, threads) ? 2 : 0;
     ORDERS(CASE)
 #undef CASE
   }
   return 1;
+}
+
+// y = x·factor + term of every image and channel, then SiLU if asked for; rows × channels, channels a multiple of LANES.
+// 1: they are not.
+int hqdm_normed(const float* x, float* y, int64_t rows, int64_t channels, const float* factors, const float* terms,
+                int64_t rows_of_image, int silu, int threads) {
+  if (channels % LANES) return 1;
+  const Norm norm{factors, terms, rows_of_image, silu != 0};
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t image = norm.of(row, channels);
+    for (int64_t c = 0; c < channels; c += LANES)
+      store(y + row * channels + c, normed(x + row * channels + c, norm, image + c));
+  }
+  return 0;
+}
+
+// Floats of scratch memory that hqdm_group_norm wants.
+int64_t hqdm_group_norm_scratch(int64_t images, int64_t rows, int64_t channels) {
+  return images * ((rows + CHUNK - 1) / CHUNK) * channels * 2;
+}
+
+// factors, terms (images, channels) with which x·factor + term is the group norm of x + shift: x (images, rows,
+// channels), shift (images, channels) or nullptr, weight and bias (channels,). Sums are of differences to an image's
+// first row, in fp32 over CHUNK rows and in fp64 beyond. 1: channels are no multiple of LANES or of groups.
+int hqdm_group_norm(const float* x, float* factors, float* terms, int64_t images, int64_t rows, int64_t channels,
+                    int64_t groups, const float* weight, const float* bias, const float* shift, double eps,
+                    float* scratch, int threads) {
+  if (channels % LANES || channels % groups) return 1;
+  const int64_t chunks = (rows + CHUNK - 1) / CHUNK, each = channels / groups;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < images * chunks; ++item) {
+    const int64_t from = item % chunks * CHUNK, count = rows - from < CHUNK ? rows - from : CHUNK;
+    const float* first = x + item / chunks * rows * channels;
+    float *sums = scratch + item * 2 * channels, *squares = sums + channels;
+    int64_t c = 0;
+    for (; c + SPAN * LANES <= channels; c += SPAN * LANES)
+      sums_of<SPAN>(first + from * channels + c, count, channels, first + c, sums + c, squares + c);
+    for (; c < channels; c += LANES)
+      sums_of<1>(first + from * channels + c, count, channels, first + c, sums + c, squares + c);
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < images * groups; ++item) {
+    const int64_t image = item / groups, begin = item % groups * each, end = begin + each;
+    const float* of_image = scratch + image * chunks * 2 * channels;
+    double total = 0, spread = 0;
+    for (int pass = 0; pass < 2; ++pass)  // the group's mean, then squares about it
+      for (int64_t c = begin; c < end; ++c) {
+        double sum = 0, square = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          sum += of_image[chunk * 2 * channels + c];
+          square += of_image[chunk * 2 * channels + channels + c];
+        }
+        const double mean = sum / rows + x[image * rows * channels + c] + (shift ? shift[image * channels + c] : 0.0f);
+        if (pass == 0) {
+          total += mean / each;
+        } else {
+          spread += (square - sum * (sum / rows)) / rows + (mean - total) * (mean - total);
+        }
+      }
+    const double inverse = 1.0 / std::sqrt(spread / each + eps);
+    for (int64_t c = begin; c < end; ++c) {
+      const double factor = inverse * weight[c], moved = shift ? shift[image * channels + c] : 0.0f;
+      factors[image * channels + c] = float(factor);
+      terms[image * channels + c] = float(bias[c] + (moved - total) * factor);
+    }
+  }
+  return 0;
 }
 
 }
