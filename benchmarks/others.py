@@ -673,7 +673,7 @@ def main() -> None:
     from benchmarks import speed
     from hqdm_cli import console
     from pipelines.doctor import findings
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     name = f"{MODEL}-{SMALL}" if options.small else MODEL
     options.folder.mkdir(parents=True, exist_ok=True)

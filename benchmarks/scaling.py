@@ -158,7 +158,7 @@ def main() -> None:
     from pipelines.doctor import findings
     from pipelines.memory import reuse_freed_memory
     from pipelines.report.speed_pictures import save_scaling
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     options.results.mkdir(parents=True, exist_ok=True)
     options.folder.mkdir(parents=True, exist_ok=True)

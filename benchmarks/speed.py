@@ -38,7 +38,8 @@ from pipelines.memory import reuse_freed_memory
 from pipelines.quant.spec import IDENTITY
 from pipelines.stages import load
 from pipelines.stages.bench import Config, Step
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 MODELS = ("cin256-v2", "lsun_beds256")
 PARTS = ("steps", "hadamard", "scaling")

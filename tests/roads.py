@@ -13,7 +13,7 @@ from pipelines import runner
 from pipelines.models.denoiser import find_sites, save_denoiser
 from pipelines.quant.spec import site_to_dict
 from pipelines.stages import load
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 STEPS = 3
 # Options under which a method's search takes a moment; its own take longer than a test should.

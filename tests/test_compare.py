@@ -17,7 +17,7 @@ from pipelines.config import to_dict
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.report import comparison, comparison_pictures
 from pipelines.stages import compare as stage
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 DRAW = stage._draw
 PSNR = {("efficientdm", "w4a4"): 25.0, ("hqdm", "w4a4"): 24.5, ("efficientdm", "w4a3"): 21.0, ("hqdm", "w4a3"): 24.0}

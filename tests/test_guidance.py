@@ -219,7 +219,7 @@ def test_a_model_without_classifier_free_guidance_has_no_shares(tmp_path, family
     from families import save_tiny
 
     from pipelines import runner
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     path, options = save_tiny(family, tmp_path / "model")
     store = Store(tmp_path / "workspace")

@@ -89,7 +89,7 @@ def test_a_checkpoint_whose_weights_are_no_numbers_is_refused_by_the_tensors_nam
         return denoiser, notes
 
     monkeypatch.setattr(source, "take", damaged)
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     workspace = Store(tmp_path / "workspace")
     fault(lambda: runner.make(workspace, "model", runner.model_config(CHECKPOINT)), "mid_block.resnets.0.conv1.weight")
@@ -176,7 +176,7 @@ def dead(tmp_path_factory):
 
     from pipelines.models.denoiser import save_denoiser
     from pipelines.quant.spec import site_to_dict
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store, listener = Store(tmp_path_factory.mktemp("dead")), Listener()
     denoiser = tiny_denoiser(0)

@@ -19,7 +19,7 @@ from pipelines.quant.hadamard import rotate_activation
 from pipelines.quant.observe import Observer, SiteObserver
 from pipelines.quant.spec import IDENTITY, Site, Transform, integer_range, site_to_dict
 from pipelines.stages import profile
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 LINEAR = Site("linear", "linear", "attention", (8, 64), rank=3)
 CONV = Site("conv", "conv", "residual", (8, 64, 3, 3), padding=(1, 1), positions=(16, 16))

@@ -17,7 +17,7 @@ from pipelines import runner
 from pipelines.plans import read_plan
 from pipelines.quant.spec import site_from_dict
 from pipelines.stages import profile
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 STEPS = 2
 DRAWN = ("sd", "dit")  # whose profile draws its pictures, which take most of its time

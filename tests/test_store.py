@@ -9,7 +9,8 @@ import textwrap
 import pytest
 
 from pipelines.errors import FileFault, HqdmError, UsageError
-from pipelines.store import Store, key_of, links
+from pipelines.workspace.artifacts import key_of, links
+from pipelines.workspace.store import Store
 
 
 def put(store, stage, files, key=None, inputs=None, config=None, figures=None):
@@ -112,7 +113,7 @@ def run_child(store, body):
     """Start a process that begins distill with key k, prints `ready` and runs `body`."""
     code = f"""
         import os, sys, time
-        from pipelines.store import Store
+        from pipelines.workspace.store import Store
         with Store({str(store.root)!r}).begin("distill", "k", {{}}) as draft:
             (draft.work / "state").write_text("x")
             print("ready", flush=True)

@@ -185,7 +185,7 @@ def test_an_exported_model_that_was_cut_is_refused_by_name(store, tmp_path):
 def test_epsilon_of_the_embedded_model_is_equal_at_every_timestep(tmp_path, method, variant, bits):
     from pipelines import runner
     from pipelines.digits import CHECKPOINT
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(tmp_path)
     runner.make(store, "model", runner.model_config(CHECKPOINT))

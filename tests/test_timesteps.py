@@ -15,8 +15,8 @@ from pipelines.plans import read_plan
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.spec import site_from_dict
 from pipelines.stages import profile
-from pipelines.store import Store
 from pipelines.students import load_fake, load_integer
+from pipelines.workspace.store import Store
 
 STEPS = 3
 

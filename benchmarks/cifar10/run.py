@@ -22,7 +22,8 @@ from hqdm_cli import console
 from pipelines import compare, methods
 from pipelines.errors import FileFault, HqdmError
 from pipelines.report import comparison
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 HERE = Path(__file__).absolute().parent
 ROOT = HERE.parents[1]

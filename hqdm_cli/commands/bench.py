@@ -39,7 +39,7 @@ def bench(
 
     from pipelines import runner
     from pipelines.errors import FileFault
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     with console.Progress() as progress:

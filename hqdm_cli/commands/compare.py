@@ -75,7 +75,7 @@ def compare(
     from pipelines import compare as engine
     from pipelines.errors import HqdmError, UsageError
     from pipelines.stages import load
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     if sum((as_json, as_markdown, as_csv)) > 1:
         raise UsageError("--json, --markdown and --csv are three ways to print one table", "give one of them")
