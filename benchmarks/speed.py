@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import add_step_options, keep, kept_results
 from hqdm_cli import console
 from pipelines import runner, speed
 from pipelines.doctor import findings
@@ -195,21 +196,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="steps and hadamard, if not given; on a GPU steps")
     parser.add_argument("--models", nargs="+", help="published models whose shape is taken")
-    parser.add_argument("--method", default="hqdm")
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--batches", help="images of a step, with commas")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="of checkpoints and workspaces: 8 GB")
-    parser.add_argument("--results", type=Path, default=Path("runs/speed/results"))
+    add_step_options(parser, turns=9, kept="workspaces: 8 GB")
     options = parser.parse_args()
     for name, usual in (ON_DEVICE if options.device == "cuda" else ON_PROCESSOR).items():
         setattr(options, name, getattr(options, name) or usual)
     if options.device == "cuda" and set(options.only) != {"steps"}:
         parser.error("--device cuda measures steps alone")
-    options.results.mkdir(parents=True, exist_ok=True)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.results / ("speed.json" if options.device == "cpu" else "speed-cuda.json")
-    results = json.loads(file.read_text()) if file.exists() else {}
+    file, results = kept_results(options, "speed" if options.device == "cpu" else "speed-cuda")
     told = {finding.what: finding.found for finding in findings(options.folder)}
     results["machine"] = f"{told['processor']}; {told['libraries']}; compiled kernels: {_compiler(told)}"
     if options.device == "cuda":
@@ -226,10 +221,10 @@ def main() -> None:
                 results.setdefault("hadamard", {})[model] = hadamard_of(export, options.turns)
             if "scaling" in options.only and not index:
                 results["scaling"] = scaling_of(store.ancestor(export, "model"), export, max(3, options.turns // 3))
-            file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            keep(file, results)
     if options.device == "cuda":
         results["machine"] += f"; after: {clocks()}"
-        file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        keep(file, results)
     lines = lines_of(results)
     file.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
