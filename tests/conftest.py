@@ -1,5 +1,5 @@
-"""Shared by all tests: no hub, one thread, torchvision mended before any library asks for it; and the command line on
-stages that take a moment.
+"""Shared by all tests: no hub, one thread, torchvision mended before any library asks for it; syncs and the drawing of
+pictures left out; and the command line on stages that take a moment.
 """
 
 import os
@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are tiny: more threads gain nothing, and beside other work they wait for each other for minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
+from drawing import undrawn  # noqa: E402
 from fake_stages import ROAD, checkpoint, install  # noqa: E402
 
 import pipelines  # noqa: E402, F401  (mends torchvision before any library imports it)
@@ -17,6 +18,16 @@ import torch  # noqa: E402  isort: skip
 
 if not torch.cuda.is_available():  # read when the CUDA kernels are declared, whichever test does it first
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    """Without syncs, which make no difference to a process that is killed, and without drawing pictures
+    (`drawing.drawn` brings it back). Other processes have both.
+    """
+    with pytest.MonkeyPatch.context() as patched, undrawn():
+        patched.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from drawing import drawn
 from safetensors.torch import load_file
 from tiny import tiny_denoiser
 
@@ -180,12 +181,14 @@ def store_with_model(root, seed: int = 0) -> Store:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     store = store_with_model(tmp_path_factory.mktemp("workspace"))
-    return store, runner.make(store, "profile", CONFIG).artifact
+    with drawn():
+        return store, runner.make(store, "profile", CONFIG).artifact
 
 
 def test_the_same_profile_twice_has_identical_bytes_pictures_included(made):
     store, artifact = made
-    again = runner.make(store, "profile", CONFIG, force=True).artifact
+    with drawn():
+        again = runner.make(store, "profile", CONFIG, force=True).artifact
     assert again.id != artifact.id
     assert {name: entry["sha256"] for name, entry in again.manifest["files"].items()} == {
         name: entry["sha256"] for name, entry in artifact.manifest["files"].items()

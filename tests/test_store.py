@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +157,22 @@ def test_a_run_killed_inside_the_commit_leaves_no_artifact_and_goes_on(store):
         (draft.path / "b").write_text("y")
         made = draft.commit({})
     assert list(made.manifest["files"]) == ["b"] and made.verify() == []
+
+
+def test_all_that_a_commit_writes_is_on_the_disk_before_its_number_is(store, monkeypatch):
+    synced, rename = set(), Path.rename
+
+    def renamed(self, target):
+        if str(target).endswith("plan/0001"):
+            told.update(synced & {path.stat().st_ino for path in [self, *self.rglob("*")]})
+        return rename(self, target)
+
+    told = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", renamed)
+    made = put(store, "plan", {"a": "1", "folder/b": "2"})
+    assert told == {path.stat().st_ino for path in [made.path, *made.path.rglob("*")]}
+    assert (store.root / "plan").stat().st_ino in synced
 
 
 def test_a_folder_without_a_manifest_is_no_artifact_and_its_number_is_not_reused(store):
