@@ -59,5 +59,20 @@ def road(hqdm):
     return hqdm
 
 
+# A file is one process's: with these before the others none waits long for the last.
+LONGEST = [
+    "road", "students", "crash", "processes", "distill", "cuda_network", "numerical", "others", "faults", "bench",
+    "compvis_published", "fuzz_files", "fuzz", "guidance", "methods_trained", "hostile",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 def pytest_addoption(parser):
     parser.addoption("--crash-seed", type=int, help="decides when tests/test_crash.py kills; drawn and printed without")
