@@ -19,7 +19,6 @@ after. Minutes pass before the first figure of a batch: torch compiles, and Trit
 
 import argparse
 import copy
-import json
 import shutil
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def steps_of(store: Store, export: Artifact, options: argparse.Namespace, progre
             batch=options.batches, turns=options.turns, guidance=1.0, attention=attention, device=options.device
         )
         artifact = runner.make(store, "bench", config, {"export": export.id}, progress, force=True).artifact
-        tables[attention] = json.loads(artifact.file("bench.json").read_text(encoding="utf-8"))
+        tables[attention] = artifact.values("bench.json")
         shutil.copyfile(artifact.file("bench.png"), options.results / f"{export.path.parents[1].name}-{attention}.png")
     return tables
 

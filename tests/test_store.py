@@ -230,6 +230,28 @@ def test_a_file_that_is_asked_for_and_not_there_is_named(store):
         made.file("plan.yaml")
 
 
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ('{"a": NaN}', "NaN is no number"),
+        ("{", "Expecting"),
+        ("[" * 99999, "too deep"),
+    ],
+)
+def test_values_of_a_file_that_somebody_changed_are_refused_by_its_name(store, text, what):
+    made = put(store, "score", {"scores.json": '{"a": 1}'})
+    assert made.values("scores.json") == {"a": 1}
+    (made.path / "scores.json").write_text(text)
+    with pytest.raises(FileFault, match="scores.json is damaged") as fault:
+        made.values("scores.json")
+    assert what in fault.value.what and "--force" in fault.value.hint
+    (made.path / "scores.json").unlink()
+    os.mkfifo(made.path / "scores.json")
+    with pytest.raises(FileFault, match="no regular file"):
+        made.values("scores.json")
+
+
 def test_an_ancestor_is_found_over_inputs_and_checked(store):
     model = put(store, "model", {"w": "1"})
     plan = put(store, "plan", {"p": "1"}, inputs={"model": model})

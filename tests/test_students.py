@@ -41,6 +41,17 @@ def students(store, distilled, backend="cpu"):
     return fake, load_integer(exported.path, backend)
 
 
+def refused_without(exported, name, folder):
+    """A student that has a file beside its weights is refused by its name where that is missing, or cut."""
+    for other in ("config.json", "model.safetensors", "conditions.safetensors"):
+        (folder / other).write_bytes(exported.file(other).read_bytes())
+    for content in (None, exported.file(name).read_bytes()[:40]):
+        if content is not None:
+            (folder / name).write_bytes(content)
+        with pytest.raises(FileFault, match=name):
+            load_integer(folder, "cpu")
+
+
 @pytest.mark.parametrize(
     "method, variant, bits",
     [(*pair, "w4a3") for pair in VARIANTS] + [("hqdm", "ours", "w8a8"), ("efficientdm", "published", "w8a8")],

@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{len(missing)} of {len(result.cells)} cells would be made{left}")
         return
     artifact = result.outcome.artifact
-    table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
+    table = artifact.values("table.json")
     print("\n".join(comparison.markdown(table)))
     write_results(table, artifact, options.results, options)
     print(f"\n{options.results}/table.md, table.json, table.csv and pictures/")

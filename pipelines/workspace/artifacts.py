@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.config import strict_json
 from pipelines.errors import FileFault, did_you_mean
-from pipelines.workspace.seals import bytes_in, seal_holds, sha256_of_file, sha256_of_json
+from pipelines.workspace.seals import bytes_in, read_values, seal_holds, sha256_of_file, sha256_of_json
 
 KIND = "hqdm artifact"
 FORMAT = 2  # 1 had no seal and no times of files; it is still read
@@ -109,6 +109,10 @@ class Artifact:
         if not path.exists():
             raise FileFault(f"{path} is missing, though {self.id} was complete", f"restore it, or: {self.redo}")
         return path
+
+    def values(self, name: str) -> Any:
+        """What one of its JSON files holds. FileFault as `file`, and where it cannot be read."""
+        return read_values(self.file(name), self.redo)
 
     def verify(self) -> list[str]:
         """One line for every file, the manifest included, that is missing, added, cut, changed or unreadable; empty

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import strict_json
 from pipelines.errors import FileFault
 
 MOST_BYTES = 64 << 20  # of a record; the manifest of 100,000 images has 15 million
@@ -49,6 +50,16 @@ def bytes_in(path: Path) -> bytes:
     if len(data) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES} bytes")
     return data
+
+
+def read_values(path: Path, way_out: str, constants: tuple[str, ...] = ()) -> Any:
+    """The values in a JSON file that hqdm wrote, as `strict_json` reads them. FileFault, with the way out as its hint,
+    where somebody or something has made another file of it.
+    """
+    try:
+        return strict_json(bytes_in(path).decode(), constants)
+    except (OSError, ValueError) as fault:
+        raise FileFault(f"{path} is damaged: {getattr(fault, 'strerror', None) or fault}", way_out) from fault
 
 
 def sync(path: Path) -> None:
