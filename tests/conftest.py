@@ -1,8 +1,10 @@
 """Shared by all tests: no hub, one thread, torchvision mended before any library asks for it; syncs and the drawing of
-pictures left out; and the command line on stages that take a moment.
+pictures left out; the command line on stages that take a moment; and models' folders.
 """
 
 import os
+import shutil
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are tiny: more threads gain nothing, and beside other work they wait for each other for minutes.
@@ -57,6 +59,27 @@ def road(hqdm):
     for words in (("profile", "model.ckpt"), *ROAD):
         assert hqdm(*words)[0] == 0
     return hqdm
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder of each tiny model that a test asks for, written once."""
+    from families import save_tiny
+
+    root, known = tmp_path_factory.mktemp("saved"), {}
+
+    def folder(name):
+        if name not in known:
+            known[name] = save_tiny(name, root / name)
+        return known[name]
+
+    return folder
+
+
+@pytest.fixture
+def ddpm(saved, tmp_path):
+    """A copy of a DDPM pipeline's folder, to be spoiled."""
+    return Path(shutil.copytree(saved("ddpm")[0], tmp_path / "ddpm"))
 
 
 # A file is one process's: with these before the others none waits long for the last.

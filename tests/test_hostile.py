@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 from fuzzing import CANARY, outcome
+from model_files import Claim, Store, forge
 from PIL import Image
 from roads import exported_store
 from safetensors.torch import load_file, save_file
-from test_files import Claim, Store, forge
 
 from hqdm_cli import app, console
 from pipelines import runner
