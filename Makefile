@@ -45,7 +45,7 @@ demo: $(READY)
 	hqdm report --picture $${HQDM_WORKSPACE:-workspace}/comparison.png
 
 test: $(READY)
-	python -m pytest --numprocesses=auto --dist=loadscope
+	python -m pytest --numprocesses=auto --dist=loadscope --no-loadscope-reorder
 
 test-crash: $(READY)
 	python -m pytest -m nightly -s tests/test_crash.py $(if $(SEED),--crash-seed $(SEED))

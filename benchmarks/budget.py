@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.models.compvis_config import unet_arguments
 from pipelines.models.compvis_published import PUBLISHED
 from pipelines.models.families import FAMILIES
-from pipelines.store import machine
+from pipelines.workspace.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "speed" / "speed.json"
 RANK = 32

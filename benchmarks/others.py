@@ -19,7 +19,6 @@ calibrated on noise at timesteps across the schedule, their ranges by their libr
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
@@ -32,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from benchmarks.options import add_step_options, keep, kept_results
 from pipelines.errors import HqdmError
 
 MODEL = "cin256-v2"
@@ -660,12 +660,9 @@ def main() -> None:
     names = [contender.name for contender in (*BASELINES, COMPILED)]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--bits", nargs="+", default=["w4a4", "w8a8"], help="of hqdm's integers; the first is compared")
-    parser.add_argument("--method", default="hqdm")
     parser.add_argument("--batches", default="1,4")
-    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--small", action="store_true", help="the shape with a sixth of the channels")
-    parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="of checkpoints and files: 10 GB")
-    parser.add_argument("--results", type=Path, default=Path("runs/speed/results"))
+    add_step_options(parser, turns=9, kept="files: 10 GB")
     options = parser.parse_args()
 
     import torch
@@ -673,11 +670,10 @@ def main() -> None:
     from benchmarks import speed
     from hqdm_cli import console
     from pipelines.doctor import findings
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     name = f"{MODEL}-{SMALL}" if options.small else MODEL
-    options.folder.mkdir(parents=True, exist_ok=True)
-    options.results.mkdir(parents=True, exist_ok=True)
+    file, results = kept_results(options, f"others{'-small' if options.small else ''}")
     checkpoint, store = options.folder / f"{name}.ckpt", Store(options.folder / name)
     own = [Ours("fp32"), Ours("bf16", kind="bf16")]
     with console.Progress() as progress:
@@ -689,20 +685,17 @@ def main() -> None:
         str(store.ancestor(export, "model").path), str(options.folder / f"{name}-others"),
         _latest_timestep(export.file("model.safetensors")), torch.get_num_threads(),
     )  # fmt: skip
-    file = options.results / f"others{'-small' if options.small else ''}.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
     chosen = [each for each in (*BASELINES, COMPILED) if each.name in (options.only or names[:-1])]
     rounds = Rounds(**results.get("rounds", {}))
     told = {finding.what: finding.found for finding in findings(options.folder)}
     here = f"{told['processor']}; {told['libraries']}; {place.threads} threads"
 
-    def keep(rounds: Rounds) -> None:
-        text = {"machine": here, "model": name, "versions": results.get("versions", {}) | versions(chosen)}
-        text["rounds"] = vars(rounds)
-        file.write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    def kept(rounds: Rounds) -> None:
+        found = results.get("versions", {}) | versions(chosen)
+        keep(file, {"machine": here, "model": name, "versions": found, "rounds": vars(rounds)})
 
     batches = [int(word) for word in options.batches.split(",")]
-    measure(own, chosen, place, batches, options.turns, rounds, keep, lambda line: print(line, file=sys.stderr))
+    measure(own, chosen, place, batches, options.turns, rounds, kept, lambda line: print(line, file=sys.stderr))
     found = ", ".join(f"{package} {version}" for package, version in versions(BASELINES).items())
     lines = ["# Others on the same step", "", f"{here}; {found}", "", f"{name}, random weights", ""]
     lines += [*lines_of(rounds, own[2].name), ""]

@@ -12,16 +12,15 @@ the share of the rotations in the step is measured too. Rows, laws and a picture
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from benchmarks.options import add_step_options, keep, kept_results
 from pipelines.errors import HqdmError
 
 MODEL, CHANNELS = "cin256-v2", 192
@@ -143,12 +142,9 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--sides", nargs="+", type=int, default=[32, 48, 64, 96], help="of the latents")
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="channels, multiples of 32")
-    parser.add_argument("--method", default="hqdm")
     parser.add_argument("--bits", default="w4a4")
-    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help="leave the workspaces of other widths there")
-    parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="of checkpoints and workspaces: 17 GB")
-    parser.add_argument("--results", type=Path, default=Path("runs/speed/results"))
+    add_step_options(parser, turns=5, kept="workspaces: 17 GB")
     options = parser.parse_args()
     if wrong := [width for width in (*options.widths, options.channels) if width < 32 or width % 32]:
         parser.error(f"a width cannot be {wrong[0]}: its norms have 32 groups")
@@ -158,12 +154,9 @@ def main() -> None:
     from pipelines.doctor import findings
     from pipelines.memory import reuse_freed_memory
     from pipelines.report.speed_pictures import save_scaling
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
-    options.results.mkdir(parents=True, exist_ok=True)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.results / "scaling.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    file, results = kept_results(options, "scaling")
     told = {finding.what: finding.found for finding in findings(options.folder)}
     results["machine"] = (
         f"{told['processor']}; {told['libraries']}; {MODEL}, {options.channels} channels, random weights"
@@ -202,13 +195,13 @@ def main() -> None:
                     row |= {"parameters": parameters} | speed.hadamard_of(export, options.turns)
                 results[part].append(row)
                 print(row, file=sys.stderr)
-            file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            keep(file, results)
             if passing:
                 shutil.rmtree(workspace)
                 checkpoint.unlink()
                 checkpoint.with_suffix(".yaml").unlink()
     results["laws"] = laws_of(results)
-    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep(file, results)
     save_scaling(results, options.results / "scaling.png")
     lines = lines_of(results)
     file.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")

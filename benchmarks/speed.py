@@ -19,7 +19,6 @@ after. Minutes pass before the first figure of a batch: torch compiles, and Trit
 
 import argparse
 import copy
-import json
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import add_step_options, keep, kept_results
 from hqdm_cli import console
 from pipelines import runner, speed
 from pipelines.doctor import findings
@@ -38,7 +38,8 @@ from pipelines.memory import reuse_freed_memory
 from pipelines.quant.spec import IDENTITY
 from pipelines.stages import load
 from pipelines.stages.bench import Config, Step
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 MODELS = ("cin256-v2", "lsun_beds256")
 PARTS = ("steps", "hadamard", "scaling")
@@ -74,7 +75,7 @@ def steps_of(store: Store, export: Artifact, options: argparse.Namespace, progre
             batch=options.batches, turns=options.turns, guidance=1.0, attention=attention, device=options.device
         )
         artifact = runner.make(store, "bench", config, {"export": export.id}, progress, force=True).artifact
-        tables[attention] = json.loads(artifact.file("bench.json").read_text(encoding="utf-8"))
+        tables[attention] = artifact.values("bench.json")
         shutil.copyfile(artifact.file("bench.png"), options.results / f"{export.path.parents[1].name}-{attention}.png")
     return tables
 
@@ -194,21 +195,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="steps and hadamard, if not given; on a GPU steps")
     parser.add_argument("--models", nargs="+", help="published models whose shape is taken")
-    parser.add_argument("--method", default="hqdm")
     parser.add_argument("--bits", default="w4a4")
     parser.add_argument("--batches", help="images of a step, with commas")
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--folder", type=Path, default=Path("runs/speed"), help="of checkpoints and workspaces: 8 GB")
-    parser.add_argument("--results", type=Path, default=Path("runs/speed/results"))
+    add_step_options(parser, turns=9, kept="workspaces: 8 GB")
     options = parser.parse_args()
     for name, usual in (ON_DEVICE if options.device == "cuda" else ON_PROCESSOR).items():
         setattr(options, name, getattr(options, name) or usual)
     if options.device == "cuda" and set(options.only) != {"steps"}:
         parser.error("--device cuda measures steps alone")
-    options.results.mkdir(parents=True, exist_ok=True)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.results / ("speed.json" if options.device == "cpu" else "speed-cuda.json")
-    results = json.loads(file.read_text()) if file.exists() else {}
+    file, results = kept_results(options, "speed" if options.device == "cpu" else "speed-cuda")
     told = {finding.what: finding.found for finding in findings(options.folder)}
     results["machine"] = f"{told['processor']}; {told['libraries']}; compiled kernels: {_compiler(told)}"
     if options.device == "cuda":
@@ -225,10 +220,10 @@ def main() -> None:
                 results.setdefault("hadamard", {})[model] = hadamard_of(export, options.turns)
             if "scaling" in options.only and not index:
                 results["scaling"] = scaling_of(store.ancestor(export, "model"), export, max(3, options.turns // 3))
-            file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            keep(file, results)
     if options.device == "cuda":
         results["machine"] += f"; after: {clocks()}"
-        file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        keep(file, results)
     lines = lines_of(results)
     file.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))

@@ -42,7 +42,8 @@ from pipelines.quant.spec import IDENTITY, Site, SitePlan, Transform
 from pipelines.quant.tables import TimestepTables
 from pipelines.speed import WARM_UP, in_turns, ratio
 from pipelines.stages import load
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 RANK = 32  # of the adapters, as published
 BATCH = 4  # two images with guidance, as published

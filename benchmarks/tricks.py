@@ -24,7 +24,7 @@ from pipelines.digits import CHECKPOINT
 from pipelines.methods.base import TUNED
 from pipelines.plans import Recipe
 from pipelines.stages import load
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 
 @dataclass(frozen=True)

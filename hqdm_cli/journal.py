@@ -44,7 +44,8 @@ class Journal:
     def event(self, event: str, **values: Any) -> None:
         if self._log is None:
             return
-        from pipelines.store import finite, utc
+        from pipelines.workspace.machine import utc
+        from pipelines.workspace.seals import finite
 
         line = finite({"time": utc(time.time()), "event": event, **values})
         with open(self._log, "a", encoding="utf-8") as file:
@@ -88,7 +89,7 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
     global current
     from pipelines import processes
     from pipelines.errors import FileFault, HqdmError, Terminated
-    from pipelines.store import LIBRARIES, libraries, machine
+    from pipelines.workspace.machine import LIBRARIES, libraries, machine
 
     if processes.asked() > 1:
         processes.crew()  # before the tracker asks Accelerate who is here, which then takes nobody else

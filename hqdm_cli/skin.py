@@ -74,7 +74,7 @@ def _without(args: Sequence[str], option: str) -> list[str]:
 def finish(workspace: Path, outcomes: Sequence[Any], dry_run: bool, as_json: bool) -> None:
     """The results on stdout and, after a real run, the next command on stderr."""
     from pipelines import runner
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     console.show_outcomes(outcomes, dry_run, as_json)
     if not dry_run:

@@ -18,7 +18,8 @@ from pipelines.config import from_dict, read_yaml, replace
 from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.quant.spec import Bits
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 TEACHER, FLOAT = "teacher", "fp32"
 ROAD = ("plan", "distill", "export", "sample", "score")

@@ -13,7 +13,7 @@ from pipelines.kernels import BACKENDS, ON_DEVICE, backend
 from pipelines.metrics.extractors import EXTRACTORS
 from pipelines.quant.integers import IntegerWeights
 from pipelines.quant.spec import Site, SitePlan, Transform
-from pipelines.store import libraries, machine
+from pipelines.workspace.machine import libraries, machine
 
 LIBRARIES = ("torch", "diffusers", "peft", "accelerate", "transformers", "safetensors", "torch-fidelity", "typer")
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from pipelines import runner
 from pipelines.errors import HqdmError
-from pipelines.store import CURRENT, DRAFT, GONE, Artifact, Store, remove, state_of
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import DRAFT, GONE, remove, state_of
+from pipelines.workspace.store import CURRENT, Store
 
 _DRAFT_NAME = re.compile(re.escape(DRAFT) + r"[0-9a-f]{1,16}\Z")
 _GONE_NAME = re.compile(re.escape(GONE) + r"([0-9a-f]{1,16}|\d{4,})\Z")

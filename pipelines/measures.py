@@ -3,7 +3,6 @@
 A half of a divided site (`Site.halves`) is answered from the whole's sample. Importing this module does not load torch.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import FileFault
 from pipelines.quant.spec import Site, SitePlan, Transform
+from pipelines.workspace.seals import read_values
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,8 @@ class Measures:
 
         self.sites = sites
         self._network = network
-        self.summary = json.loads((folder / "profile.json").read_text())
+        # A schedule without a lower limit of its own has -Infinity there.
+        self.summary = read_values(folder / "profile.json", "hqdm profile --force", constants=("-Infinity",))
         self.timesteps: list[float] = self.summary["timesteps"]
         self._tensors = load_file(folder / "candidates.safetensors")
         if not (folder / "samples.safetensors").is_file():

@@ -9,7 +9,9 @@ from pipelines import runner, stages
 from pipelines.config import from_dict, to_dict
 from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.store import Artifact, Store, sha256_of_file
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.seals import sha256_of_file
+from pipelines.workspace.store import Store
 
 
 @dataclass(frozen=True)

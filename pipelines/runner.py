@@ -20,7 +20,10 @@ from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.memory import peak_bytes, reset_peak, reuse_freed_memory
 from pipelines.quant.spec import Bits
-from pipelines.store import Artifact, Draft, Store, key_of, links, sha256_of_file
+from pipelines.workspace.artifacts import Artifact, key_of, links
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.seals import sha256_of_file
+from pipelines.workspace.store import Store
 
 MOST_REASONS = 4  # that are told of why a stage runs
 

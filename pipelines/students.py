@@ -345,7 +345,7 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
     FileFault for files that do not go together, NumericalFault for scales and tensors that are no numbers: kernels read
     where a plan says, and must not read beyond.
     """
-    from pipelines.models.folder import check_saved
+    from pipelines.models.network import check_saved
 
     path = Path(folder) / "config.json"
     config = read_json(path)

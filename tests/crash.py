@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from pipelines import runner
 from pipelines.gc import collect
 from pipelines.stages import ROAD, load
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

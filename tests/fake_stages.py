@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from pipelines import stages
 from pipelines.errors import HqdmError
-from pipelines.store import sha256_of_file
+from pipelines.workspace.seals import sha256_of_file
 
 # The commands after `hqdm profile model.ckpt`.
 ROAD = (("plan",), ("distill", "--bits", "w4a4"), ("export", "--format", "int"), ("sample",), ("score",))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from pipelines import processes, runner
 from pipelines.metrics.extractors import load_extractor
 from pipelines.metrics.references import registered_reference
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 
 def gradients_of(work) -> dict[str, torch.Tensor]:

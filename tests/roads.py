@@ -4,25 +4,28 @@ import atexit
 import json
 import shutil
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import pytest
 from tiny import tiny_denoiser
 
 from pipelines import runner
+from pipelines.methods import auto
 from pipelines.models.denoiser import find_sites, save_denoiser
 from pipelines.quant.spec import site_to_dict
 from pipelines.stages import load
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 STEPS = 3
 # Options under which a method's search takes a moment; its own take longer than a test should.
 QUICK = {"dmq": {"steps": "3"}, "outlier_suppression": {"thresholds": "8"}}
 
 
-def tiny_store(root: Path, seed: int = 0) -> Store:
+def tiny_store(root: Path, seed: int = 0, levels: int = 2) -> Store:
     """A workspace with the tiny model and its profile, made once in a process and copied."""
-    shutil.copytree(_made(seed), root, dirs_exist_ok=True)
+    shutil.copytree(_made(seed, levels), root, dirs_exist_ok=True)
     return Store(root)
 
 
@@ -42,14 +45,14 @@ def _exported() -> Path:
 
 
 @cache
-def _made(seed: int) -> Path:
+def _made(seed: int, levels: int) -> Path:
     folder = tempfile.mkdtemp(prefix="hqdm-tiny-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     store = Store(Path(folder))
-    denoiser = tiny_denoiser(seed)
+    denoiser = tiny_denoiser(seed, levels)
     config = {"path": "tiny.ckpt", "config_path": None, "ema": True}
     request = {"stage_version": load("model").VERSION, "config": config}
-    with store.begin("model", f"tiny-{seed}", request) as draft:
+    with store.begin("model", f"tiny-{seed}-{levels}", request) as draft:
         save_denoiser(denoiser, draft.path)
         sites = [site_to_dict(site) for site in find_sites(denoiser)]
         (draft.path / "sites.json").write_text(json.dumps(sites))
@@ -64,7 +67,17 @@ def make(store: Store, stage: str, chosen: dict | None = None, report=None, **op
     return runner.make(store, stage, load(stage).Config(**options), chosen or {}, **extra).artifact
 
 
+@contextmanager
+def quick_search():
+    """The search of hqdm's `auto` tries rotations of two orders, where its own are dozens."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(auto, "ORDERS", (8, 32))
+        patched.setattr(auto, "SIGNS", (1,))
+        yield
+
+
 def tiny_student(store: Store, method="hqdm", variant=None, bits="w4a4", trajectories=1, **options):
     """Plan and distill; the distill artifact."""
-    plan = make(store, "plan", method=method, variant=variant, bits=bits, options=QUICK.get(method, {}))
+    with quick_search():
+        plan = make(store, "plan", method=method, variant=variant, bits=bits, options=QUICK.get(method, {}))
     return make(store, "distill", {"plan": plan.id}, trajectories=trajectories, batch=2, save_every=2, **options)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from drawing import drawn
 from roads import make, tiny_store, tiny_student
 from torch import nn
 
@@ -13,6 +14,12 @@ from pipelines import speed
 from pipelines.errors import UsageError
 from pipelines.kernels.prologue import Prologue
 from pipelines.stages import load
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """What the machine can do at best is measured on matrices that take a moment."""
+    monkeypatch.setattr(speed, "SIDE", 512)
 
 
 def test_each_turn_begins_with_another_and_warm_turns_are_not_counted():
@@ -58,7 +65,8 @@ def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, cap
     make(store, "export", {"distill": tiny_student(store, "hqdm", "ours", "w4a4").id})
     workspace = ["-w", str(store.root)]
     options = ["--batch", "1,2", "--turns", "2", "--no-memory", "--guidance", "1"]
-    assert main(["bench", *options, "--json", *workspace]) == 0
+    with drawn():
+        assert main(["bench", *options, "--json", *workspace]) == 0
     table = json.loads(capsys.readouterr().out)
     assert [(row["contender"], row["batch"]) for row in table["steps"]] == [
         (name, batch) for batch in (1, 2) for name in ("fp32", "bf16", "int")

@@ -11,7 +11,7 @@ from roads import make
 from pipelines import runner
 from pipelines.errors import HqdmError
 from pipelines.models.families import FAMILIES
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 

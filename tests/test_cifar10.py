@@ -22,7 +22,7 @@ from pipelines.models.compvis import load_checkpoint
 from pipelines.models.denoiser import load_denoiser, save_denoiser
 from pipelines.models.first_stage import FirstStage, SpaceToDepth
 from pipelines.stages import load, profile
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 STEPS, BLOCK = 2, 2
 

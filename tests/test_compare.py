@@ -9,6 +9,7 @@ import shlex
 
 import numpy as np
 import pytest
+from drawing import drawn
 from fake_stages import PlanConfig, checkpoint, install
 
 from hqdm_cli.app import main
@@ -17,7 +18,7 @@ from pipelines.config import to_dict
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.report import comparison, comparison_pictures
 from pipelines.stages import compare as stage
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 DRAW = stage._draw
 PSNR = {("efficientdm", "w4a4"): 25.0, ("hqdm", "w4a4"): 24.5, ("efficientdm", "w4a3"): 21.0, ("hqdm", "w4a3"): 24.0}
@@ -513,12 +514,14 @@ def test_a_model_is_a_file_or_an_artifact_and_never_mistaken_for_a_method(store,
 
 def test_pictures_are_drawn_of_what_there_is(store, fakes, monkeypatch):
     monkeypatch.setattr(stage, "_draw", DRAW)
-    artifact = made(store, ("hqdm/paper:order=16", "hqdm/paper:order=32")).outcome.artifact
+    with drawn():
+        artifact = made(store, ("hqdm/paper:order=16", "hqdm/paper:order=32")).outcome.artifact
     pictures = {name for name in artifact.manifest["files"] if name.startswith("pictures/")}
-    drawn = {f"pictures/{name}.png" for name in ("widths", "orders", "loss", "samples-w4a4", "samples-w4a3")}
-    assert pictures == drawn  # no picture of weights: the fake model has none
+    wanted = {f"pictures/{name}.png" for name in ("widths", "orders", "loss", "samples-w4a4", "samples-w4a3")}
+    assert pictures == wanted  # no picture of weights: the fake model has none
     page = artifact.file("table.md").read_text()
-    assert all(f"({name})" in page for name in drawn)
+    assert all(f"({name})" in page for name in wanted)
+    assert all(artifact.file(name).read_bytes().startswith(b"\x89PNG") for name in wanted)
 
 
 def test_orders_are_drawn_only_where_methods_differ_in_nothing_else(store, fakes, tmp_path):

@@ -205,7 +205,7 @@ def test_a_schedule_that_is_not_the_checkpoints_own_is_refused(tmp_path, schedul
 @pytest.mark.parametrize("name", ["model.ckpt", "model.yaml"])
 def test_a_file_that_changed_after_it_was_hashed_is_named(tmp_path, name):
     from pipelines import runner
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     (tmp_path / "model.ckpt").write_bytes(CHECKPOINT.read_bytes())
     (tmp_path / "model.yaml").write_bytes(find_config(CHECKPOINT).read_bytes())
@@ -260,7 +260,7 @@ def test_the_samples_are_the_digits_that_were_asked_for(denoiser):
     images, labels = held_out_split()
     judge = load_classifier()
     assert accuracy(judge, images, labels) >= 0.97
-    indices = list(range(100))
+    indices = list(range(50))
     classes = diffusion.conditions_of(0, indices, 10)
     schedule = denoiser.info.schedule
     samples = diffusion.sample(denoiser, "DDIMScheduler", schedule, 20, (1, 16, 16), classes, 1.5, 0.0, 0, indices)

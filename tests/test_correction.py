@@ -3,10 +3,9 @@
 import pytest
 import torch
 from roads import STEPS, make, tiny_store, tiny_student
-from test_students import students
+from test_students import refused_without, students
 
 from pipelines import diffusion
-from pipelines.errors import FileFault
 from pipelines.models.denoiser import load_denoiser
 from pipelines.quant.correction import FILE, Correction, Moments
 
@@ -122,13 +121,4 @@ def test_integers_are_corrected_as_their_fakes_are_with_and_without_a_samplers_n
 
 
 def test_a_corrected_student_without_its_correction_is_refused(store, corrected, tmp_path):
-    from pipelines.students import load_integer
-
-    exported = make(store, "export", {"distill": corrected.id})
-    for name in ("config.json", "model.safetensors", "conditions.safetensors"):
-        (tmp_path / name).write_bytes(exported.file(name).read_bytes())
-    with pytest.raises(FileFault, match=FILE):
-        load_integer(tmp_path, "cpu")
-    (tmp_path / FILE).write_bytes(exported.file(FILE).read_bytes()[:40])
-    with pytest.raises(FileFault, match=FILE):
-        load_integer(tmp_path, "cpu")
+    refused_without(make(store, "export", {"distill": corrected.id}), FILE, tmp_path)

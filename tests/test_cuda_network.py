@@ -257,7 +257,7 @@ def test_a_step_lies_on_the_device_and_asks_the_host_for_nothing(everything, mon
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    store = tiny_store(tmp_path_factory.mktemp("workspace"))
+    store = tiny_store(tmp_path_factory.mktemp("workspace"), levels=1)
     make(store, "export", {"distill": tiny_student(store).id})
     return store
 

@@ -13,7 +13,7 @@ from tiny import tiny_denoiser
 from pipelines import diffusion
 from pipelines.errors import UsageError
 from pipelines.models.denoiser import ready
-from pipelines.models.folder import read_schedule
+from pipelines.models.schedule import read_schedule
 from pipelines.models.source import take
 
 SHAPE = (1, 8, 8)

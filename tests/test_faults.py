@@ -25,13 +25,15 @@ from test_store import put
 
 from hqdm_cli.app import main
 from pipelines import runner
-from pipelines import store as store_module
 from pipelines.errors import FileFault, HqdmError
 from pipelines.events import Report
 from pipelines.gc import collect
 from pipelines.stages import ROAD, load, sample
 from pipelines.states import read_state, write_state
-from pipelines.store import MANIFEST, Store
+from pipelines.workspace import drafts
+from pipelines.workspace.artifacts import MANIFEST
+from pipelines.workspace.seals import write_sealed
+from pipelines.workspace.store import Store
 
 FLIP = 0x41  # changes every byte to another, letters among them
 
@@ -546,7 +548,7 @@ def test_an_input_that_is_gone_is_named(road, tmp_path, capsys):
 
 def test_artifacts_keep_their_order_when_the_clock_goes_backwards(store, fakes, monkeypatch):
     clock = itertools.count(2_000_000_000, -86_400)
-    monkeypatch.setattr(store_module.time, "time", lambda: next(clock))
+    monkeypatch.setattr(drafts.time, "time", lambda: next(clock))
     model = put(store, "model", {"w": "1"})
     plans = [put(store, "plan", {"p": text}, inputs={"model": model}, config={"edited_sha256": text}) for text in "12"]
     student = put(store, "distill", {"s": "1"}, inputs={"plan": plans[1]})
@@ -562,7 +564,7 @@ def test_artifacts_keep_their_order_when_the_clock_goes_backwards(store, fakes, 
         (draft.path / "x").write_text("x")
         assert draft.resumed and 0 <= draft.seconds < 60
         draft._state["session"] += 10**9  # as a kill leaves it before the clock goes back
-        store_module._write_sealed(draft._folder / "draft.json", draft._state)
+        write_sealed(draft._folder / "draft.json", draft._state)
         assert draft._lost_seconds(draft._state) == 0
         assert 0 <= draft.commit({}).manifest["seconds"] < 60
 

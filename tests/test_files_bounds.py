@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from test_files import Claim, Store
+from model_files import Claim, Store
 
 from pipelines.errors import FileFault
 from pipelines.memory import peak_bytes, reset_peak

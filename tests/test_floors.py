@@ -19,7 +19,7 @@ FLOORS = {
     "pipelines.processes": 0,
     "pipelines.config": 0,
     "pipelines.quant.spec": 0,
-    "pipelines.store": 1,
+    "pipelines.workspace": 1,
     "pipelines.plans": 1,
     "pipelines.states": 1,
     "pipelines.quant": 1,
@@ -126,7 +126,8 @@ def test_only_the_command_line_knows_of_terminals(library):
         assert library not in names or module.startswith("hqdm_cli"), f"{module} imports {library}"
 
 
-def test_the_lowest_floor_the_store_and_the_runner_never_load_torch():
-    light = [m for m in MODULES if FLOORS[prefix_of(m)] == 0] + ["pipelines.store", "pipelines.runner", "hqdm_cli.app"]
+def test_the_lowest_floor_the_workspace_and_the_runner_never_load_torch():
+    light = [m for m in MODULES if FLOORS[prefix_of(m)] == 0 or m.startswith("pipelines.workspace")]
+    light += ["pipelines.runner", "hqdm_cli.app"]
     code = f"import sys, {', '.join(light)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -35,8 +35,8 @@ from pipelines.models.prompts import read_embeddings, read_prompts
 from pipelines.plans import read_plan, read_sites
 from pipelines.quant.correction import Correction
 from pipelines.states import read_state, write_state
-from pipelines.store import Store
 from pipelines.students import load_fake, load_integer
+from pipelines.workspace.store import Store
 
 
 @pytest.fixture

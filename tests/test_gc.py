@@ -7,7 +7,7 @@ from test_store import put
 
 from hqdm_cli.app import main
 from hqdm_cli.console import size
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from roads import STEPS, make, tiny_store, tiny_student
-from test_students import plan_of, students
+from test_students import plan_of, refused_without, students
 from tiny import tiny_denoiser
 
 from pipelines import diffusion
 from pipelines.distillation import _Relation, measure_guidance
-from pipelines.errors import FileFault, UsageError
+from pipelines.errors import UsageError
 from pipelines.events import Report
 from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import Course, Recipe, write_plan
@@ -129,14 +129,7 @@ def test_integers_are_guided_as_their_fakes_are_between_timesteps_too(store, sha
 
 
 def test_a_student_without_its_shares_is_refused(store, shared, tmp_path):
-    exported = make(store, "export", {"distill": shared.id})
-    for name in ("config.json", "model.safetensors", "conditions.safetensors"):
-        (tmp_path / name).write_bytes(exported.file(name).read_bytes())
-    with pytest.raises(FileFault, match=FILE):
-        load_integer(tmp_path, "cpu")
-    (tmp_path / FILE).write_bytes(exported.file(FILE).read_bytes()[:40])
-    with pytest.raises(FileFault, match=FILE):
-        load_integer(tmp_path, "cpu")
+    refused_without(make(store, "export", {"distill": shared.id}), FILE, tmp_path)
 
 
 def test_a_plan_says_so_only_where_shares_are_asked_for(store, shared):
@@ -219,7 +212,7 @@ def test_a_model_without_classifier_free_guidance_has_no_shares(tmp_path, family
     from families import save_tiny
 
     from pipelines import runner
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     path, options = save_tiny(family, tmp_path / "model")
     store = Store(tmp_path / "workspace")

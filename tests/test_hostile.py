@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 from fuzzing import CANARY, outcome
+from model_files import Claim, Store, forge
 from PIL import Image
 from roads import exported_store
 from safetensors.torch import load_file, save_file
-from test_files import Claim, Store, forge
 
 from hqdm_cli import app, console
 from pipelines import runner
@@ -34,9 +34,9 @@ from pipelines.metrics.references import read_reference
 from pipelines.models.checkpoint import read_tensors
 from pipelines.models.source import read_json
 from pipelines.states import read_state
-from pipelines.store import Store as Workspace
-from pipelines.store import sha256_of_file
 from pipelines.students import load_integer
+from pipelines.workspace.seals import sha256_of_file
+from pipelines.workspace.store import Store as Workspace
 
 
 @pytest.fixture

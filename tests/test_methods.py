@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from roads import quick_search
 
 from pipelines.errors import UsageError
 from pipelines.measures import Measures as RealMeasures
@@ -74,6 +75,12 @@ class Measures:
             return -math.inf
         gain = math.log2(transform.order) + (transform.signs is not None) + 0.1 * (quantiser == "asymmetric")
         return 5.0 * bits + gain - 3.0
+
+
+@pytest.fixture(autouse=True)
+def quick():
+    with quick_search():
+        yield
 
 
 def decide(name, variant, bits="w4a4"):

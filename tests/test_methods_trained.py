@@ -18,7 +18,7 @@ from pipelines.plans import read_plan
 from pipelines.quant.affine import choose, dequantise, quantise
 from pipelines.quant.spec import Site, integer_range, site_from_dict
 from pipelines.quant.surroundings import weight_bounds
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 SITE = Site("query", "linear", "attention", (64, 32), rank=3)
 

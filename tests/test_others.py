@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from drawing import drawn
 from fake_contenders import Fake, Prepared
 from roads import make, tiny_store, tiny_student
 
@@ -137,12 +138,14 @@ def test_a_law_is_the_exponent_of_what_grows_as_a_power(tmp_path):
     assert results["laws"]["batch"]["gb"]["fp32"]["exponent"] == pytest.approx(0.5)
     text = "\n".join(scaling.lines_of(results))
     assert "| batch | 0.90 | 0.90 | 0.90 | 0.50 | 0.50 | 0.50 |" in text and "| 400.0 | 0.7 |" in text
-    save_scaling(results, tmp_path / "scaling.png")
+    with drawn():
+        save_scaling(results, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     results["side"][0]["int_gb"] = 0.4  # less than the libraries: no law, rather than a logarithm of nothing
     results["laws"] = scaling.laws_of(results)
     assert "int" not in results["laws"]["side"]["gb"] and "fp32" in results["laws"]["side"]["gb"]
-    save_scaling(results, tmp_path / "scaling.png")
+    with drawn():
+        save_scaling(results, tmp_path / "scaling.png")
 
 
 def test_memory_is_that_of_a_process_which_makes_the_step(tmp_path):

@@ -8,7 +8,7 @@ from roads import STEPS, make, tiny_store
 from safetensors.torch import load_file
 
 from pipelines import runner
-from pipelines.store import sha256_of_file
+from pipelines.workspace.seals import sha256_of_file
 
 
 @pytest.fixture(scope="module")

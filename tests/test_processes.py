@@ -110,7 +110,7 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on_where_it_stopped(
     """mpq_dm, whose state holds features of the whole batch."""
     other = tiny_store(tmp_path / "other")
     make(other, "plan", method="mpq_dm")
-    command = ["-m", "hqdm_cli", "distill", "--trajectories", "12", "--batch", "3", "--save-every", "1"]
+    command = ["-m", "hqdm_cli", "distill", "--trajectories", "6", "--batch", "3", "--save-every", "1"]
     command += ["-w", other.root, "--method", "mpq_dm"]
     code, said = kill_one_of([*command, "--processes", "2"], other.root, "distill/.draft-*/work/state.pt")
     assert code == 128 + signal.SIGKILL, said
@@ -119,16 +119,15 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on_where_it_stopped(
     assert done.returncode == 0, done.stderr
     assert "goes on after update" in done.stderr
     figures = other.current("distill").figures
-    assert figures["updates"] == 12 * STEPS and figures["last_loss"] > 0 and "processes" not in figures
+    assert figures["updates"] == 6 * STEPS and figures["last_loss"] > 0 and "processes" not in figures
 
 
 def test_a_cell_that_fails_in_a_shared_stage_ends_the_comparison_with_the_way_out(store, monkeypatch):
     """What a leader sees whose stage failed: the others have left it."""
     from pipelines import compare
 
-    asked = compare.comparison(
-        ["rtn"], ["w4a4"], [0], {"sample": {"count": 2, "steps": STEPS}, "score": {"extractor": "none"}}
-    )
+    stages = {"profile": {"steps": STEPS, "batch": 2}, "sample": {"count": 2, "steps": STEPS}}
+    asked = compare.comparison(["rtn"], ["w4a4"], [0], stages | {"score": {"extractor": "none"}})
     model = store.current("model")
     monkeypatch.setattr(processes, "asked", lambda: 2)
     monkeypatch.setattr(processes, "_crew", processes.ALONE)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from drawing import drawn
 from safetensors.torch import load_file
 from tiny import tiny_denoiser
 
@@ -19,7 +20,7 @@ from pipelines.quant.hadamard import rotate_activation
 from pipelines.quant.observe import Observer, SiteObserver
 from pipelines.quant.spec import IDENTITY, Site, Transform, integer_range, site_to_dict
 from pipelines.stages import profile
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 LINEAR = Site("linear", "linear", "attention", (8, 64), rank=3)
 CONV = Site("conv", "conv", "residual", (8, 64, 3, 3), padding=(1, 1), positions=(16, 16))
@@ -180,12 +181,14 @@ def store_with_model(root, seed: int = 0) -> Store:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     store = store_with_model(tmp_path_factory.mktemp("workspace"))
-    return store, runner.make(store, "profile", CONFIG).artifact
+    with drawn():
+        return store, runner.make(store, "profile", CONFIG).artifact
 
 
 def test_the_same_profile_twice_has_identical_bytes_pictures_included(made):
     store, artifact = made
-    again = runner.make(store, "profile", CONFIG, force=True).artifact
+    with drawn():
+        again = runner.make(store, "profile", CONFIG, force=True).artifact
     assert again.id != artifact.id
     assert {name: entry["sha256"] for name, entry in again.manifest["files"].items()} == {
         name: entry["sha256"] for name, entry in artifact.manifest["files"].items()

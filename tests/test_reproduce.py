@@ -5,7 +5,7 @@ import json
 import pytest
 from fake_stages import checkpoint
 
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 
 def rows(out):

@@ -4,9 +4,11 @@ The table of docs/models.md names these tests.
 """
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from drawing import drawn
 from families import TINY, save_tiny
 from ldm_reference import checkpoint_of
 from roads import make
@@ -16,8 +18,7 @@ from test_compvis_published import random_model, reduced, written
 from pipelines import runner
 from pipelines.plans import read_plan
 from pipelines.quant.spec import site_from_dict
-from pipelines.stages import profile
-from pipelines.store import Store
+from pipelines.workspace.store import Store
 
 STEPS = 2
 DRAWN = ("sd", "dit")  # whose profile draws its pictures, which take most of its time
@@ -40,9 +41,7 @@ def road(request, tmp_path_factory):
     model, options = save(request.param, folder / "model")
     store = Store(folder / "workspace")
     made = {"model": runner.make(store, "model", runner.model_config(model, **options)).artifact}
-    with pytest.MonkeyPatch.context() as patched:
-        if request.param not in DRAWN:
-            patched.setattr(profile, "_draw", lambda *_: None)
+    with drawn() if request.param in DRAWN else nullcontext():
         made["profile"] = make(store, "profile", steps=STEPS, batch=1)
     made["plan"] = make(store, "plan", bits="w4a4")
     made["distill"] = make(store, "distill", trajectories=2, batch=1)

@@ -9,7 +9,8 @@ from pipelines import runner
 from pipelines.config import read_yaml
 from pipelines.errors import FileFault, HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.store import Store, links
+from pipelines.workspace.artifacts import links
+from pipelines.workspace.store import Store
 
 ROAD = ("profile", "plan", "distill", "export", "sample", "score")
 

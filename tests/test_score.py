@@ -13,7 +13,8 @@ from pipelines.events import Report
 from pipelines.metrics.references import registered_reference
 from pipelines.stages import score
 from pipelines.stages.score import Config, sources, with_hashes
-from pipelines.store import Store, key_of, links
+from pipelines.workspace.artifacts import key_of, links
+from pipelines.workspace.store import Store
 
 DRAWN = {"count": 200, "steps": 20, "seed": 0, "scheduler": "DDIMScheduler", "eta": 0.0, "guidance": 1.5}
 

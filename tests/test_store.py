@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from pipelines.errors import FileFault, HqdmError, UsageError
-from pipelines.store import Store, key_of, links
+from pipelines.workspace.artifacts import key_of, links
+from pipelines.workspace.store import Store
 
 
 def put(store, stage, files, key=None, inputs=None, config=None, figures=None):
@@ -112,7 +114,7 @@ def run_child(store, body):
     """Start a process that begins distill with key k, prints `ready` and runs `body`."""
     code = f"""
         import os, sys, time
-        from pipelines.store import Store
+        from pipelines.workspace.store import Store
         with Store({str(store.root)!r}).begin("distill", "k", {{}}) as draft:
             (draft.work / "state").write_text("x")
             print("ready", flush=True)
@@ -155,6 +157,22 @@ def test_a_run_killed_inside_the_commit_leaves_no_artifact_and_goes_on(store):
         (draft.path / "b").write_text("y")
         made = draft.commit({})
     assert list(made.manifest["files"]) == ["b"] and made.verify() == []
+
+
+def test_all_that_a_commit_writes_is_on_the_disk_before_its_number_is(store, monkeypatch):
+    synced, rename = set(), Path.rename
+
+    def renamed(self, target):
+        if str(target).endswith("plan/0001"):
+            told.update(synced & {path.stat().st_ino for path in [self, *self.rglob("*")]})
+        return rename(self, target)
+
+    told = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", renamed)
+    made = put(store, "plan", {"a": "1", "folder/b": "2"})
+    assert told == {path.stat().st_ino for path in [made.path, *made.path.rglob("*")]}
+    assert (store.root / "plan").stat().st_ino in synced
 
 
 def test_a_folder_without_a_manifest_is_no_artifact_and_its_number_is_not_reused(store):
@@ -210,6 +228,28 @@ def test_a_file_that_is_asked_for_and_not_there_is_named(store):
     (made.path / "plan.yaml").unlink()
     with pytest.raises(FileFault, match="plan.yaml is missing"):
         made.file("plan.yaml")
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ('{"a": NaN}', "NaN is no number"),
+        ("{", "Expecting"),
+        ("[" * 99999, "too deep"),
+    ],
+)
+def test_values_of_a_file_that_somebody_changed_are_refused_by_its_name(store, text, what):
+    made = put(store, "score", {"scores.json": '{"a": 1}'})
+    assert made.values("scores.json") == {"a": 1}
+    (made.path / "scores.json").write_text(text)
+    with pytest.raises(FileFault, match="scores.json is damaged") as fault:
+        made.values("scores.json")
+    assert what in fault.value.what and "--force" in fault.value.hint
+    (made.path / "scores.json").unlink()
+    os.mkfifo(made.path / "scores.json")
+    with pytest.raises(FileFault, match="no regular file"):
+        made.values("scores.json")
 
 
 def test_an_ancestor_is_found_over_inputs_and_checked(store):

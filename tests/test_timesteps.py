@@ -14,9 +14,8 @@ from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import read_plan
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.spec import site_from_dict
-from pipelines.stages import profile
-from pipelines.store import Store
 from pipelines.students import load_fake, load_integer
+from pipelines.workspace.store import Store
 
 STEPS = 3
 
@@ -28,9 +27,7 @@ def family(request, tmp_path_factory):
     folder, options = save_tiny(request.param, root / "model")
     store = Store(root / "workspace")
     model = runner.make(store, "model", runner.model_config(folder, **options)).artifact
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(profile, "_draw", lambda *_: None)
-        make(store, "profile", steps=STEPS, batch=1)
+    make(store, "profile", steps=STEPS, batch=1)
     make(store, "plan", bits="w4a4")
     distilled = make(store, "distill", trajectories=1, batch=1)
     exported = make(store, "export")

@@ -22,7 +22,8 @@ from hqdm_cli import console
 from pipelines import compare, methods
 from pipelines.errors import FileFault, HqdmError
 from pipelines.report import comparison
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 HERE = Path(__file__).absolute().parent
 ROOT = HERE.parents[1]
@@ -113,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{len(missing)} of {len(result.cells)} cells would be made{left}")
         return
     artifact = result.outcome.artifact
-    table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
+    table = artifact.values("table.json")
     print("\n".join(comparison.markdown(table)))
     write_results(table, artifact, options.results, options)
     print(f"\n{options.results}/table.md, table.json, table.csv and pictures/")

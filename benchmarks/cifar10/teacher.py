@@ -25,7 +25,8 @@ from pipelines.events import Report
 from pipelines.models.compvis_keys import CLASSES as EMBEDDING
 from pipelines.models.compvis_keys import UNET, to_compvis
 from pipelines.stages import load
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 HERE = Path(__file__).parent
 SCHEDULER = {

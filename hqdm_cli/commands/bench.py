@@ -35,11 +35,10 @@ def bench(
     each kind of layer, resident memory, and what part of the machine's best the integer products reach. JSON and a
     picture are kept as an artifact.
     """
-    import json
 
     from pipelines import runner
     from pipelines.errors import FileFault
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     with console.Progress() as progress:
@@ -55,7 +54,7 @@ def bench(
             "bench", batch=batch, turns=turns, guidance=guidance, device=device, attention=attention, memory=memory
         )
         outcome = runner.make(store, "bench", config, chosen, progress, force=True)
-    table = json.loads(outcome.artifact.file("bench.json").read_text(encoding="utf-8"))
+    table = outcome.artifact.values("bench.json")
     if as_json:
         console.print_json(table)
         return

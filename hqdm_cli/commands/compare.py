@@ -75,7 +75,7 @@ def compare(
     from pipelines import compare as engine
     from pipelines.errors import HqdmError, UsageError
     from pipelines.stages import load
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     if sum((as_json, as_markdown, as_csv)) > 1:
         raise UsageError("--json, --markdown and --csv are three ways to print one table", "give one of them")
@@ -170,7 +170,7 @@ def _with_workspace(artifact: Any, name: str, workspace: Path) -> str:
     added = console.in_workspace("", workspace)
     if not added:
         return text
-    table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
+    table = artifact.values("table.json")
     for entry in [*table["cells"], *table["failed"]]:
         if command := entry.get("command"):
             entry["command"] = command + added
@@ -203,12 +203,11 @@ def _show_plan(result: Any, as_json: bool) -> None:
 
 def _show_table(artifact: Any) -> None:
     """On a terminal a drawn table, the best of each width in bold green; elsewhere aligned text with a star."""
-    import json
     import sys
 
     from pipelines.report.comparison import note, shown
 
-    table = json.loads(artifact.file("table.json").read_text(encoding="utf-8"))
+    table = artifact.values("table.json")
     view = shown(table)
     if sys.stdout.isatty():
         from rich.box import SIMPLE_HEAD

@@ -76,7 +76,7 @@ def distill(
     shared_out(context, processes, dry_run)
     from pipelines import runner
     from pipelines.errors import UsageError
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     given = (("bits", bits), ("method", method), ("variant", variant), ("options", pairs(options)))
     asked = {name: value for name, value in given if value}

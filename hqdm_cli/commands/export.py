@@ -30,7 +30,7 @@ def export(
     Adapters are merged first; the integers come from the very function that training used.
     """
     from pipelines import runner
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     chosen = {"distill": named(store, student, "distill").id} if student else {}

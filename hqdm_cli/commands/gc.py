@@ -28,7 +28,7 @@ def gc(
     from pipelines import gc as engine
     from pipelines import runner
     from pipelines.errors import FileFault
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     found = engine.collect(store, stale, dry_run)

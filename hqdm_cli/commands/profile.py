@@ -64,7 +64,7 @@ def profile(
     nothing in it runs.
     """
     from pipelines import runner
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     asked = config_of("profile", steps=steps, eta=eta, guidance=guidance, scheduler=scheduler, batch=batch, seed=seed)

@@ -31,7 +31,7 @@ def report(
     from pipelines import runner
     from pipelines.errors import UsageError, did_you_mean
     from pipelines.report.table import collect, equal_images, speed_up
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     if form not in FORMATS:
         raise UsageError(f"there is no format {form!r}", did_you_mean(form, FORMATS))

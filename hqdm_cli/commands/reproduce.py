@@ -34,7 +34,7 @@ def reproduce(
     """
     shared_out(context, processes, dry_run=False)
     from pipelines.reproduce import reproduce as engine
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     artifact = store.get(ident)

@@ -31,7 +31,7 @@ def run(
     shared_out(context, processes, dry_run)
     from pipelines import runner
     from pipelines.config import read_yaml
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     steps = read_yaml(recipe)
     with console.Progress() as progress:

@@ -71,7 +71,7 @@ def sample(
     shared_out(context, processes, dry_run)
     from pipelines import runner, stages
     from pipelines.errors import UsageError, did_you_mean
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     chosen = store.get(origin) if origin else None

@@ -54,7 +54,7 @@ def score(
     shared_out(context, processes, dry_run)
     from pipelines import config, runner, stages
     from pipelines.errors import HqdmError
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store, stage = Store(workspace), stages.load("score")
     found = runner.samples_of_current_lineage(store)

@@ -25,7 +25,7 @@ def show(
     """
     from pipelines import runner
     from pipelines.config import write_yaml
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     artifact = store.get(ident)

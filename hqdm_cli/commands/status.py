@@ -12,7 +12,7 @@ def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug
     Unfinished runs are named too; the command that began one goes on with it.
     """
     from pipelines import runner
-    from pipelines.store import Store
+    from pipelines.workspace.store import Store
 
     store = Store(workspace)
     reasons = runner.stale(store)

@@ -20,7 +20,7 @@ def verify(
 
     A file can be missing, added, cut, changed or unreadable; exit code 1 if any is. Manifests are checked too.
     """
-    from pipelines.store import CURRENT, Store
+    from pipelines.workspace.store import CURRENT, Store
 
     store = Store(workspace)
     if ident:

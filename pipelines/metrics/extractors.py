@@ -31,7 +31,7 @@ from pipelines.digits.data import CLASSES, SIZE
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.states import read_state, write_state
-from pipelines.store import sha256_of_file
+from pipelines.workspace.seals import sha256_of_file
 
 BATCH = 64  # images a forward pass; fixed, because it moves float rounding
 KEPT_TOGETHER = 8 * BATCH  # images whose features are one file of an interrupted run

@@ -34,7 +34,7 @@ from PIL import Image
 from pipelines.errors import FileFault
 from pipelines.events import Report
 from pipelines.memory import free_bytes
-from pipelines.store import sha256_of_file
+from pipelines.workspace.seals import sha256_of_file
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm"})
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")  # the decoders that Pillow may use

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from pipelines.config import strict_json
 from pipelines.errors import FileFault
 from pipelines.memory import give_back
 
@@ -116,7 +117,7 @@ def build(kind: str, config: Mapping[str, Any]) -> nn.Module:
 def _load(folder: Path) -> nn.Module:
     """What `save` wrote. Its tensors stay in the mapped file: decoding never touches an encoder's pages."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = strict_json((folder / "config.json").read_text(encoding="utf-8"))
         if config["_class_name"] == SpaceToDepth.__name__:
             return SpaceToDepth(config["block"])
         module = build(config["_class_name"], config)

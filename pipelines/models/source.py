@@ -1,6 +1,6 @@
 """Where a model comes from: a diffusers folder, a single file, or a checkpoint of CompVis latent diffusion.
 
-What decides which files are read is here and loads no torch; the reading is in folder.py and compvis.py.
+What decides which files are read is here and loads no torch; the reading is in folder.py, single.py and compvis.py.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def take(
     a side. Raises HqdmError or FileFault for everything that a file can have wrong.
     """
     path = Path(path)
-    from pipelines.models import folder
+    from pipelines.models import folder, single
 
     if path.is_dir():
         if config is not None:
@@ -65,7 +65,7 @@ def take(
     state, left_out = read_tensors(path)
     beside = path.parent / CONFIG
     if config is not None and config.is_dir():
-        parts = folder.read_single(path, state, config, ema)
+        parts = single.read_single(path, state, config, ema)
     elif any(name.startswith(_TRANSFORMERS) for name in state):
         raise FileFault(f"{path}: a single file of a transformer, which does not say its configuration", _NEEDS_FOLDER)
     elif any(name.startswith(_TEXTS) for name in state):
@@ -73,7 +73,7 @@ def take(
             raise FileFault(
                 f"{path}: a single file of a text-to-image model, which does not say its configuration", _NEEDS_FOLDER
             )
-        parts = folder.read_original(path, state, config, ema)
+        parts = single.read_original(path, state, config, ema)
     elif any(name.startswith(_COMPVIS) for name in state):
         return _compvis(path, config, ema, prompts, embeddings, size)
     elif beside.is_file():

@@ -4,6 +4,8 @@ Everything that holds integers calls `quantise`: training, export and every kern
 nearest even and division is a true division, in fp32; a reciprocal would move values across a tie.
 """
 
+import math
+
 import torch
 
 SHRINK_STEPS = 80  # EfficientDM's search for a weight scale
@@ -110,19 +112,16 @@ def choose(
     width = top - bottom
     # A width whose step fp32 holds with fewer digits, or not at all, is none: dividing by it would give Inf.
     width = torch.where(width > (high - low) * TINY, width, torch.full_like(width, float(high - low)))
-    best = torch.full_like(width, float("inf"))
-    scale, zero = torch.ones_like(width), torch.zeros_like(width)
-    for step in range(steps):
-        share = 1.0 - step / (steps + 1)
-        trial = width * share / (high - low)
-        shift = torch.zeros_like(trial) if symmetric else (-bottom * share / trial).round().clamp(low, high)
-        codes = quantise(x, trial[:, None], shift[:, None], low, high)
-        error = dequantise(codes, trial[:, None], shift[:, None]).sub_(x)
-        error = (error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(1)
-        better = error < best if step else torch.ones_like(error, dtype=torch.bool)
-        best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
-        zero = torch.where(better, shift, zero)
-    return scale, zero
+    shares = torch.tensor([1.0 - step / (steps + 1) for step in range(steps)], device=x.device)[:, None]
+    trials = width * shares / (high - low)  # (steps, rows)
+    shifts = torch.zeros_like(trials) if symmetric else (-bottom * shares / trials).round_().clamp_(low, high)
+    errors = []
+    for trial, shift in zip(trials[:, :, None], shifts[:, :, None], strict=True):
+        error = dequantise(quantise(x, trial, shift, low, high), trial, shift).sub_(x)
+        errors.append((error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(1))
+    # The first of the least; an error that fp32 does not hold is none, and without any the whole range stays.
+    best = torch.stack(errors).nan_to_num_(nan=math.inf, posinf=math.inf).argmin(0, keepdim=True)
+    return trials.gather(0, best)[0], shifts.gather(0, best)[0]
 
 
 def cover(x: torch.Tensor, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:

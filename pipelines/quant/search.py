@@ -91,7 +91,8 @@ class SiteSearch:
     def weight_noise(self, plan: SitePlan, gain: torch.Tensor | None = None) -> float:
         """The weight's part of the cost."""
         double = plan.inverse == "double"
-        key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, plan.centring, gain is not None)
+        scaled = gain is not None and plan.centring  # with one gain and without it another
+        key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, scaled)
         if key not in self._weights:
             weight = self.weight
             if gain is not None:

@@ -6,7 +6,8 @@ import numpy as np
 
 from pipelines.errors import HqdmError, UsageError
 from pipelines.report.table import comparable
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 SCALE_TO = 64  # pixels; small images are enlarged by a whole factor, without smoothing
 SHOWN = 10  # images a row

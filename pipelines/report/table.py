@@ -3,7 +3,8 @@
 from typing import Any
 
 from pipelines.quant.spec import Bits
-from pipelines.store import Artifact, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.store import Store
 
 SOURCES = ("teacher", "fake", "int")
 SAME_WORK = ("count", "steps", "seed", "scheduler", "guidance", "eta", "batch")

@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.store import Artifact, Draft, Store, machine
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.machine import machine
+from pipelines.workspace.store import Store
 
 NAME = "bench"
 VERSION = 1

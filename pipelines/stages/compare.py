@@ -27,7 +27,9 @@ from pipelines.plans import read_sites
 from pipelines.quant.spec import Site, Transform, largest_block
 from pipelines.report import comparison, comparison_pictures
 from pipelines.report.comparison import FLOAT, IDS, TEACHER
-from pipelines.store import Artifact, Draft, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.store import Store
 
 NAME = "compare"
 VERSION = 2

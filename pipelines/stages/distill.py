@@ -15,7 +15,9 @@ from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.plans import Course, read_plan, read_sites, write_plan
-from pipelines.store import Artifact, Draft, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.store import Store
 
 NAME = "distill"
 VERSION = 5

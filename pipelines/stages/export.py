@@ -13,7 +13,9 @@ from typing import Literal
 from pipelines.errors import HqdmError
 from pipelines.events import Report
 from pipelines.plans import read_plan, read_sites
-from pipelines.store import Artifact, Draft, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.store import Store
 
 NAME = "export"
 VERSION = 3

@@ -13,7 +13,10 @@ from pathlib import Path
 
 from pipelines.errors import FileFault, HqdmError
 from pipelines.events import Report
-from pipelines.store import Artifact, Draft, Store, sha256_of_file
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.seals import sha256_of_file
+from pipelines.workspace.store import Store
 
 NAME = "model"
 VERSION = 3

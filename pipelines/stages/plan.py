@@ -17,7 +17,9 @@ from pipelines.measures import Measures
 from pipelines.methods import find
 from pipelines.plans import Plan, read_plan, read_sites, write_plan
 from pipelines.quant.spec import Bits, SitePlan
-from pipelines.store import Artifact, Draft, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.store import Store
 
 NAME = "plan"
 VERSION = 7

@@ -24,7 +24,9 @@ from pipelines.events import Report
 from pipelines.plans import read_sites
 from pipelines.quant.spec import QUANTISERS, Site
 from pipelines.report import pictures
-from pipelines.store import Artifact, Draft, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.store import Store
 
 if TYPE_CHECKING:
     from pipelines.models.denoiser import Denoiser

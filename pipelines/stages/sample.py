@@ -15,7 +15,9 @@ from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.kernels import ON_DEVICE
 from pipelines.plans import read_plan, read_sites
-from pipelines.store import Artifact, Draft, Store
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.store import Store
 
 NAME = "sample"
 VERSION = 3

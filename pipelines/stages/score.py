@@ -41,7 +41,10 @@ from pipelines.metrics.references import (
     registered_reference,
     write_statistics,
 )  # fmt: skip
-from pipelines.store import Artifact, Draft, Store, sha256_of_file
+from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.drafts import Draft
+from pipelines.workspace.seals import sha256_of_file
+from pipelines.workspace.store import Store
 
 if TYPE_CHECKING:
     from pipelines.metrics.extractors import Extractor, Features
