@@ -1,4 +1,6 @@
-"""Pictures are laid out in every test and drawn in those that look at them: drawing takes longer than most stages."""
+"""Pictures are drawn in tests that look at them. In the others a profile has none, since no stage reads them, and what
+other pictures are in holds two words: drawing takes longer than most stages on a tiny model.
+"""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -6,25 +8,24 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-_SAVEFIG = Figure.savefig
+from pipelines.stages import profile
 
-
-def _empty(figure, path, **options):
-    Path(path).write_bytes(b"")
+_SAVEFIG, _DRAW = Figure.savefig, profile._draw
 
 
 @contextmanager
-def _saving(save):
+def _with(savefig, draw):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Figure, "savefig", save)
+        patched.setattr(Figure, "savefig", savefig)
+        patched.setattr(profile, "_draw", draw)
         yield
 
 
 def drawn():
     """A context in which pictures are drawn."""
-    return _saving(_SAVEFIG)
+    return _with(_SAVEFIG, _DRAW)
 
 
 def undrawn():
-    """A context in which the files of pictures are there, and empty."""
-    return _saving(_empty)
+    """A context in which they are not."""
+    return _with(lambda _figure, path, **options: Path(path).write_bytes(b"not drawn\n"), lambda *_: None)

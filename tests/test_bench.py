@@ -12,8 +12,9 @@ from benchmarks import speed as benchmark
 from hqdm_cli.app import main
 from pipelines import speed
 from pipelines.errors import UsageError
+from pipelines.events import Report
 from pipelines.kernels.prologue import Prologue
-from pipelines.stages import load
+from pipelines.stages import bench, load
 
 
 @pytest.fixture(autouse=True)
@@ -60,11 +61,13 @@ def test_a_networks_time_goes_to_the_layers_that_took_it(monkeypatch):
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, capsys):
+def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, capsys, monkeypatch):
     store = tiny_store(tmp_path)
     make(store, "export", {"distill": tiny_student(store, "hqdm", "ours", "w4a4").id})
     workspace = ["-w", str(store.root)]
-    options = ["--batch", "1,2", "--turns", "2", "--no-memory", "--guidance", "1"]
+    options = ["--batch", "1,2", "--turns", "2", "--guidance", "1"]
+    held = {"resident": 0.5, "peak": 0.75}  # which the next test is about
+    monkeypatch.setattr(bench, "_memory", lambda paths, config, report: dict.fromkeys(paths, held))
     with drawn():
         assert main(["bench", *options, "--json", *workspace]) == 0
     table = json.loads(capsys.readouterr().out)
@@ -75,6 +78,7 @@ def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, cap
     assert table["shares"]["int"]["quantisers"] > 0 and table["shares"]["fp32"]["quantisers"] == 0
     assert 0 < table["shares"]["int"]["fraction_of_int8_peak"] < 1
     assert all(value > 0 for value in table["peaks"].values())
+    assert table["memory_gb"] == dict.fromkeys(("fp32", "bf16", "int"), held)
     kept = store.current("bench")
     assert json.loads(kept.file("bench.json").read_text()) == table
     assert kept.file("bench.png").read_bytes().startswith(b"\x89PNG")
@@ -84,11 +88,9 @@ def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, cap
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):
-    store = tiny_store(tmp_path)
-    model = store.current("model").id
-    artifact = make(store, "bench", {"model": model}, batch="1", turns=1)
-    memory = json.loads(artifact.file("bench.json").read_text())["memory_gb"]
-    assert set(memory) == {"libraries", "fp32", "bf16"}
+    model = tiny_store(tmp_path).current("model")
+    memory = bench._memory({"fp32": str(model.path)}, bench.Config(batch="1"), Report())
+    assert set(memory) == {"libraries", "fp32"}
     assert memory["libraries"]["resident"] <= memory["fp32"]["resident"] <= memory["fp32"]["peak"]
 
 

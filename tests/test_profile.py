@@ -169,7 +169,7 @@ CONFIG = profile.Config(steps=3, batch=2)
 
 
 def store_with_model(root, seed: int = 0) -> Store:
-    store, denoiser = Store(root), tiny_denoiser(seed)
+    store, denoiser = Store(root), tiny_denoiser(seed, levels=1)
     with store.begin("model", "key", {}) as draft:
         save_denoiser(denoiser, draft.path)
         sites = [site_to_dict(site) for site in find_sites(denoiser)]
