@@ -148,9 +148,9 @@ def from_rows(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return rows if len(shape) == 2 else rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def row_spans(rows: int, columns: int, at_once: int = AT_ONCE) -> Iterator[slice]:
-    """Slices of rows with about `at_once` entries."""
-    step = max(1, at_once // columns)
+def row_spans(rows: int, columns: int, at_once: int | None = None) -> Iterator[slice]:
+    """Slices of rows with about `at_once` entries (AT_ONCE)."""
+    step = max(1, (at_once or AT_ONCE) // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -18,7 +18,7 @@ from pipelines.plans import Course, read_plan, read_sites, write_plan
 from pipelines.store import Artifact, Draft, Store
 
 NAME = "distill"
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
