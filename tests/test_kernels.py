@@ -265,42 +265,49 @@ def learned(layer: QuantLayer) -> list[torch.nn.Parameter]:
     return [layer.lora_a, layer.lora_b, layer.weight_scale, *tables.scale, *zeros]
 
 
-def written_out(layer: QuantLayer, x: torch.Tensor) -> torch.Tensor:
+def written_out(layer: QuantLayer, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The layer's equation in operations that torch derives by itself."""
     plan, spatial = layer.plan, layer.plan.site.kind == "conv"
-    scale, zero = layer._tables[0].of(0)
-    rotated = rotate_activation(x, plan.transform, spatial)
+    scale, zero, weight_scale, weight_zero, weight, a, b, bias = (
+        None if value is None else value.to(dtype)
+        for value in (*layer._tables[0].of(0), layer.weight_scale, layer.weight_zero, layer.weight, layer.lora_a,
+                      layer.lora_b, layer.bias)
+    )  # fmt: skip
+    rotated = rotate_activation(x.to(dtype), plan.transform, spatial)
     codes = centred_codes(rotated, scale, zero_point(zero, plan), *plan.activation_range)
     if plan.inverse == "activation":
         codes = rotate_activation(codes, plan.transform, spatial, inverse=True)
-    weight = layer.weight + (layer.lora_b @ layer.lora_a.flatten(1)).view_as(layer.weight)
+    weight = weight + (b @ a.flatten(1)).view_as(weight)
     if plan.inverse == "double":
         weight = rotate_weight(weight, plan.transform)
-    weight_scale, weight_zero = (
-        value.view(-1, *[1] * (weight.ndim - 1)) for value in (layer.weight_scale, layer.weight_zero)
-    )
-    folded = centred_codes(weight, weight_scale, weight_zero, *plan.weight_range)
+    by_output = (-1, *[1] * (weight.ndim - 1))
+    folded = centred_codes(weight, weight_scale.view(by_output), weight_zero.view(by_output), *plan.weight_range)
     if plan.inverse == "single":
         folded = rotate_weight(folded, plan.transform)
-    accumulator = product(codes, folded, plan.site)
-    return epilogue(accumulator, scale / plan.transform.order, layer.weight_scale, layer.bias)
+    return epilogue(product(codes, folded, plan.site), scale / plan.transform.order, weight_scale, bias)
 
 
 @each_plan
 def test_gradients_that_are_recomputed_are_those_of_the_equation_written_out(plan):
+    """Its gradients in fp64: in fp32 they are further from the truth, at a scale where terms cancel, than ours."""
     x = input_for(plan.site, 3)
     layer = trained_layer(plan, x)
-    found = []
-    for compute in (layer, lambda x: written_out(layer, x)):
+
+    def of(compute, *options):
         layer._tables[0].set_timestep(1)
         given = x.clone().requires_grad_(True)
-        y = compute(given)
-        into = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        found.append([y.detach(), *torch.autograd.grad(y, [given, *learned(layer)], into)])
-    assert torch.equal(found[0][0], found[1][0])
-    for mine, wanted in zip(found[0][1:], found[1][1:], strict=True):
+        y = compute(given, *options)
+        into = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+        return y.detach(), torch.autograd.grad(y, [given, *learned(layer)], into)
+
+    def equation(x, dtype):
+        return written_out(layer, x, dtype)
+
+    y, found = of(layer)
+    assert torch.equal(y, of(equation, torch.float32)[0])
+    for mine, wanted in zip(found, of(equation, torch.float64)[1], strict=True):
         assert wanted.abs().max() > 0
-        assert (mine - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+        assert (mine - wanted).abs().max() <= 5e-5 * wanted.abs().max()
 
 
 def test_training_keeps_nothing_of_a_weights_size_for_the_backward_pass():

@@ -20,9 +20,9 @@ from pipelines.kernels import cpu, prologue
 from pipelines.kernels.attention import PRODUCTS, attend
 from pipelines.kernels.norms import ShortNorm
 from pipelines.kernels.prologue import Operand, Prologue
-from pipelines.quant import hadamard
+from pipelines.quant import hadamard, passes
 from pipelines.quant.hadamard import matrix, rotate_last
-from pipelines.quant.spec import IDENTITY, Site, SitePlan, Transform
+from pipelines.quant.spec import IDENTITY, QUANTISERS, Site, SitePlan, Transform
 from pipelines.quant.surroundings import Surroundings
 
 built = pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
@@ -34,7 +34,7 @@ def in_torch(monkeypatch):
     """A switch to torch's definition."""
 
     def switch():
-        for module in (hadamard, prologue):
+        for module in (hadamard, passes, prologue):
             monkeypatch.setattr(module, "compiled_for", lambda *_: None)
 
     return switch
@@ -109,6 +109,91 @@ def test_compiled_codes_have_the_integers_of_torch_for_any_layer(data):
         wanted, _ = Prologue(surroundings)(x, scale, zero, operand)
     assert compiled.dtype == torch.uint8 and torch.equal(compiled, wanted)
     assert compiled.stride() == wanted.stride()
+
+
+def weight_rows(data) -> passes.WeightRows:
+    """Rows of any weight that a plan can have."""
+    order = data.draw(st.sampled_from((1, 8, 16, 32, 64)))
+    channels, positions = max(order, 16) * data.draw(st.integers(1, 3)), data.draw(st.sampled_from((1, 3)))
+    inverse = "none" if order == 1 else data.draw(st.sampled_from(("single", "double")))
+    transform = IDENTITY if order == 1 else Transform("channels", order, data.draw(st.sampled_from([None, 2])))
+    bits, quantiser = data.draw(st.sampled_from((2, 3, 4, 8))), data.draw(st.sampled_from(QUANTISERS))
+    gained, mixed, coded = (data.draw(st.booleans()) for _ in range(3))
+    site = Site("layer", "conv", "residual", (5, channels, 1, positions), rank=4)
+    plan = SitePlan(site, True, transform, inverse, bits, 4, quantiser, scaling=gained, mixed=mixed)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tensors = {"gain": torch.rand(channels, generator=generator) + 0.5} if gained else {}
+    if mixed:
+        tensors["row_bits"] = torch.tensor([2, 2, bits, bits, 2], dtype=torch.uint8)
+    surroundings = Surroundings(plan, tensors)
+    low, high = surroundings.bounds(slice(0, 5))
+    size = float(2**bits) / 2
+    base = (
+        torch.randn((5, channels * positions), generator=generator) * size * (order**0.5 if inverse == "double" else 1)
+    )
+    zero = torch.zeros(5) if quantiser == "symmetric" else torch.tensor([0.0, 1, 2, 3, 1])
+    scale = torch.rand(5, generator=generator) + 0.7
+    if coded:
+        base = torch.randint(0, 4, base.shape, generator=generator, dtype=torch.uint8)
+    return passes.WeightRows(plan, surroundings, base, scale * 1.1 if coded else None, scale, zero, low, high)
+
+
+@built
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_compiled_passes_over_a_weight_have_the_integers_and_gradients_of_torch(data):
+    rows = weight_rows(data)
+    generator = torch.Generator().manual_seed(0)
+    added = data.draw(st.sampled_from([None, torch.randn(rows.base.shape, generator=generator)]))
+    factor = data.draw(st.sampled_from([None, torch.rand(5, generator=generator)]))
+    fold = rows.plan.inverse == "single" and data.draw(st.booleans())
+    grad = torch.randn(rows.base.shape, generator=generator)
+
+    def computed():
+        rounded = torch.empty(rows.base.shape, dtype=torch.int8 if rows.plan.weight_bits < 8 else torch.int16)
+        centred, through = torch.empty(rows.base.shape), grad.clone()
+        rows.quantise(added, rounded, centred, fold, factor)
+        sums = rows.gradient(rounded, through, fold)
+        return rounded, centred, through, sums
+
+    *mine, sums = computed()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (hadamard, passes):
+            patch.setattr(module, "compiled_for", lambda *_: None)
+        *wanted, wanted_sums = computed()
+    assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True))
+    for mine, wanted in zip(sums, wanted_sums, strict=True):
+        assert mine.dtype == torch.float64 and (mine - wanted).abs().max() <= 1e-12 * (1 + wanted.abs().max())
+
+
+@built
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_compiled_passes_over_an_input_have_the_integers_and_gradients_of_torch(data):
+    order = data.draw(st.sampled_from((1, 8, 16, 32, 64)))
+    channels = max(order, 16) * data.draw(st.integers(1, 3))
+    transform = IDENTITY if order == 1 else Transform("channels", order, data.draw(st.sampled_from([None, 2])))
+    kind, quantiser = data.draw(st.sampled_from(("linear", "conv"))), data.draw(st.sampled_from(QUANTISERS))
+    undone = order > 1 and data.draw(st.booleans())
+    plan = layer(kind, channels, transform, data.draw(st.sampled_from((3, 4, 8))), quantiser, "").plan
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    shape = (2, channels, 3, 5) if kind == "conv" else (2, 5, channels)
+    x, grad = torch.randn((2, *shape), generator=generator) * torch.tensor([3.0, 1]).view(2, *[1] * len(shape))
+    x.view(-1)[:3] = torch.tensor([300.0, -300, 0.25])
+    scale, zero = torch.tensor(0.5), None if quantiser == "symmetric" else torch.tensor(3.0)
+
+    def computed():
+        codes = passes.activation_codes(x, plan, scale, zero, undone)
+        return codes, passes.activation_gradient(grad.clone(), x, plan, scale, zero, undone)
+
+    codes, (mine, *sums) = computed()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (hadamard, passes):
+            patch.setattr(module, "compiled_for", lambda *_: None)
+        wanted_codes, (wanted, *wanted_sums) = computed()
+    assert torch.equal(codes, wanted_codes) and torch.equal(mine, wanted)
+    for mine, wanted in zip(sums, wanted_sums, strict=True):
+        assert mine.dtype == torch.float64 and torch.isclose(mine, wanted, rtol=1e-9, atol=1e-9)
 
 
 @built

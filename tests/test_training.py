@@ -6,12 +6,16 @@ before the layer uses it, where the public code adds it as it is.
 """
 
 import itertools
+import math
+import time
 
 import pytest
 import torch
 
 from benchmarks.training import PublishedLayer, both_layers, layer_input, plain_layer
+from pipelines.quant import layers
 from pipelines.quant.layers import QuantLayer
+from pipelines.quant.products import times
 from pipelines.quant.spec import IDENTITY, QUANTISERS, Site, SitePlan, Transform
 from pipelines.speed import in_turns, ratio
 
@@ -90,6 +94,35 @@ def test_where_most_values_are_clipped_the_gradients_are_still_those(kind, activ
 
     plan = SitePlan(site, True, Transform("channels", 32), "single", 4, 4, "asymmetric", activation)
     check(plan, layer_input(site, tokens, 3), narrow)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "pointwise"])
+@pytest.mark.parametrize("inverse", ["single", "double"])
+def test_some_outputs_after_others_learn_the_same(kind, inverse, monkeypatch):
+    """As a large layer's do: 16 outputs a product, and of those three a pass."""
+    site, tokens = SITES[kind]
+    columns = math.prod(site.weight[1:])
+    monkeypatch.setattr(layers, "A_PRODUCT", 16 * columns)
+    monkeypatch.setattr(layers, "AT_ONCE", 3 * columns)
+    plan = SitePlan(site, True, Transform("channels", 32), inverse, 4, 4)
+    check(plan, layer_input(site, tokens, 3))
+
+
+def test_matrices_are_multiplied_fast_and_right_however_they_lie_in_memory():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(300, 260, generator=generator), torch.randn(310, 260, generator=generator)
+    wide, tall = torch.randn(300, 500, generator=generator), torch.randn(260, 400, generator=generator)
+
+    def taken(left, right):
+        begun = time.process_time()
+        assert torch.allclose(times(left, right), (left.double() @ right.double().T).float(), atol=1e-4)
+        return time.process_time() - begun
+
+    taken(a, b)
+    usual = min(taken(a, b) for _ in range(5))
+    for left, right in ((a, tall[:, 20:60].T), (wide[:, 100:360], b), (wide[:, 100:360], tall[:, :7].T)):
+        assert min(taken(left, right) for _ in range(3)) < 30 * usual  # oneDNN's reference: a thousand times
+    assert times(a.view(3, 100, 260), b).shape == (3, 100, 310)
 
 
 def test_a_zero_point_beyond_its_codes_is_used_within_them_and_learns_nothing():

@@ -1,8 +1,8 @@
 """Kernels in C++, built once for this machine by the compiler that is there and kept in a cache folder.
 
-Rotations and quantisers (exact.cpp) are defined in torch, elsewhere, and have the same bits here; attention and norms
-are floating point, and take the place of torch's. Here is only how they are built and called. Where there is no
-compiler `library` is None, and torch computes: slower, the same integers. `state` says which it is and why.
+Rotations and quantisers (exact.cpp, training.cpp) are defined in torch, elsewhere, and have the same bits here;
+attention and norms are floating point, and take the place of torch's. Here is only how they are built and called. Where
+there is no compiler `library` is None, and torch computes: slower, the same integers. `state` says which it is and why.
 HQDM_NATIVE=0 leaves them out.
 
 This is floor 0: numbers and addresses, no torch.
@@ -23,7 +23,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 # Contraction into fused multiply-adds would change bits where integers hang on them.
 SOURCES = {
-    "exact.cpp": "-ffp-contract=off", "attention.cpp": "-ffp-contract=fast", "attention8.cpp": "-ffp-contract=fast"
+    "exact.cpp": "-ffp-contract=off", "training.cpp": "-ffp-contract=off", "attention.cpp": "-ffp-contract=fast",
+    "attention8.cpp": "-ffp-contract=fast",
 }  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
 # errno and traps of rounding are of no use and cost vectors.
@@ -31,6 +32,18 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 THREADS = ("-fopenmp",)  # torch's own threads, where its OpenMP is the compiler's
 LANES = 16  # of the widest vectors: what divides by max(order, 16) suits every machine
 PATIENCE = 300  # seconds that a compiler may take
+
+
+class Weight(ctypes.Structure):
+    """Rows of a weight as training.cpp reads them; what each address holds is said there."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("base", "codes", "base_scale", "base_zero", "gain", "scale", "zero", "lows", "highs", "signs")
+    ]
+    _fields_ += [(name, ctypes.c_int64) for name in ("rows", "columns", "channels")]
+    _fields_ += [(name, ctypes.c_float) for name in ("low", "high")]
+    _fields_ += [(name, ctypes.c_int32) for name in ("order", "turned", "folded")]
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,15 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hqdm_group_norm.argtypes = [
         address, address, address, count, count, count, count, address, address, address, ctypes.c_double, address,
         number,
+    ]  # fmt: skip
+    weight = ctypes.POINTER(Weight)
+    found.hqdm_weight_codes.argtypes = [weight, address, address, address, number, address, number]
+    found.hqdm_weight_gradient.argtypes = [weight, address, number, address, address, address, number]
+    found.hqdm_activation.argtypes = [
+        address, address, count, count, number, address, real, real, real, number, number
+    ]  # fmt: skip
+    found.hqdm_activation_gradient.argtypes = [
+        address, address, address, count, count, number, address, real, real, real, number, number
     ]  # fmt: skip
     found.hqdm_attention_scratch.argtypes = [count, count, count, count, number]
     found.hqdm_attention_scratch.restype = count

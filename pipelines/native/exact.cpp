@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "butterflies.h"
 #include "exponential.h"
 
 namespace {
@@ -38,48 +39,6 @@ inline Floats normed(const float* at, const Norm& norm, int64_t place) {
   return v;
 }
 
-template <int HALF>
-inline Floats exchanged(Floats v) {  // lane i gets lane i ^ HALF
-#if defined(__clang__)
-  Floats result;
-  for (int i = 0; i < LANES; ++i) result[i] = v[i ^ HALF];
-  return result;
-#else
-  Integers index;
-  for (int i = 0; i < LANES; ++i) index[i] = i ^ HALF;
-  return __builtin_shuffle(v, index);
-#endif
-}
-
-// Lanes a, b that lie HALF apart become a + b and a - b; a - b as a + (-b), which has the same bits.
-template <int HALF>
-inline Floats in_lanes(Floats v) {
-  Integers sign;
-  for (int i = 0; i < LANES; ++i) sign[i] = (i & HALF) ? INT32_MIN : 0;
-  return exchanged<HALF>(v) + (Floats)((Integers)v ^ sign);
-}
-
-// Butterflies of blocks of ORDER over WIDTH = max(ORDER, LANES) values, halves 1, 2, 4, … apart in this order.
-template <int ORDER, int COUNT>
-inline void butterflies(Floats (&v)[COUNT]) {
-  for (int k = 0; k < COUNT; ++k) {
-    if constexpr (ORDER >= 2) v[k] = in_lanes<1>(v[k]);
-    if constexpr (ORDER >= 4) v[k] = in_lanes<2>(v[k]);
-    if constexpr (ORDER >= 8 && LANES >= 8) v[k] = in_lanes<4>(v[k]);
-    if constexpr (ORDER >= 16 && LANES >= 16) v[k] = in_lanes<8>(v[k]);
-  }
-  for (int half = 1; half < COUNT; half *= 2)
-    for (int i = 0; i < COUNT; i += 2 * half)
-      for (int j = i; j < i + half; ++j) {
-        const Floats a = v[j], b = v[j + half];
-        v[j] = a + b;
-        v[j + half] = a - b;
-      }
-}
-
-template <int ORDER>
-constexpr int width() { return ORDER > LANES ? ORDER : LANES; }
-
 struct Codes {  // how values become bytes; the bounds in every lane
   float scale;
   Floats low, high;
@@ -106,17 +65,13 @@ template <int ORDER>
 void rotate(const float* x, float* y, int64_t values, const float* signs, bool inverse, int threads) {
   constexpr int WIDTH = width<ORDER>(), COUNT = WIDTH / LANES;
   Floats sign[COUNT];
-  for (int i = 0; i < WIDTH; ++i) sign[i / LANES][i % LANES] = signs ? signs[i % ORDER] : 1.0f;
+  diagonal<ORDER>(signs, sign);
   const int64_t chunks = values / WIDTH;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     Floats v[COUNT];
     for (int k = 0; k < COUNT; ++k) v[k] = load(x + chunk * WIDTH + k * LANES);
-    if (signs && !inverse)
-      for (int k = 0; k < COUNT; ++k) v[k] *= sign[k];
-    butterflies<ORDER>(v);
-    if (signs && inverse)
-      for (int k = 0; k < COUNT; ++k) v[k] *= sign[k];
+    turn<ORDER>(v, sign, signs, inverse);
     std::memcpy(y + chunk * WIDTH, v, sizeof v);
   }
 }
@@ -127,7 +82,7 @@ bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, cons
               int threads) {
   constexpr int WIDTH = width<ORDER>(), COUNT = WIDTH / LANES;
   Floats sign[COUNT];
-  for (int i = 0; i < WIDTH; ++i) sign[i / LANES][i % LANES] = signs ? signs[i % ORDER] : 1.0f;
+  diagonal<ORDER>(signs, sign);
   int found = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : found)
   for (int64_t row = 0; row < rows; ++row) {
@@ -176,8 +131,6 @@ inline void sums_of(const float* x, int64_t rows, int64_t stride, const float* f
 }
 
 }  // namespace
-
-#define ORDERS(CASE) CASE(1) CASE(2) CASE(4) CASE(8) CASE(16) CASE(32) CASE(64) CASE(128) CASE(256)
 
 extern "C" {
 

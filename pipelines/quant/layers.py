@@ -6,8 +6,8 @@ are exact below 2²⁴, and are taken in parts where they might pass it, so q·V
 accumulator, and the epilogue is the kernels' epilogue, operation for operation. What is trained is what is deployed.
 
 A backward pass of a large model would keep several tensors of every weight's size. Here it keeps the layer's input and
-its parameters; V and everything between is computed again when the gradient arrives, some rows at a time, so that it
-stays in the processor's caches.
+its parameters; V and everything between is computed again when the gradient arrives, some outputs at a time, so that it
+stays in the processor's caches and in memory that the process has already.
 """
 
 import copy
@@ -21,17 +21,19 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pipelines.memory import give_back
 from pipelines.quant.affine import centred_codes, quantise
 from pipelines.quant.hadamard import rotate_activation, rotate_last
 from pipelines.quant.integers import IntegerWeights, accumulator_bound
+from pipelines.quant.passes import WeightRows, activation_codes, activation_gradient
+from pipelines.quant.products import times
 from pipelines.quant.spec import HALVES, Site, SitePlan, largest_magnitude
 from pipelines.quant.surroundings import Surroundings
 from pipelines.quant.tables import TimestepTables
 
 EXACT_FP32 = 2**24  # integers below it are exact in fp32, and so are sums that stay below it
 EXACT_BFLOAT16 = 2**8
-AT_ONCE = 2**21  # weights that one pass over rows takes: 8 MB in fp32
+AT_ONCE = 2**19  # weights that one pass over rows takes: 2 MB in fp32
+A_PRODUCT = 2**22  # weights of one product, 16 MB: what is larger the C library maps anew each time, page by page
 
 
 def epilogue(
@@ -53,17 +55,38 @@ def zero_point(zero: torch.Tensor, plan: SitePlan) -> torch.Tensor | None:
 def product(codes: torch.Tensor, folded: torch.Tensor, site: Site, narrow: bool = False) -> torch.Tensor:
     """q·V of a linear or convolution, without epilogue, in the operands' dtype.
 
-    narrow: both operands are integers of at most 256 (EXACT_BFLOAT16), so that a processor with bfloat16 products may
-    multiply a linear's as such and add in fp32: the same bits in less than half the time. torch ignores it on others.
+    narrow: both operands are integers of at most 256 (EXACT_BFLOAT16), so that a processor on which bfloat16 products
+    are faster may multiply a linear's as such and add in fp32: the same bits. torch ignores it on others.
 
     A convolution's result is channels-last, as the integer operators give it: torch decides otherwise for one input
     channel, and the next GroupNorm rounds differently in another layout.
     """
-    if site.kind == "linear":
+    if is_matrix(site):
+        rows, weight = flat(codes, site), folded.flatten(1)
         with _bfloat16_products() if narrow and codes.dtype == torch.float32 else nullcontext():
-            return F.linear(codes, folded)
+            return unflat(F.linear(rows, weight) if narrow else times(rows, weight), codes, site)
     result = F.conv2d(codes, folded, None, site.stride, site.padding, site.dilation, site.groups)
     return result.contiguous(memory_format=torch.channels_last)
+
+
+def is_matrix(site: Site) -> bool:
+    """Whether a site's product is one of matrices: a linear's, or that of a convolution which sees one position."""
+    one = (1,) * len(site.weight[2:])
+    return site.kind == "linear" or (
+        site.weight[2:] == site.stride == one and not any(site.padding) and site.groups == 1
+    )  # fmt: skip
+
+
+def flat(x: torch.Tensor, site: Site) -> torch.Tensor:
+    """What enters or leaves a site as (rows, channels); a view where it is contiguous or channels-last."""
+    return (x.permute(0, 2, 3, 1) if site.kind == "conv" else x).flatten(0, -2)
+
+
+def unflat(rows: torch.Tensor, like: torch.Tensor, site: Site) -> torch.Tensor:
+    """The inverse of `flat`, a view; `like` has the shape but for the channels."""
+    if site.kind == "linear":
+        return rows.view(*like.shape[:-1], rows.shape[1])
+    return rows.view(len(like), *like.shape[2:], rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def exact_product(codes: torch.Tensor, folded: torch.Tensor, plan: SitePlan, narrow: bool) -> torch.Tensor:
@@ -125,10 +148,17 @@ def from_rows(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return rows if len(shape) == 2 else rows.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-def row_spans(rows: int, columns: int, at_once: int = AT_ONCE) -> Iterator[slice]:
-    """Slices of rows with about `at_once` entries."""
-    step = max(1, at_once // columns)
-    return (slice(start, start + step) for start in range(0, rows, step))
+def row_spans(rows: int, columns: int, at_once: int | None = None) -> Iterator[slice]:
+    """Slices of rows with about `at_once` entries (AT_ONCE)."""
+    step = max(1, (at_once or AT_ONCE) // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def product_spans(weight: torch.Tensor) -> list[slice]:
+    """Equal slices of a weight's outputs, but for the last, that are multiplied one after the other."""
+    parts = -(-weight.numel() // A_PRODUCT)
+    step = -(-len(weight) // parts // 16) * 16  # whole blocks of oneDNN's
+    return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
 
 
 class QuantLayer(nn.Module):
@@ -175,7 +205,7 @@ class QuantLayer(nn.Module):
         codes = torch.empty(rows.shape, dtype=torch.uint8)
         for span in row_spans(*rows.shape):
             low, high = self.surroundings.bounds(span)
-            part = self._turned(rows[span])
+            part = self._rows(span).turned(rows[span])
             part = quantise(part, scale[span, None], self.weight_zero[span, None], low, high)
             codes[span] = part.sub_(low).to(torch.uint8)
         self.base_codes, self.base_scale = codes, scale.clone()
@@ -200,20 +230,21 @@ class QuantLayer(nn.Module):
         del self.bias
         self.bias = nn.Parameter(bias)
 
-    def _base(self, span: slice) -> torch.Tensor:
-        """Rows of what the adapters add to, in the layer's own coordinates."""
-        if self.base_codes is None:
-            return as_rows(self.weight[span])
-        codes = self.base_codes[span].float() + self.surroundings.bounds(span)[0]
-        value = codes.sub_(self.weight_zero[span, None]).mul_(self.base_scale[span, None])
-        if self.plan.inverse == "double":
-            value = rotate_last(value, self.plan.transform, inverse=True).div_(self.plan.transform.order)
-        return self.surroundings.from_quantiser(value)
+    def _rows(self, span: slice) -> WeightRows:
+        """Some outputs' weights, and how they are quantised."""
+        base = as_rows(self.weight[span]) if self.base_codes is None else self.base_codes[span]
+        base_scale = None if self.base_scale is None else self.base_scale[span]
+        return WeightRows(
+            self.plan, self.surroundings, base.contiguous(), base_scale, self.weight_scale[span],
+            self.weight_zero[span], *self.surroundings.bounds(span),
+        )  # fmt: skip
 
-    def _turned(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows in the coordinates in which the weight is quantised: over the gain, and rotated for `double`."""
-        rows = self.surroundings.to_quantiser(rows)
-        return rotate_last(rows, self.plan.transform) if self.plan.inverse == "double" else rows
+    def _added(self, span: slice, a: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows of BA; a: `lora_a` as rows."""
+        return None if a is None else times(self.lora_b[span], a.T)
+
+    def _a(self) -> torch.Tensor | None:
+        return None if self.lora_a is None else as_rows(self.lora_a)
 
     def add_lora(self, rank: int, generator: torch.Generator) -> None:
         """Adapters of the given rank: A Kaiming-uniform(a = √5), B zero, no alpha (Hu et al., 2022; EfficientDM)."""
@@ -224,103 +255,47 @@ class QuantLayer(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(self.weight.shape[0], rank))
 
     @torch.no_grad()
-    def _merged(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some rows of W + BA after others, new tensors that may be written to."""
-        a = None if self.lora_a is None else as_rows(self.lora_a)
-        for span in row_spans(len(self.weight), self.weight[0].numel()):
-            base = self._base(span)
-            yield span, base.clone() if a is None else (self.lora_b[span] @ a).add_(base)
-
     def merged_weight(self) -> torch.Tensor:
         """W + BA, (out, in, …)."""
-        return from_rows(torch.cat([rows for _, rows in self._merged()]), self.weight.shape)
-
-    @torch.no_grad()
-    def rounded(self) -> torch.Tensor:
-        """⌊W/s⌉ + z of the merged weight in its quantiser's coordinates, (out, …·in), cut off one beyond the codes: so
-        that it tells what was clipped in a byte a weight (two at 8 bits).
-        """
-        shape = len(self.weight), self.weight[0].numel()
-        result = torch.empty(shape, dtype=torch.int8 if self.plan.weight_bits < 8 else torch.int16)
-        for span, rows in self._merged():
-            low, high = self.surroundings.bounds(span)
-            zero = None if self.plan.weight_quantiser == "symmetric" else self.weight_zero[span, None]
-            rows = self._turned(rows)
-            result[span] = quantise(rows, self.weight_scale[span, None], zero, low - 1, high + 1, overwrite=True)
-        return result
-
-    @torch.no_grad()
-    def centred(self, rounded: torch.Tensor, dtype: torch.dtype, fold: bool) -> torch.Tensor:
-        """Codes − zero-points (out, in, …) from what `rounded` gave, or V."""
-        result = torch.empty(rounded.shape, dtype=dtype)
-        for span in row_spans(*rounded.shape):
-            low, high = self.surroundings.bounds(span)
-            part = result[span] if dtype == torch.float32 and not fold else torch.empty(rounded[span].shape)
-            part.copy_(rounded[span]).clamp_(low, high)
-            if self.plan.weight_quantiser == "asymmetric":
-                part.sub_(self.weight_zero[span, None])
-            if fold:
-                result[span] = rotate_last(part, self.plan.transform)
-            elif part.data_ptr() != result[span].data_ptr():
-                result[span] = part
+        result, a = torch.empty(len(self.weight), self.weight[0].numel()), self._a()
+        for span in row_spans(*result.shape):
+            base, added = self._rows(span).values(), self._added(span, a)
+            result[span] = base if added is None else added.add_(base)
         return from_rows(result, self.weight.shape)
+
+    @torch.no_grad()
+    def quantised(
+        self, whole: slice, fold: bool, factor: torch.Tensor | None = None, keep: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes − zero-points of some outputs of W + BA, (outputs, in, …) fp32, where `fold` rotated to V, times factor
+        (outputs,); and with `keep` what `WeightRows.gradient` asks for.
+        """
+        count, columns, a = whole.stop - whole.start, self.weight[0].numel(), self._a()
+        centred, rounded = torch.empty(count, columns), None
+        if keep:
+            rounded = torch.empty(count, columns, dtype=torch.int8 if self.plan.weight_bits < 8 else torch.int16)
+        for part in row_spans(count, columns):
+            span = slice(whole.start + part.start, whole.start + part.stop)
+            self._rows(span).quantise(
+                self._added(span, a), None if rounded is None else rounded[part], centred[part], fold,
+                None if factor is None else factor[part],
+            )  # fmt: skip
+        return from_rows(centred, (count, *self.weight.shape[1:])), rounded
 
     def folded(self) -> torch.Tensor:
         """V (out, in, …) fp32, integer-valued: quantise W + BA, then fold the inverse transform in."""
-        return self.centred(self.rounded(), torch.float32, self.plan.inverse == "single")
+        return self.quantised(slice(0, len(self.weight)), self.plan.inverse == "single")[0]
 
     def integers(self) -> IntegerWeights:
         """The integers that this layer computes with."""
         return IntegerWeights(
             self.plan,
-            self.centred(self.rounded(), torch.int16, fold=False),
+            self.quantised(slice(0, len(self.weight)), fold=False)[0].to(torch.int16),
             self.weight_zero.to(torch.int16),
             self.weight_scale.detach().clone(),
             None if self.bias is None else self.bias.detach().float().clone(),
             self.surroundings.tensors(),
         )
-
-    @torch.no_grad()
-    def gradients(
-        self, grad: torch.Tensor, rounded: torch.Tensor, by_row: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """What by_row·G, a gradient of the codes (out, in, …), comes to: the sums Σ code·by_row·G (out,), and the
-        gradients of weight_scale, lora_a, lora_b and the weight, None where those are not there or not trained. G is
-        overwritten; `rounded` is what `rounded()` gives.
-
-        Straight through the quantiser inside its range, nothing outside. With dW that gradient of W = base + BA, the
-        scale's −Σ x/s²·∂L/∂code is −Σ W·dW/s (see `affine._CentredCodes`), and of BA's part there Σ B·dB, so that BA
-        need not be computed again. by_row (out,) never multiplies what has a weight's size.
-        """
-        inverse, transform = self.plan.inverse, self.plan.transform
-        grad = as_rows(grad)
-        sums, base_sums = torch.empty(len(grad)), torch.empty(len(grad))
-        for span in row_spans(*grad.shape):
-            low, high = self.surroundings.bounds(span)
-            part, found = grad[span], rounded[span].float()
-            codes = found.clamp(low, high)
-            if self.plan.weight_quantiser == "asymmetric":
-                sums[span] = (part * codes.sub(self.weight_zero[span, None])).sum(1)
-            else:
-                sums[span] = (part * codes).sum(1)
-            part.mul_(found.eq_(codes))  # as a float: passes that read or write booleans take several times as long
-            if inverse == "double":
-                part = rotate_last(part, transform, inverse=True)
-            part = self.surroundings.to_quantiser(part)
-            base_sums[span] = (part * self._base(span)).sum(1)
-            if part.data_ptr() != grad[span].data_ptr():
-                grad[span] = part
-        sums *= by_row
-        by_row = by_row / self.weight_scale
-        weight_grad = None
-        if self.weight.requires_grad:
-            weight_grad = from_rows(grad * by_row[:, None], self.weight.shape)
-        if self.lora_a is None:
-            return sums, (base_sums * by_row).div_(self.weight_scale).neg_(), None, None, weight_grad
-        a_grad = from_rows((self.lora_b * by_row[:, None]).T @ grad, self.lora_a.shape)
-        b_grad = (grad @ as_rows(self.lora_a).T).mul_(by_row[:, None])
-        scale_grad = (base_sums * by_row).add_((self.lora_b * b_grad).sum(1)).div_(self.weight_scale).neg_()
-        return sums, scale_grad, a_grad, b_grad, weight_grad
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -369,6 +344,8 @@ class QuantLayer(nn.Module):
     def codes(self, x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """What V is multiplied with: x rotated and quantised, centred, and rotated back where that is the plan."""
         plan, spatial = self.plan, self.plan.site.kind == "conv"
+        if not (torch.is_grad_enabled() or self.float_inputs):
+            return activation_codes(x, plan, scale, zero, plan.inverse == "activation")
         codes = rotate_activation(x, plan.transform, spatial)
         codes = codes / scale if self.float_inputs else centred_codes(codes, scale, zero, *plan.activation_range)
         if plan.inverse == "activation":
@@ -405,80 +382,104 @@ class _Trained(torch.autograd.Function):
         ctx.folds = single and x.numel() >= layer.weight.numel()
         ctx.undoes = plan.inverse == "activation" or (single and not ctx.folds)
         ctx.save_for_backward(x, scale, zero, output_scale, weight_scale, lora_a, lora_b, weight, bias)
-        spatial = plan.site.kind == "conv"
-        codes = centred_codes(rotate_activation(x, plan.transform, spatial), scale, zero, *plan.activation_range)
-        if ctx.undoes:
-            codes = rotate_activation(codes, plan.transform, spatial, inverse=True)
+        codes = activation_codes(x, plan, scale, zero, ctx.undoes)
         narrow = is_narrow(plan, "activation" if ctx.undoes else "weight" if ctx.folds else "neither")
-        accumulator = exact_product(codes, layer.centred(layer.rounded(), torch.float32, ctx.folds), plan, narrow)
+        parts = [
+            exact_product(codes, layer.quantised(span, ctx.folds)[0], plan, narrow)
+            for span in product_spans(layer.weight)
+        ]
+        accumulator = parts[0] if len(parts) == 1 else torch.cat(parts, 1 if plan.site.kind == "conv" else -1)
         return epilogue(accumulator, scale / plan.transform.order, output_scale, layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         layer, (x, scale, zero, output_scale, *_) = ctx.layer, ctx.saved_tensors  # checks that none was written to
-        plan, transform = layer.plan, layer.plan.transform
-        site, spatial, order = plan.site, plan.site.kind == "conv", transform.order
-        low, high = plan.activation_range
+        plan = layer.plan
+        site, spatial = plan.site, plan.site.kind == "conv"
         bias_grad = None
         if layer.bias is not None and layer.bias.requires_grad:
             bias_grad = grad.sum((0, 2, 3)) if spatial else grad.flatten(0, -2).sum(0)
-
-        found = torch.div(rotate_activation(x, transform, spatial), scale).round_()
-        if zero is not None:
-            found.add_(zero)
-        codes = found.clamp(low, high)
-        if zero is not None:
-            codes.sub_(zero)
-        if ctx.undoes:
-            codes = rotate_activation(codes, transform, spatial, inverse=True)
-
-        rounded = layer.rounded()
-        # The epilogue's factors go to the smaller of the two.
-        weight = layer.centred(rounded, torch.float32, ctx.folds)
-        by_output = output_scale * (scale / order)
-        if grad.numel() < weight.numel():
-            grad = grad * (by_output.view(-1, 1, 1) if spatial else by_output)
-            by_row = torch.ones_like(by_output)
-        else:
-            weight.mul_(by_output.view(-1, *[1] * (weight.ndim - 1)))
-            by_row = by_output
-        if spatial:
-            grad = grad.contiguous(memory_format=torch.channels_last)
-            x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
-                grad, codes, weight, None, site.stride, site.padding, site.dilation, False, (0, 0),
-                site.groups, (True, True, False),
-            )  # fmt: skip
-        else:
-            x_grad = grad @ weight
-            weight_grad = grad.flatten(0, -2).T @ codes.flatten(0, -2)
-        del codes, weight, grad
-
-        if ctx.undoes:
-            x_grad = rotate_activation(x_grad, transform, spatial)
-        total = None if zero is None else x_grad.sum()
-        x_grad = inside(x_grad, found, low, high)
-        del found
-        zero_grad = None if zero is None else x_grad.sum() - total
-        x_grad = rotate_activation(x_grad, transform, spatial, inverse=True).div_(scale)
-        through = (x_grad * x).sum()  # Σ x̃·∂L/∂x̃ = Σ x·∂L/∂x
-
-        if ctx.folds:
-            rows = as_rows(weight_grad)
-            weight_grad = from_rows(rotate_last(rows, transform, inverse=True), weight_grad.shape)
-        sums, scale_grad, a_grad, b_grad, weight_grad = layer.gradients(weight_grad, rounded, by_row)
-        give_back(layer.weight.numel() // 3)  # a walk takes long while much is in use: after the largest alone
+        codes = activation_codes(x, plan, scale, zero, ctx.undoes)
+        by_output = output_scale * (scale / plan.transform.order)
+        x_grad, learned = None, _WeightGradients(layer, by_output)
+        for span in product_spans(layer.weight):
+            weight, rounded = layer.quantised(span, ctx.folds, by_output[span], keep=True)
+            part, weight_grad = _product_gradients(grad, span, codes, weight, site)
+            del weight
+            x_grad = part if x_grad is None else x_grad.add_(part)
+            learned.add(span, as_rows(weight_grad), rounded, ctx.folds)
+            del part, weight_grad, rounded
+        del codes, grad
+        x_grad, outside, through = activation_gradient(x_grad, x, plan, scale, zero, ctx.undoes)
+        zero_grad = None if zero is None else outside.neg().float()
+        sums, scale_grad, a_grad, b_grad, weight_grad = learned.result()
         return (
-            None, x_grad, (sums.sum() - through) / scale, zero_grad, sums / output_scale, scale_grad, a_grad, b_grad,
-            weight_grad, bias_grad,
+            None, x_grad, ((sums.sum() - through) / scale).float(), zero_grad, sums.float() / output_scale, scale_grad,
+            a_grad, b_grad, weight_grad, bias_grad,
         )  # fmt: skip
 
 
-def inside(grad: torch.Tensor, rounded: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """The gradient where `rounded` lies within its codes, zeros elsewhere; overwrites it. One pass, and without
-    booleans, which torch is slow with.
+def _product_gradients(
+    grad: torch.Tensor, span: slice, codes: torch.Tensor, weight: torch.Tensor, site: Site
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the gradient of a product, of which `span` are the outputs of `weight`: that of the codes, as far as it
+    comes through those, and that of the weight, (outputs, in, …) channels-last.
     """
-    return torch.ops.aten.hardtanh_backward.grad_input(grad, rounded, low - 0.5, high + 0.5, grad_input=grad)
+    if is_matrix(site):
+        part, rows = flat(grad, site)[:, span], flat(codes, site)
+        weight_grad = times(part.T, rows.T)
+        return unflat(times(part, weight.flatten(1).T), codes, site), weight_grad.view(weight.shape)
+    part = grad[:, span].contiguous(memory_format=torch.channels_last)
+    x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        part, codes, weight, None, site.stride, site.padding, site.dilation, False, (0, 0), site.groups,
+        (True, True, False),
+    )  # fmt: skip
+    return x_grad, weight_grad
+
+
+class _WeightGradients:
+    """Puts together what a gradient of by_output·codes, which comes some outputs after others, means to a layer.
+
+    With dW that of W = base + BA, the scale's −Σ x/s²·∂L/∂code is −Σ W·dW/s (see `affine._CentredCodes`), and of BA's
+    part there Σ B·dB, so that BA need not be computed again. by_output (out,) never multiplies what has a weight's
+    size.
+    """
+
+    def __init__(self, layer: QuantLayer, by_output: torch.Tensor):
+        self.layer, self.by_output = layer, by_output
+        outputs = len(layer.weight)
+        self.sums, self.base_sums = torch.empty(2, outputs, dtype=torch.float64)
+        self.by_row = by_output / layer.weight_scale
+        self.a, self.a_grad, self.b_grad, self.weight_grad = layer._a(), None, None, None
+        if self.a is not None:
+            self.b_grad = torch.empty_like(layer.lora_b)
+        if layer.weight.requires_grad:
+            self.weight_grad = torch.empty(outputs, layer.weight[0].numel())
+
+    def add(self, span: slice, grad: torch.Tensor, rounded: torch.Tensor, folds: bool) -> None:
+        """grad: (outputs, …·in), overwritten; rounded: what `QuantLayer.quantised` kept of the same outputs."""
+        layer, by_row = self.layer, self.by_row[span]
+        self.sums[span], self.base_sums[span] = layer._rows(span).gradient(rounded, grad, folds)
+        if self.a is not None:
+            part = times((layer.lora_b[span] * by_row[:, None]).T, grad.T)
+            self.a_grad = part if self.a_grad is None else self.a_grad.add_(part)
+            torch.mul(times(grad, self.a), by_row[:, None], out=self.b_grad[span])
+        if self.weight_grad is not None:
+            torch.mul(grad, by_row[:, None], out=self.weight_grad[span])
+
+    def result(self) -> tuple:
+        """Σ code·∂L/∂code (out,) fp64, and the gradients of weight_scale, lora_a, lora_b and the weight, None where
+        those are not there or not trained.
+        """
+        layer = self.layer
+        moved = self.base_sums * self.by_row
+        if self.a is not None:
+            moved += (layer.lora_b * self.b_grad).sum(1)
+        scale_grad = (moved / layer.weight_scale).neg_().float()
+        a_grad = None if self.a is None else from_rows(self.a_grad, layer.lora_a.shape)
+        weight_grad = None if self.weight_grad is None else from_rows(self.weight_grad, layer.weight.shape)
+        return self.sums * self.by_output, scale_grad, a_grad, self.b_grad, weight_grad
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

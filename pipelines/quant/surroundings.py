@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipelines.quant.hadamard import rotate_last
-from pipelines.quant.spec import Site, SitePlan, integer_range
+from pipelines.quant.spec import WEIGHT_BITS, Site, SitePlan, integer_range
 
 NAMES = ("gain", "centre", "taps", "row_bits")  # of the tensors, as files have them
 
@@ -86,8 +86,8 @@ def weight_bounds(plan: SitePlan, row_bits: torch.Tensor | None, span: slice = s
     if row_bits is None:
         return plan.weight_range
     symmetric = plan.weight_quantiser == "symmetric"
-    pairs = [integer_range(int(bits), symmetric) for bits in row_bits[span]]
-    low, high = torch.tensor(pairs, dtype=torch.float32).T
+    ranges = torch.tensor([integer_range(bits, symmetric) for bits in range(1, max(WEIGHT_BITS) + 1)])
+    low, high = ranges.float().T[:, row_bits[span].long() - 1]
     return low[:, None], high[:, None]
 
 

@@ -20,7 +20,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "distill"
-VERSION = 5
+VERSION = 6
 
 
 @dataclass(frozen=True)
