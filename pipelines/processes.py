@@ -25,6 +25,26 @@ T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=30)
 LAUNCHER = "HQDM_LAUNCHER"  # the process id of whoever started this one, which it does not outlive
 WATCH_SECONDS = 1.0
+FSDP = "ACCELERATE_USE_FSDP"  # Accelerate's word for weights that are divided among the processes
+
+# What Accelerate's launcher may ask for and hqdm does not do: variable, the values that ask for nothing, what it is, and
+# the way out.
+_NOT_DONE = (
+    ("ACCELERATE_USE_DEEPSPEED", (), "DeepSpeed", "weights are divided by FSDP: accelerate launch --use_fsdp"),
+    ("ACCELERATE_USE_MEGATRON_LM", (), "Megatron-LM", "weights are divided by FSDP: accelerate launch --use_fsdp"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", (), "a parallelism configuration",
+     "processes share trajectories and images, and with FSDP weights: leave --use_parallelism_config out"),
+    ("ACCELERATE_MIXED_PRECISION", ("no",), "mixed precision",
+     "students train in fp32, whose integers are exact: --mixed_precision no"),
+    ("ACCELERATE_DYNAMO_BACKEND", ("no",), "torch.compile", "--dynamo_backend no"),
+)  # fmt: skip
+# The same of FSDP's own settings.
+_NOT_DONE_BY_FSDP = (
+    ("FSDP_OFFLOAD_PARAMS", (), "weights kept on the processor", "--fsdp_offload_params false, or more processes"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", (), "activations computed again",
+     "--fsdp_activation_checkpointing false, and a smaller --batch"),
+    ("FSDP_FORWARD_PREFETCH", (), "gathering weights ahead", "--fsdp_forward_prefetch false"),
+)  # fmt: skip
 
 
 class PeerLost(HqdmError):
@@ -64,6 +84,10 @@ class Processes:
     def add(self, tensors: Sequence[Any]) -> None:
         """Replace fp32 tensors in place by their sums over all processes, the same bits at each."""
 
+    def mesh(self, device: Any) -> Any:
+        """The processes as torch's DeviceMesh of one dimension, whose messages travel between tensors on a device."""
+        raise HqdmError("one process has nobody to divide weights with", "start several: accelerate launch --use_fsdp")
+
 
 ALONE = Processes()
 
@@ -85,7 +109,7 @@ class _Several(Processes):
         import torch.distributed as dist
 
         values = [value]
-        with _peers():
+        with peers():
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -93,7 +117,7 @@ class _Several(Processes):
         import torch.distributed as dist
 
         values = [None] * self.count
-        with _peers():
+        with peers():
             dist.all_gather_object(values, value)
         return values
 
@@ -102,14 +126,20 @@ class _Several(Processes):
         import torch.distributed as dist
 
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message, however many tensors
-        with _peers():
+        with peers():
             dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
+    def mesh(self, device: Any) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        with peers():
+            return init_device_mesh(device.type, (self.count,))
+
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
     """What torch and gloo raise where the connection to another process is gone becomes PeerLost."""
     import torch.distributed as dist
 
@@ -146,6 +176,29 @@ def sharing(crew: Processes) -> Iterator[None]:
 def asked() -> int:
     """How many processes torchrun, or `launch`, has started for this job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _asks(variable: str, nothing: Sequence[str] = ()) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "f", "no", "n", "off", *nothing)
+
+
+def divides_weights() -> bool:
+    """Whether Accelerate's configuration asks for FSDP."""
+    return _asks(FSDP)
+
+
+def check_settings() -> None:
+    """UsageError for what Accelerate's launcher was told to do and hqdm does not do; it would pass in silence."""
+    wanted = [*_NOT_DONE, *(_NOT_DONE_BY_FSDP if divides_weights() else ())]
+    for variable, nothing, what, way_out in wanted:
+        if _asks(variable, nothing):
+            raise UsageError(f"{variable}={os.environ[variable]} asks for {what}, which hqdm does not do", way_out)
+    if divides_weights() and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise UsageError(
+            f"FSDP_VERSION={version}: hqdm divides weights by FSDP 2 alone",
+            "--fsdp_version 2, or fsdp_version: 2 in Accelerate's configuration (accelerate config; accelerate "
+            "to-fsdp2 converts one)",
+        )
 
 
 _crew: Processes | None = None

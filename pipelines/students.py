@@ -89,8 +89,11 @@ def share_frozen(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser, memo)
 
 
-def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], seed: int) -> Denoiser:
+def new_student(
+    teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], seed: int, based: bool = True
+) -> Denoiser:
     """A fake student at a plan's initial scales, with fresh adapters, ready to train. `scales`: the plan's tensors.
+    based: whether `set_base` is called for every layer.
 
     The tables hold scales in orthonormal coordinates (times `unit`), which is what the recipe's learning rates are for.
     """
@@ -114,8 +117,8 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
     )
     layers = _swap_in(student, plans, tables, scales)
     for index, (name, layer) in enumerate(layers.items()):
-        if recipe.base_weight == "quantised" and "weights" not in recipe.trains:
-            layer.set_base(scales[f"{name}/weight_scale"])
+        if based:
+            set_base(name, layer, plan, scales)
         if recipe.roles and layer.plan.site.role not in recipe.roles:
             continue
         if "adapters" in recipe.trains and recipe.updates == "distill":
@@ -125,6 +128,12 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
         if "biases" in recipe.trains:
             layer.train_bias()
     return student
+
+
+def set_base(name: str, layer: fake_layers.QuantLayer, plan: Plan, scales: dict[str, torch.Tensor]) -> None:
+    """What a layer's adapters add to, where that is not the weight itself."""
+    if plan.recipe.base_weight == "quantised" and "weights" not in plan.recipe.trains:
+        layer.set_base(scales[f"{name}/weight_scale"])
 
 
 def groups_at(plan: Plan, timesteps: list[float]) -> list[int] | None:

@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
@@ -68,14 +69,21 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.reconstruction.calibration import calibration, rescaled
     from pipelines.reconstruction.learning import reconstruct
     from pipelines.report.curves import loss_curve
-    from pipelines.students import groups_at, new_student, student_tensors
+    from pipelines.students import groups_at, new_student, set_base, student_tensors
 
     crew = processes.here()
+    divided = crew.once(_divides)
     sites = read_sites(inputs["model"].file("sites.json"))
     plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
     scales = load_file(inputs["plan"].file("scales.safetensors"))
-    teacher = load_denoiser(inputs["model"].path)
     anew = plan.recipe.reconstruction
+    if divided and (plan.recipe.updates != "distill" or crew.count == 1):
+        what = f"{plan.method} distills nothing" if plan.recipe.updates != "distill" else "there is one process"
+        raise UsageError(
+            f"{processes.FSDP} asks for weights that are divided among processes, and {what}",
+            "leave --use_fsdp out, or distill with --num_processes 2 or more (Accelerate's --cpu makes them one)",
+        )
+    teacher = load_denoiser(inputs["model"].path, mapped=divided)
     steps = config.steps or len(plan.timesteps)
     scheduler = walker(teacher.info.schedule)
     timesteps = timesteps_of(scheduler, teacher.info.schedule, steps)
@@ -89,13 +97,24 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         if anew.rescale:
             groups, by = groups_at(plan, scales["timesteps"].tolist()), plan.recipe.activation_scale_by
             scales = rescaled(teacher, plan.quantised, scales, groups, calls, course, by, plan.recipe.headroom)
-    student = new_student(teacher, plan, scales, config.seed)
+    student = new_student(teacher, plan, scales, config.seed, based=not divided)
+    sharded = None
+    if divided:
+        from pipelines.sharding import ShardedWeights, settings
+
+        sharded = ShardedWeights(
+            teacher, student, settings(), torch.device("cpu"),
+            lambda name, layer: set_base(name, layer, plan, scales),
+        )  # fmt: skip
+        report.note(
+            f"FSDP: {len(sharded.units)} units of frozen weights, {sharded.total / 1e6:,.1f} MB in all, of which each "
+            f"process keeps {sharded.held / 1e6:,.1f}"
+        )
     losses, blocks, learned = [], [], 0
     signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
     if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
-        student.guidance_shares = crew.once(
-            lambda: measure_guidance(teacher, student, course, signal, out.work, report)
-        )
+        measure = partial(measure_guidance, teacher, student, course, signal, out.work, report, divided)
+        student.guidance_shares = crew.told(measure()) if divided else crew.once(measure)
     if plan.recipe.updates == "distill":
         losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
         learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
@@ -104,6 +123,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         scales, blocks, learned = scales | result.codes, result.rows, result.parameters
     else:
         report.note(f"{plan.method} trains nothing: the student is as it was calibrated")
+    correct = partial(measure_correction, teacher, student, course, plan.recipe.correction_images, report)
+    correction = correct(together=True) if plan.recipe.correction and divided else None
     if not crew.leads:
         return {}
 
@@ -115,7 +136,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
     (out.path / "plan.yaml").write_text(write_plan(plan))
     if plan.recipe.correction:
-        measure_correction(teacher, student, course, plan.recipe.correction_images, report).save(out.path)
+        (correction or correct()).save(out.path)
     layers = quant_layers(student.network)
     if any(layer.lora_a is not None for layer in layers.values()):
         write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
@@ -137,7 +158,15 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "blocks": len({row["block"] for row in blocks}),
         "guidance_share": _mean(student.guidance_shares.share.tolist()) if student.guidance_shares else None,
         "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    } | (sharded.figures() if sharded else {})  # fmt: skip
+
+
+def _divides() -> bool:
+    """Whether frozen weights are to be divided; UsageError for what is asked beside that and not done."""
+    from pipelines import processes
+
+    processes.check_settings()
+    return processes.divides_weights()
 
 
 def at_timesteps(scales: dict, timesteps: list[float], grouped: bool = False) -> dict:
