@@ -412,7 +412,9 @@ def measure_correction(
     Both predict at the same x_t of `images` trajectories of the teacher (η = 0, as PTQD's code). `together` as above.
     """
     moments: dict[float, Moments] = {}
-    for x, timestep, conditions, target in _side_by_side(teacher, student, course, images, "correction", report, together):
+    for x, timestep, conditions, target in _side_by_side(
+        teacher, student, course, images, "correction", report, together
+    ):
         predicted = student.predict(x, timestep, conditions, course.guidance)
         _check_student(predicted, float(timestep), "correction")
         moments.setdefault(float(timestep), Moments()).add(target, predicted)

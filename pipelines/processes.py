@@ -27,7 +27,7 @@ LAUNCHER = "HQDM_LAUNCHER"  # the process id of whoever started this one, which 
 WATCH_SECONDS = 1.0
 FSDP = "ACCELERATE_USE_FSDP"  # Accelerate's word for weights that are divided among the processes
 
-# What Accelerate's launcher may ask for and hqdm does not do: variable, the values that ask for nothing, what it is, and
+# What Accelerate's launcher may ask for and hqdm does not do: variable, values that ask for nothing, what it is, and
 # the way out.
 _NOT_DONE = (
     ("ACCELERATE_USE_DEEPSPEED", (), "DeepSpeed", "weights are divided by FSDP: accelerate launch --use_fsdp"),
@@ -96,9 +96,16 @@ class _Several(Processes):
     """More than one, met through Accelerate's state."""
 
     def __init__(self):
+        import torch
+        import torch.distributed as dist
         from accelerate import PartialState
 
+        if divides_weights():  # imported later it would hold on to gloo's threads: see `part_company`
+            import torch.distributed.fsdp
+        if torch.cuda.is_available() and dist.is_nccl_available():  # tensors on GPUs travel between them
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
         state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
+        self._meshes: dict[str, Any] = {}
         self.rank, self.count = state.process_index, state.num_processes
         if self.count != asked():
             raise HqdmError(
@@ -134,8 +141,21 @@ class _Several(Processes):
     def mesh(self, device: Any) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
-        with peers():
-            return init_device_mesh(device.type, (self.count,))
+        if device.type not in self._meshes:
+            with peers():
+                self._meshes[device.type] = init_device_mesh(device.type, (self.count,))
+        return self._meshes[device.type]
+
+    def leave(self) -> None:
+        """Let go of the other processes, and of all threads that wait for them."""
+        import gc
+
+        import torch.distributed as dist
+
+        gc.collect()  # weights that were divided hold on to the group
+        for mesh in self._meshes.values():  # torch's caches hold on to meshes, which hold on to the group
+            getattr(mesh, "_pg_registry", {}).clear()
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -201,6 +221,21 @@ def check_settings() -> None:
         )
 
 
+def divide_weights() -> bool:
+    """Whether the stage that runs now divides its frozen weights among the processes that share it: the leader's word.
+    UsageError where that is asked for and there is one process.
+    """
+    met = here()
+    check_settings()
+    asked_for = met.once(divides_weights)
+    if asked_for and met.count == 1:
+        raise UsageError(
+            f"{FSDP} asks for weights that are divided among processes, and there is one",
+            "start several: accelerate launch --use_fsdp --num_processes 2 (its --cpu starts one), or leave FSDP out",
+        )
+    return asked_for
+
+
 _crew: Processes | None = None
 
 
@@ -231,9 +266,7 @@ def part_company() -> None:
     """
     global _crew
     if _crew is not None and _crew.count > 1:
-        import torch.distributed as dist
-
-        dist.destroy_process_group()
+        _crew.leave()
     _crew = ALONE
 
 

@@ -22,6 +22,7 @@ from pipelines.memory import peak_bytes, reset_peak, reuse_freed_memory
 from pipelines.quant.spec import Bits
 from pipelines.store import Artifact, Draft, Store, key_of, links, sha256_of_file
 
+DIVIDING = ("distill", "sample")  # stages whose floating-point weights FSDP divides
 MOST_REASONS = 4  # that are told of why a stage runs
 
 
@@ -106,6 +107,8 @@ def _run(
 ) -> dict[str, Any]:  # fmt: skip
     """The stage's figures: made by all processes of this job where the stage can share its work, else by this one."""
     crew = processes.crew()
+    if processes.divides_weights() and stage not in DIVIDING:
+        report.note(f"{stage}: weights stay whole here; FSDP divides those of {' and '.join(DIVIDING)}")
     shared = crew.count > 1 and hasattr(module, "shared") and module.shared(config, inputs)
     if not shared:
         return module.run(config, inputs, draft, report)

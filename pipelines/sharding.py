@@ -136,7 +136,8 @@ class _Unit:
     sources: list[torch.Tensor] = field(default_factory=list)
     slots: list[_Slot] = field(default_factory=list)
     gathered: bool = False
-    number: int = 0  # of the student's forward pass in which it ran last
+    calls: int = 0  # that are going on
+    number: int = 0  # of its last call among all units'
 
     def divide(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Take over what `sources` hold, which is not needed afterwards."""
@@ -174,6 +175,7 @@ class _Unit:
         """Bytes that this process keeps of it while it is not gathered."""
         return self._holder.content.to_local().untyped_storage().nbytes()
 
+    @torch.inference_mode(False)  # what is made while sampling is written to at other times too
     @torch.no_grad()
     def gather(self) -> bool:
         """Whether it was not there yet."""
@@ -188,6 +190,7 @@ class _Unit:
         self.gathered = True
         return True
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def free(self) -> None:
         self._show(self._absent)
@@ -207,8 +210,8 @@ class ShardedWeights:
     """
 
     def __init__(
-        self, teacher: Denoiser, student: Denoiser, chosen: Settings, device: torch.device,
-        before: Callable[[str, QuantLayer], None],
+        self, teacher: Denoiser, student: Denoiser | None, chosen: Settings, device: torch.device,
+        before: Callable[[str, QuantLayer], None] = lambda name, layer: None,
     ):  # fmt: skip
         self.crew, self.chosen = processes.here(), chosen
         self.gathered_bytes = 0
@@ -222,15 +225,16 @@ class ShardedWeights:
         }
         owners = self._owners(teacher.network)
         for name, unit in list(self.units.items()):
-            self._take_in(unit, owners, teacher.network, student.network, before)
+            self._take_in(unit, owners, teacher.network, student and student.network, before)
             if unit.sources:
                 unit.divide(mesh, device)
                 give_back(unit.bytes // 4)
             else:
                 del self.units[name]
-        for name, unit in self.units.items():
-            self._watch_teacher(teacher.network.get_submodule(name), unit)
-            self._watch_student(student.network.get_submodule(name), unit)
+        for unit in self.units.values():
+            self._watch(teacher.network, unit, learns=False)
+            if student is not None:
+                self._watch(student.network, unit, learns=True)
 
     @property
     def total(self) -> int:
@@ -241,6 +245,13 @@ class ShardedWeights:
     def held(self) -> int:
         """Bytes that this process keeps of them between updates."""
         return sum(unit.held for unit in self.units.values())
+
+    def told(self) -> str:
+        """How weights are divided, for a person."""
+        return (
+            f"FSDP: {len(self.units)} units of frozen weights, {self.total / 1e6:,.1f} MB in all, of which each "
+            f"process keeps {self.held / 1e6:,.1f}"
+        )
 
     def figures(self) -> dict[str, int]:
         """For a manifest: bytes of frozen weights, bytes of them that this process keeps, bytes that came so far."""
@@ -265,7 +276,7 @@ class ShardedWeights:
         return owners
 
     def _take_in(
-        self, unit: _Unit, owners: dict[int, str], teacher: nn.Module, student: nn.Module,
+        self, unit: _Unit, owners: dict[int, str], teacher: nn.Module, student: nn.Module | None,
         before: Callable[[str, QuantLayer], None],
     ) -> None:  # fmt: skip
         """Find a unit's tensors and every place of both networks where one is."""
@@ -277,6 +288,8 @@ class ShardedWeights:
                 known[value.data_ptr()] = len(unit.sources)
                 unit.sources.append(value.detach())
             unit.slots.append(_Slot(place, name, known[value.data_ptr()]))
+        if student is None:
+            return
         starts = sorted(known)
         for name, module in student.get_submodule(unit.name).named_modules(prefix=unit.name):
             for place, key, value in _places(module, recurse=False):
@@ -301,17 +314,20 @@ class ShardedWeights:
         if unit.gather():
             self.gathered_bytes += unit.bytes - unit.bytes // self.crew.count
 
-    def _watch_teacher(self, module: nn.Module, unit: _Unit) -> None:
-        module.register_forward_pre_hook(lambda _module, _args: self._gather(unit))
-        module.register_forward_hook(lambda *_: unit.free(), always_call=True)
+    def _watch(self, network: nn.Module, unit: _Unit, learns: bool) -> None:
+        """Gather a unit where its module is called, or a layer of it alone, as some networks do from outside."""
 
-    def _watch_student(self, module: nn.Module, unit: _Unit) -> None:
         def before(_module, _args, _kwargs):
-            self._gather(unit)
-            self._runs += 1
-            unit.number = self._runs
+            unit.calls += 1
+            if unit.calls == 1:
+                self._gather(unit)
+                self._runs += 1
+                unit.number = self._runs
 
         def after(_module, args, kwargs, output):
+            unit.calls -= 1
+            if unit.calls:
+                return
             # An output that is an input as it came in was made elsewhere, and its gradient tells nothing of this unit.
             given = {id(value) for value in tree_leaves((args, kwargs))}
             made = [
@@ -319,14 +335,16 @@ class ShardedWeights:
                 for value in tree_leaves(output)
                 if isinstance(value, torch.Tensor) and value.requires_grad and id(value) not in given
             ]
-            if torch.is_grad_enabled():
-                for value in made:
-                    value.register_hook(lambda _grad: self._begin_backward(unit))
-            if self.chosen.frees_after_forward or not (made and torch.is_grad_enabled()):
+            for value in made:
+                value.register_hook(lambda _grad: self._begin_backward(unit))
+            if self.chosen.frees_after_forward or not (made and learns):
                 unit.free()
 
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        module.register_forward_hook(after, with_kwargs=True)
+        places = {id(slot.place) for slot in unit.slots}
+        for name, module in network.get_submodule(unit.name).named_modules():
+            if not name or id(module._parameters) in places or id(module._buffers) in places:
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
     def _begin_backward(self, unit: _Unit) -> None:
         """Gather what a backward pass comes to. Nodes of a graph run in the reverse order of their making, so that

@@ -180,7 +180,8 @@ def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tenso
 
 def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) -> Denoiser:
     """The fake student of `student.safetensors`; it shares its teacher's weights. `freeze` computes every V, for
-    sampling. FileFault for tensors that are not its plan's, NumericalFault for scales that are not positive.
+    sampling; without, it is computed at every call, to the same bits. FileFault for tensors that are not its plan's,
+    NumericalFault for scales that are not positive.
     """
     tensors = _load(path)
     student = share_frozen(teacher)

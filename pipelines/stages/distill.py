@@ -72,17 +72,16 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.students import groups_at, new_student, set_base, student_tensors
 
     crew = processes.here()
-    divided = crew.once(_divides)
     sites = read_sites(inputs["model"].file("sites.json"))
     plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
     scales = load_file(inputs["plan"].file("scales.safetensors"))
     anew = plan.recipe.reconstruction
-    if divided and (plan.recipe.updates != "distill" or crew.count == 1):
-        what = f"{plan.method} distills nothing" if plan.recipe.updates != "distill" else "there is one process"
+    if plan.recipe.updates != "distill" and processes.divides_weights():
         raise UsageError(
-            f"{processes.FSDP} asks for weights that are divided among processes, and {what}",
-            "leave --use_fsdp out, or distill with --num_processes 2 or more (Accelerate's --cpu makes them one)",
+            f"{processes.FSDP} asks for weights that are divided among processes, and {plan.method} learns at one",
+            "leave FSDP out, or take a method that distills",
         )
+    divided = processes.divide_weights()
     teacher = load_denoiser(inputs["model"].path, mapped=divided)
     steps = config.steps or len(plan.timesteps)
     scheduler = walker(teacher.info.schedule)
@@ -106,10 +105,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             teacher, student, settings(), torch.device("cpu"),
             lambda name, layer: set_base(name, layer, plan, scales),
         )  # fmt: skip
-        report.note(
-            f"FSDP: {len(sharded.units)} units of frozen weights, {sharded.total / 1e6:,.1f} MB in all, of which each "
-            f"process keeps {sharded.held / 1e6:,.1f}"
-        )
+        report.note(sharded.told())
     losses, blocks, learned = [], [], 0
     signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
     if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
@@ -159,14 +155,6 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "guidance_share": _mean(student.guidance_shares.share.tolist()) if student.guidance_shares else None,
         "threads": torch.get_num_threads(),
     } | (sharded.figures() if sharded else {})  # fmt: skip
-
-
-def _divides() -> bool:
-    """Whether frozen weights are to be divided; UsageError for what is asked beside that and not done."""
-    from pipelines import processes
-
-    processes.check_settings()
-    return processes.divides_weights()
 
 
 def at_timesteps(scales: dict, timesteps: list[float], grouped: bool = False) -> dict:

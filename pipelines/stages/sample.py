@@ -80,7 +80,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     from pipelines import diffusion, native, processes
     from pipelines.kernels import cuda
-    from pipelines.kernels.attention import choose_products
+    from pipelines.kernels.attention import choose_products, shorten
     from pipelines.kernels.layers import check_inputs, forget_weights
     from pipelines.memory import return_freed_memory, trim
     from pipelines.models.denoiser import load_denoiser
@@ -88,22 +88,34 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.report.grids import save_grid
     from pipelines.students import load_fake, load_integer
 
-    maker = inputs["source"]
+    maker, crew = inputs["source"], processes.here()
     plan = None
+    divided = config.source != "int" and processes.divide_weights()
     if config.source == "teacher":
-        model = load_denoiser(maker.path)
+        model = load_denoiser(maker.path, mapped=divided)
         size = maker.file("denoiser/diffusion_pytorch_model.safetensors").stat().st_size
     elif config.source == "fake":
         sites = read_sites(inputs["model"].file("sites.json"))
         plan = read_plan(maker.file("plan.yaml"), sites)
-        model = load_fake(load_denoiser(inputs["model"].path), plan, maker.file("student.safetensors"))
+        teacher = load_denoiser(inputs["model"].path, mapped=divided)
+        model = load_fake(teacher, plan, maker.file("student.safetensors"), freeze=not divided)
         weights = inputs["model"].file("denoiser/diffusion_pytorch_model.safetensors")
         size = weights.stat().st_size + maker.file("student.safetensors").stat().st_size
     else:
+        if processes.divides_weights():
+            report.note("sample: packed integers stay whole at each process; FSDP divides floating-point weights")
         model = load_integer(maker.path, config.backend or "cpu")
         if native.library() is None and config.backend not in ON_DEVICE:
             report.warn(f"no compiled kernels, so this takes longer: {native.state().why_not}; see hqdm doctor")
         size = maker.file("model.safetensors").stat().st_size
+    if divided:
+        from pipelines.sharding import ShardedWeights, settings
+
+        pair = (model, None) if config.source == "teacher" else (teacher, model)
+        sharded = ShardedWeights(*pair, settings(), torch.device("cpu"))
+        report.note(sharded.told())
+        if config.source == "fake":  # as frozen ones are, whose bits it has
+            shorten(model.network)
     if config.source != "teacher":
         choose_products(model.network, config.attention)
     model.check_images()
@@ -130,18 +142,19 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     if config.backend in ON_DEVICE:
         device = cuda.device()
         predictor = ReplayedSteps(model, timesteps, guidance, device)
-    crew = processes.here()
     latents_of, images_of = (_files(out.work, what, starts) for what in ("latents", "images"))
     size_of = {start: min(config.batch, config.count - start) for start in starts}
     shapes = {start: (size, *info.shape) for start, size in size_of.items()}
     missing = crew.once(lambda: [s for s in starts if not _is_kept(latents_of[s], shapes[s], report)])
     report.begin(f"sample {config.source}", config.count, _images_in(latents_of, size_of), unit="images")
     warm: set[int] = set()
-    for start in crew.dealt(missing):
+    # Where weights are divided nobody samples alone: whoever has no batch left draws the last one with the others.
+    spare = [(start, False) for start in missing[-1:]] * (-len(missing) % crew.count if divided else 0)
+    for start, keeps in crew.dealt([*((start, True) for start in missing), *spare]):
         indices = list(range(start, start + size_of[start]))
         mine = conditions[indices]
         try:
-            if len(indices) not in warm:  # packing for a new batch size is not sampling
+            if len(indices) not in warm and not divided:  # packing for a new batch size is not sampling
                 with torch.inference_mode():
                     for timestep in _of_each_size(model, timesteps, guidance):
                         zeros = torch.zeros(shapes[start], device=device)
@@ -158,7 +171,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             check_inputs(model.network)  # a device's kernels know the site
             raise
         check_inputs(model.network)
-        _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
+        if keeps:
+            _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
         report.advance(_images_in(latents_of, size_of))
     crew.gathered(None)  # all latents are there
     report.advance(config.count)
