@@ -10,7 +10,7 @@ be done here: a unit's tensors lie in one row of bytes, since FSDP wants contigu
 are channels-last, of two types, and each in two networks; and hooks gather and free without a node in the graph of
 gradients, where FSDP's own would change the order in which gradients are added up.
 
-Where a unit is not gathered its tensors lie on the meta device: they have their shape, and computing with them fails.
+Where a unit is not gathered its tensors are `Absent`: they have a shape, and computing with them is an error.
 """
 
 import re
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_leaves
 
 from pipelines import processes
-from pipelines.errors import UsageError
+from pipelines.errors import HqdmError, UsageError
 from pipelines.memory import give_back, let_go
 from pipelines.models.denoiser import Denoiser
 from pipelines.quant.layers import QuantLayer
@@ -104,6 +104,29 @@ def units_of(network: nn.Module, chosen: Settings) -> list[str]:
     return ["", *named]
 
 
+class Absent(torch.Tensor):
+    """What stands where a tensor is that is not gathered. torch's own meta tensors would not do: some of its operators
+    on the processor take one for a weight and return what lies in memory.
+    """
+
+    _TOLD = frozenset({"__get__", "__len__", "numel", "nelement", "dim", "size", "stride", "is_floating_point",
+                       "element_size", "requires_grad_", "__repr__"})  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ == "requires_grad_":
+            return args[0]
+        if function.__name__ in cls._TOLD:
+            with torch._C.DisableTorchFunctionSubclass():
+                told = function(*args, **(kwargs or {}))
+            if not isinstance(told, torch.Tensor):
+                return told
+        raise HqdmError(
+            f"{function.__name__} reads a weight that is divided among processes outside the call of its layer",
+            "this network cannot be divided: leave FSDP out, or name the layer's module in FSDP_IGNORED_MODULES",
+        )
+
+
 class _Holder(nn.Module):
     """What fully_shard divides: a unit's bytes, uint8."""
 
@@ -122,9 +145,9 @@ class _Slot:
     first: int = 0
     channels: int | None = None
 
-    def put(self, pieces: list[torch.Tensor]) -> None:
+    def part(self, pieces: list[torch.Tensor]) -> torch.Tensor:
         piece = pieces[self.piece]
-        self.place[self.name] = piece if self.channels is None else piece.narrow(1, self.first, self.channels)
+        return piece if self.channels is None else piece.narrow(1, self.first, self.channels)
 
 
 @dataclass
@@ -154,9 +177,10 @@ class _Unit:
             let_go(source.data_ptr(), source.nbytes)  # of a mapped file
         self.bytes = sum(source.nbytes for source in self.sources)
         self.sources.clear()
-        self._absent = [
+        absent = [
             torch.empty_strided(shape, stride, dtype=dtype, device="meta") for _, dtype, shape, stride in self._layout
         ]
+        self._absent = [slot.part(absent).as_subclass(Absent) for slot in self.slots]
         self._holder = _Holder(content)
         del content
         fully_shard(self._holder, mesh=mesh, reshard_after_forward=False)
@@ -185,7 +209,8 @@ class _Unit:
             self._holder.unshard()
         if self._holder.content is not self._known:  # FSDP keeps one tensor, whose memory comes and goes
             self._known = self._holder.content
-            self._whole = self._pieces(self._known)
+            pieces = self._pieces(self._known)
+            self._whole = [slot.part(pieces) for slot in self.slots]
         self._show(self._whole)
         self.gathered = True
         return True
@@ -197,9 +222,9 @@ class _Unit:
         self._holder.reshard()
         self.gathered = False
 
-    def _show(self, pieces: list[torch.Tensor]) -> None:
-        for slot in self.slots:
-            slot.put(pieces)
+    def _show(self, values: list[torch.Tensor]) -> None:
+        for slot, value in zip(self.slots, values, strict=True):
+            slot.place[slot.name] = value
 
 
 class ShardedWeights:

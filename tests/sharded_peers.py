@@ -7,6 +7,7 @@ saw: bytes of all tensors between updates, and what is left when it is done.
 import gc
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def bytes_of_tensors() -> int:
     gc.collect()
     found = {}
     for value in gc.get_objects():
-        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor) and value.device.type == "cpu":
+        kind = type(value)  # isinstance would ask what torch has deprecated for its class
+        if issubclass(kind, torch.Tensor) and not issubclass(kind, DTensor) and value.device.type == "cpu":
             memory = value.untyped_storage()
             found[memory.data_ptr()] = max(memory.nbytes(), found.get(memory.data_ptr(), 0))
     return sum(size for address, size in found.items() if address)
@@ -87,8 +89,9 @@ def main(workspaces: str, folder: str) -> None:
     for way in (True, False):  # what began with whole weights ends with divided ones, and the other way round
         root = f"{workspaces}/stopped-{'whole' if way else 'divided'}"
         together(crew, root, "distill", not way, stop=STEPS, **COURSE)
+        if crew.leads and not way:
+            shutil.copytree(root, f"{workspaces}/stopped-alone")
         together(crew, root, "distill", way, **COURSE)
-    together(crew, f"{workspaces}/stopped-alone", "distill", True, stop=STEPS, **COURSE)
     for source in ("teacher", "fake"):
         together(crew, f"{workspaces}/hqdm-divided", "sample", True, source=source, count=5, batch=2, steps=STEPS)
     processes.part_company()
