@@ -205,7 +205,7 @@ def distill(
             f"{crew.count} processes cannot share trajectories in batches of {course.batch}",
             f"take --batch {crew.count} or more, or fewer processes",
         )
-    mine = crew.part(course.batch)
+    mine, device = crew.part(course.batch), parameters[0].device
     student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -222,14 +222,14 @@ def distill(
             for parameter, value in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         optimiser.load_state_dict(state["optimiser"])
-        done, losses, x = state["done"], state["losses"], state["x"][mine]
-        means, averages = state["means"], state["averages"]
+        done, losses, x = state["done"], state["losses"], state["x"][mine].to(device)
+        means, averages = state["means"], [average.to(device) for average in state["averages"]]
         if relation is not None and state["features"] is not None:
-            relation.before = [_rows_of(mine, features, course.batch) for features in state["features"]]
+            relation.before = [_rows_of(mine, features, course.batch).to(device) for features in state["features"]]
         report.note(f"goes on after update {done} of {course.updates}")
 
     def save() -> None:
-        parts = crew.gathered((x, relation and relation.before))
+        parts = crew.gathered((x.cpu(), relation and relation.before and [part.cpu() for part in relation.before]))
         if not crew.leads:
             return
         features = relation and relation.before and [
@@ -247,7 +247,7 @@ def distill(
         indices = list(range(number * course.batch, (number + 1) * course.batch))[mine]
         conditions = conditions_of(course.seed, indices, info.conditions)
         if first == 0:
-            x = noise_of(course.seed, indices, info.shape, "distill")
+            x = noise_of(course.seed, indices, info.shape, "distill").to(device)
         # No gradient inside the generator's frames; it is resumed under grad mode for the student's own pass.
         with torch.no_grad():
             steps = trajectory(
@@ -343,12 +343,13 @@ def _side_by_side(
     start, as in sampling; noise and conditions are the purpose's own. course.batch images stand in memory at once.
     """
     info, scheduler = teacher.info, walker(teacher.info.schedule)
+    device = next(student.network.timestep_tables.parameters()).device
     starts = range(0, images, course.batch)
     report.begin(purpose, len(starts) * course.steps)
     with _frozen(student, together):
         for done, start in enumerate(starts):
             indices = list(range(start, min(start + course.batch, images)))
-            x = noise_of(course.seed, indices, info.shape, purpose)
+            x = noise_of(course.seed, indices, info.shape, purpose).to(device)
             conditions = conditions_of(course.seed, indices, info.conditions, f"{purpose} classes")
             for step, timestep, x_t, target in trajectory(
                 teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed,

@@ -175,7 +175,7 @@ def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tenso
         for what, value in (("weight", layer.weight), ("bias", layer.bias)):
             if isinstance(value, nn.Parameter):
                 tensors[f"{name}/{what}"] = value.detach().clone().contiguous()
-    return tensors
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) -> Denoiser:
@@ -202,15 +202,21 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
         if f"{name}/lora_a" in tensors:
             layer.lora_a = nn.Parameter(tensors[f"{name}/lora_a"])
             layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
-        if freeze:
-            layer.freeze()
-    if freeze:
-        shorten(student.network)
     if plan.recipe.guidance_signal and student.info.guidance == CLASSIFIER_FREE:
         student.guidance_shares = GuidanceShares.load(path.parent)
     if plan.recipe.correction:
         student.correction = Correction.load(path.parent)
-    return student.requires_grad_(False).eval()
+    student.requires_grad_(False).eval()
+    if freeze:
+        freeze_weights(student)
+    return student
+
+
+def freeze_weights(student: Denoiser) -> None:
+    """Compute every V of a fake student once, where it lies, and let it compute nothing that sampling does not need."""
+    for layer in fake_layers.quant_layers(student.network).values():
+        layer.freeze()
+    shorten(student.network)
 
 
 def _tables(tensors: dict[str, torch.Tensor], prefix: str, plans: list[SitePlan], path: Path) -> TimestepTables:

@@ -78,7 +78,7 @@ class Denoiser(nn.Module):
 
     def given(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the network is told under conditions (N,) int64."""
-        return {name: value[rows] for name, value in self.conditions.named_buffers()}
+        return {name: value[rows.to(value.device)] for name, value in self.conditions.named_buffers()}
 
     def predict(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
@@ -339,6 +339,25 @@ def fill(network: nn.Module, path: Path, mapped: bool = False) -> None:
         raise FileFault(f"{path}: {error}", "make the model artifact again: hqdm profile … --force") from error
     if empty := [name for name, value in network.named_parameters() if value.is_meta]:
         raise FileFault(f"{path}: no tensor for {', '.join(empty[:5])}", "make the model artifact again: --force")
+
+
+def place(device: torch.device, *parts: nn.Module) -> None:
+    """Move modules to a device, in place: memory that they share they share there too, parameters are new ones, and
+    what is divided among processes (on the meta device) stays as it is.
+    """
+    moved: dict[tuple, torch.Tensor] = {}
+    for module in (module for part in parts for module in part.modules()):
+        for store in (module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is None or value.is_meta or value.device == device:
+                    continue
+                memory = value.untyped_storage()
+                key = memory.data_ptr(), value.dtype
+                if key not in moved:
+                    moved[key] = torch.empty(0, dtype=value.dtype).set_(memory).to(device)
+                there = moved[key].as_strided(value.shape, value.stride(), value.storage_offset())
+                learned = isinstance(value, nn.Parameter)
+                store[name] = nn.Parameter(there, requires_grad=value.requires_grad) if learned else there
 
 
 def _channels_last(_module, _args, output: torch.Tensor) -> torch.Tensor:

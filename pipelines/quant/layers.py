@@ -172,7 +172,7 @@ class QuantLayer(nn.Module):
         """
         self.base_codes = self.base_scale = None
         rows = as_rows(self.weight)
-        codes = torch.empty(rows.shape, dtype=torch.uint8)
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
         for span in row_spans(*rows.shape):
             low, high = self.surroundings.bounds(span)
             part = self._turned(rows[span])
@@ -196,7 +196,7 @@ class QuantLayer(nn.Module):
 
     def train_bias(self) -> None:
         """Make the bias a parameter of its own; zeros where there was none."""
-        bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias.clone()
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias.clone()
         del self.bias
         self.bias = nn.Parameter(bias)
 
@@ -241,7 +241,8 @@ class QuantLayer(nn.Module):
         that it tells what was clipped in a byte a weight (two at 8 bits).
         """
         shape = len(self.weight), self.weight[0].numel()
-        result = torch.empty(shape, dtype=torch.int8 if self.plan.weight_bits < 8 else torch.int16)
+        dtype = torch.int8 if self.plan.weight_bits < 8 else torch.int16
+        result = torch.empty(shape, dtype=dtype, device=self.weight_scale.device)
         for span, rows in self._merged():
             low, high = self.surroundings.bounds(span)
             zero = None if self.plan.weight_quantiser == "symmetric" else self.weight_zero[span, None]
@@ -252,16 +253,17 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def centred(self, rounded: torch.Tensor, dtype: torch.dtype, fold: bool) -> torch.Tensor:
         """Codes − zero-points (out, in, …) from what `rounded` gave, or V."""
-        result = torch.empty(rounded.shape, dtype=dtype)
+        result = torch.empty(rounded.shape, dtype=dtype, device=rounded.device)
         for span in row_spans(*rounded.shape):
             low, high = self.surroundings.bounds(span)
-            part = result[span] if dtype == torch.float32 and not fold else torch.empty(rounded[span].shape)
+            direct = dtype == torch.float32 and not fold
+            part = result[span] if direct else torch.empty(rounded[span].shape, device=rounded.device)
             part.copy_(rounded[span]).clamp_(low, high)
             if self.plan.weight_quantiser == "asymmetric":
                 part.sub_(self.weight_zero[span, None])
             if fold:
                 result[span] = rotate_last(part, self.plan.transform)
-            elif part.data_ptr() != result[span].data_ptr():
+            elif not direct:
                 result[span] = part
         return from_rows(result, self.weight.shape)
 
@@ -294,7 +296,7 @@ class QuantLayer(nn.Module):
         """
         inverse, transform = self.plan.inverse, self.plan.transform
         grad = as_rows(grad)
-        sums, base_sums = torch.empty(len(grad)), torch.empty(len(grad))
+        sums, base_sums = grad.new_empty(len(grad)), grad.new_empty(len(grad))
         for span in row_spans(*grad.shape):
             low, high = self.surroundings.bounds(span)
             part, found = grad[span], rounded[span].float()

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
@@ -31,6 +32,7 @@ class Config:
     eta: float | None = None  # 1 where the scheduler has it; of a reconstruction's calibration 0, as in sampling
     seed: int = 0
     save_every: int = field(default=100, metadata={"key": False})  # updates between two saved states
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"key": False})  # like threads: the last bits
 
     def __post_init__(self):
         for name in ("trajectories", "steps", "batch", "save_every"):
@@ -63,7 +65,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines import processes
     from pipelines.diffusion import eta_or, timesteps_of, walker
     from pipelines.distillation import distill, measure_correction, measure_guidance
-    from pipelines.models.denoiser import load_denoiser
+    from pipelines.kernels import cuda
+    from pipelines.models.denoiser import load_denoiser, place
     from pipelines.models.families.base import CLASSIFIER_FREE
     from pipelines.quant.layers import quant_layers
     from pipelines.reconstruction.calibration import calibration, rescaled
@@ -81,7 +84,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             f"{processes.FSDP} asks for weights that are divided among processes, and {plan.method} learns at one",
             "leave FSDP out, or take a method that distills",
         )
-    divided = processes.divide_weights()
+    if plan.recipe.updates == "reconstruct" and config.device != "cpu":
+        raise UsageError(f"{plan.method} reconstructs blocks on the processor alone", "leave --device out")
+    divided, device = processes.divide_weights(), cuda.place_of(config.device)
     teacher = load_denoiser(inputs["model"].path, mapped=divided)
     steps = config.steps or len(plan.timesteps)
     scheduler = walker(teacher.info.schedule)
@@ -102,10 +107,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         from pipelines.sharding import ShardedWeights, settings
 
         sharded = ShardedWeights(
-            teacher, student, settings(), torch.device("cpu"),
+            teacher, student, settings(), device,
             lambda name, layer: set_base(name, layer, plan, scales),
         )  # fmt: skip
         report.note(sharded.told())
+    place(device, teacher.network, student.network, teacher.conditions, student.conditions)
     losses, blocks, learned = [], [], 0
     signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
     if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
@@ -153,7 +159,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": learned,
         "blocks": len({row["block"] for row in blocks}),
         "guidance_share": _mean(student.guidance_shares.share.tolist()) if student.guidance_shares else None,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(), "device": cuda.name_of(device),
     } | (sharded.figures() if sharded else {})  # fmt: skip
 
 
@@ -193,7 +199,7 @@ def write_adapters(layers: Mapping, rank: int, folder) -> None:
     for name, layer in layers.items():
         if layer.lora_a is None:
             continue
-        a, b = layer.lora_a.detach(), layer.lora_b.detach()
+        a, b = layer.lora_a.detach().cpu(), layer.lora_b.detach().cpu()
         if layer.weight.ndim == 4:
             b = b[:, :, None, None]
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()

@@ -35,6 +35,7 @@ class Config:
     batch: int = 50
     backend: Literal["cpu", "reference", "cuda", "cuda-bf16"] | None = None  # of the integer model; cpu by default
     attention: Literal["fp32", "int8"] = "fp32"  # what a student's attention multiplies in
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"key": False})  # of teacher and fake student
     low_memory: bool = field(default=False, metadata={"key": False})  # takes longer; the images are the same
 
     def __post_init__(self):
@@ -59,7 +60,9 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
         )
     if config.backend is not None and config.source != "int":
         raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
-    if config.attention != "fp32" and config.backend in ON_DEVICE:
+    if config.device != "cpu" and config.source == "int":
+        raise UsageError(f"--device {config.device} is for teacher and fake student", f"--backend {config.device}")
+    if config.attention != "fp32" and (config.backend in ON_DEVICE or config.device != "cpu"):
         raise UsageError(f"--attention {config.attention} is compiled for processors alone", "leave it out")
     if config.attention != "fp32" and config.source == "teacher":
         raise UsageError(f"--attention {config.attention} is for students, not for the teacher", "leave it out")
@@ -83,14 +86,15 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.kernels.attention import choose_products, shorten
     from pipelines.kernels.layers import check_inputs, forget_weights
     from pipelines.memory import return_freed_memory, trim
-    from pipelines.models.denoiser import load_denoiser
+    from pipelines.models.denoiser import load_denoiser, place
     from pipelines.replay import ReplayedSteps
     from pipelines.report.grids import save_grid
-    from pipelines.students import load_fake, load_integer
+    from pipelines.students import freeze_weights, load_fake, load_integer
 
     maker, crew = inputs["source"], processes.here()
     plan = None
     divided = config.source != "int" and processes.divide_weights()
+    device = cuda.place_of(config.device)
     if config.source == "teacher":
         model = load_denoiser(maker.path, mapped=divided)
         size = maker.file("denoiser/diffusion_pytorch_model.safetensors").stat().st_size
@@ -98,7 +102,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         sites = read_sites(inputs["model"].file("sites.json"))
         plan = read_plan(maker.file("plan.yaml"), sites)
         teacher = load_denoiser(inputs["model"].path, mapped=divided)
-        model = load_fake(teacher, plan, maker.file("student.safetensors"), freeze=not divided)
+        model = load_fake(teacher, plan, maker.file("student.safetensors"), freeze=False)
         weights = inputs["model"].file("denoiser/diffusion_pytorch_model.safetensors")
         size = weights.stat().st_size + maker.file("student.safetensors").stat().st_size
     else:
@@ -112,10 +116,14 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         from pipelines.sharding import ShardedWeights, settings
 
         pair = (model, None) if config.source == "teacher" else (teacher, model)
-        sharded = ShardedWeights(*pair, settings(), torch.device("cpu"))
+        sharded = ShardedWeights(*pair, settings(), device)
         report.note(sharded.told())
         if config.source == "fake":  # as frozen ones are, whose bits it has
             shorten(model.network)
+    if config.source != "int":
+        place(device, model)
+    if config.source == "fake" and not divided:
+        freeze_weights(model)
     if config.source != "teacher":
         choose_products(model.network, config.attention)
     model.check_images()
@@ -138,7 +146,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)
     if config.low_memory:
         return_freed_memory()
-    device, predictor = torch.device("cpu"), model
+    predictor = model
     if config.backend in ON_DEVICE:
         device = cuda.device()
         predictor = ReplayedSteps(model, timesteps, guidance, device)
