@@ -5,6 +5,8 @@ device raises here what CUDA raises, so that code which runs on it has put every
 computes are the processor's own bits.
 """
 
+from contextlib import ContextDecorator
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -23,6 +25,23 @@ class _Driver(_DummyBackendModule):
 
 _setup_privateuseone_for_python_backend("elsewhere", _Driver())
 DEVICE = torch.device("elsewhere", 0)
+
+
+class _NoGradients(ContextDecorator):
+    """In place of torch's inference mode, which does not know tensors that are made in Python."""
+
+    def __init__(self, mode: bool = True):
+        self.mode, self.before = mode, []
+
+    def __enter__(self):
+        self.before.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(self.before[-1] and not self.mode)
+
+    def __exit__(self, *_):
+        torch.set_grad_enabled(self.before.pop())
+
+
+torch.inference_mode = _NoGradients  # before anything is imported that is decorated with it
 # What may be given tensors of both: copies, and an index from the processor, as CUDA has it.
 _CROSS = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::_unsafe_index.Tensor")
 

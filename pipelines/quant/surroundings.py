@@ -87,7 +87,7 @@ def weight_bounds(plan: SitePlan, row_bits: torch.Tensor | None, span: slice = s
         return plan.weight_range
     symmetric = plan.weight_quantiser == "symmetric"
     pairs = [integer_range(int(bits), symmetric) for bits in row_bits[span]]
-    low, high = torch.tensor(pairs, dtype=torch.float32, device=row_bits.device).T
+    low, high = torch.tensor(pairs, dtype=torch.float32).T.to(row_bits.device)
     return low[:, None], high[:, None]
 
 
