@@ -1,9 +1,10 @@
-"""What a process of its own does in tests/test_devices.py: python tests/placed.py WORKSPACE FOLDER.
+"""What a process of its own does in tests/test_devices.py: python tests/placed.py WORKSPACE FOLDER METHOD…
 
 `--device cuda` is here a device that is none (tests/elsewhere.py), which a process cannot get rid of again. Students
 are distilled and images sampled on it and on the processor, and what became of both is written down.
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ from pipelines.stages import load
 from pipelines.store import Store
 
 COURSE = {"trajectories": 1, "batch": 2, "save_every": 2}
-METHODS = [("hqdm", "tuned"), ("efficientdm", None), ("quest", None), ("mpq_dm", None), ("ptqd", "distilled")]
 
 
 def on_device(store: Store, stage: str, chosen: dict, **options):
@@ -31,7 +31,7 @@ def on_device(store: Store, stage: str, chosen: dict, **options):
 
 
 def mixed(store: Store, plan: str) -> list[str]:
-    """What is said where one tensor of a layer is left on the processor, or the noise, or the conditions."""
+    """What is said where what these functions make is left on the processor."""
     said = []
     places = [(layers.QuantLayer, "rounded"), (layers.QuantLayer, "centred"), (distillation, "noise_of")]
     for owner, name in places:
@@ -55,18 +55,19 @@ def mixed(store: Store, plan: str) -> list[str]:
     return said
 
 
-def main(workspace: str, folder: str) -> None:
+def main(workspace: str, folder: str, *methods: str) -> None:
     store, seen = Store(Path(workspace)), {}
     usual = cuda.place_of
     cuda.place_of = lambda name: DEVICE if name == "cuda" else usual(name)
     cuda.name_of = lambda device: device.type
-    for method, variant in METHODS:
-        plan = make(store, "plan", method=method, variant=variant).id
+    for word in methods:
+        method, _, variant = word.partition("/")
+        plan = make(store, "plan", method=method, variant=variant or None).id
         here = make(store, "distill", {"plan": plan}, **COURSE)
         there = on_device(store, "distill", {"plan": plan}, **COURSE)
-        losses = [(artifact.path / "losses.csv").read_text() for artifact in (here, there)]
-        seen[f"distill {method}"] = {"device": there.figures["device"], "losses": losses[0] == losses[1],
-                                     "digest": here.digest == there.digest}  # fmt: skip
+        rows = [csv.DictReader((artifact.path / "losses.csv").open()) for artifact in (here, there)]
+        losses = [[float(row["loss_per_image"]) for row in some] for some in rows]
+        seen[f"distill {method}"] = {"device": there.figures["device"], "here": losses[0], "there": losses[1]}
     for source in ("teacher", "fake"):
         chosen = {"source": there.id} if source == "fake" else {}
         options = {"source": source, "count": 3, "batch": 2, "steps": STEPS}

@@ -42,6 +42,8 @@ class Config:
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"sample: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+        if self.device != "cpu" and self.source == "int":
+            raise UsageError(f"--device {self.device} is for teacher and fake student", f"--backend {self.device}")
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
@@ -60,8 +62,6 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
         )
     if config.backend is not None and config.source != "int":
         raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
-    if config.device != "cpu" and config.source == "int":
-        raise UsageError(f"--device {config.device} is for teacher and fake student", f"--backend {config.device}")
     if config.attention != "fp32" and (config.backend in ON_DEVICE or config.device != "cpu"):
         raise UsageError(f"--attention {config.attention} is compiled for processors alone", "leave it out")
     if config.attention != "fp32" and config.source == "teacher":
