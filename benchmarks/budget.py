@@ -33,7 +33,7 @@ UPDATE_SECONDS, UPDATE_IMAGES = (
 )  # measured, one thread: LDM-4 ImageNet, one image with guidance (docs/training.md)
 PASSES = 4  # of an update: teacher, student, and backward to activations and to weights
 GATHERS = 3  # of every weight in an update, under FSDP: teacher, student, and backward
-WHOLE = Settings(frees_after_forward=True, policy=None, whole=None)
+WHOLE = Settings(frees_after_forward=True, policy=None)
 BYTES_TRAINED = 20  # a trained value: itself, its gradient, two moments, its moving average
 # Dense int8 and bf16 operations a second of the makers' data sheets, and bytes of memory.
 DEVICES = {

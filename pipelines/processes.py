@@ -43,6 +43,7 @@ _NOT_DONE_BY_FSDP = (
     ("FSDP_OFFLOAD_PARAMS", (), "weights kept on the processor", "--fsdp_offload_params false, or more processes"),
     ("FSDP_ACTIVATION_CHECKPOINTING", (), "activations computed again",
      "--fsdp_activation_checkpointing false, and a smaller --batch"),
+    ("FSDP_IGNORED_MODULES", ("none",), "modules that stay whole", "leave fsdp_ignored_modules out"),
     ("FSDP_FORWARD_PREFETCH", (), "gathering weights ahead", "--fsdp_forward_prefetch false"),
 )  # fmt: skip
 

@@ -13,9 +13,9 @@ gradients, where FSDP's own would change the order in which gradients are added 
 Where a unit is not gathered its tensors are `Absent`: they have a shape, and computing with them is an error.
 """
 
-import re
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,13 +41,10 @@ class Settings:
 
     frees_after_forward: bool  # or keeps the student's units until their backward pass: more memory, less traffic
     policy: Callable[[nn.Module], Callable[[nn.Module], bool] | None] | None  # units; None: `_blocks` decides
-    whole: str | None  # regular expression: names of modules that are not divided
 
 
 def settings() -> Settings:
     """Accelerate's FSDP settings, as its own plugin reads them. UsageError for those that are none."""
-    import os
-
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
@@ -69,7 +66,6 @@ def settings() -> Settings:
     return Settings(
         bool(plugin.reshard_after_forward),
         policy if os.environ.get("FSDP_AUTO_WRAP_POLICY") else None,
-        plugin.ignored_modules,
     )
 
 
@@ -123,7 +119,7 @@ class Absent(torch.Tensor):
                 return told
         raise HqdmError(
             f"{function.__name__} reads a weight that is divided among processes outside the call of its layer",
-            "this network cannot be divided: leave FSDP out, or name the layer's module in FSDP_IGNORED_MODULES",
+            "this network cannot be divided: leave FSDP out",
         )
 
 
@@ -291,8 +287,6 @@ class ShardedWeights:
         """
         owners: dict[int, str] = {}
         for name, module in network.named_modules():
-            if self.chosen.whole and any(re.fullmatch(self.chosen.whole, outer) for outer in _and_outer(name)):
-                continue
             mine = max((unit for unit in self.units if unit == name or _is_inside(name, unit)), key=len)
             for value in module._parameters.values():
                 if value is not None and value.numel():
@@ -401,9 +395,3 @@ def _places(module: nn.Module, recurse: bool = True) -> Iterator[tuple[dict[str,
 
 def _is_inside(name: str, outer: str) -> bool:
     return name != outer and (outer == "" or name.startswith(f"{outer}."))
-
-
-def _and_outer(name: str) -> Iterable[str]:
-    """A module's name and those of the modules that it is in."""
-    parts = name.split(".")
-    return (".".join(parts[:length]) for length in range(1, len(parts) + 1))
