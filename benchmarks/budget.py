@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.models.compvis_config import unet_arguments
 from pipelines.models.compvis_published import PUBLISHED
 from pipelines.models.families import FAMILIES
+from pipelines.sharding import Settings, units_of
 from pipelines.workspace.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "speed" / "speed.json"
@@ -31,6 +32,8 @@ UPDATE_SECONDS, UPDATE_IMAGES = (
     2,
 )  # measured, one thread: LDM-4 ImageNet, one image with guidance (docs/training.md)
 PASSES = 4  # of an update: teacher, student, and backward to activations and to weights
+GATHERS = 3  # of every weight in an update, under FSDP: teacher, student, and backward
+WHOLE = Settings(frees_after_forward=True, policy=None)
 BYTES_TRAINED = 20  # a trained value: itself, its gradient, two moments, its moving average
 # Dense int8 and bf16 operations a second of the makers' data sheets, and bytes of memory.
 DEVICES = {
@@ -48,16 +51,22 @@ class Size:
     operations: int
     weights: int  # of linears and convolutions
     adapters: int  # parameters of LoRA
+    unit: int  # parameters of the largest unit that FSDP gathers
+    rest: int  # and of what belongs to none, which stays gathered while the network runs
 
     @staticmethod
     def of(network: nn.Module, *args, **kwargs) -> "Size":
         layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         with FlopCounterMode(display=False) as counted, torch.no_grad():
             network(*args, **kwargs)
+        units = dict.fromkeys(units_of(network, WHOLE), 0)
+        for name, value in network.named_parameters():
+            units[max((unit for unit in units if not unit or name.startswith(f"{unit}.")), key=len)] += value.numel()
         return Size(
             sum(value.numel() for value in network.parameters()), counted.get_total_flops(),
             sum(layer.weight.numel() for layer in layers),
             sum(RANK * (layer.weight[0].numel() + layer.weight.shape[0]) for layer in layers),
+            max(units.values()), units[""],
         )  # fmt: skip
 
     def packed(self, bits: int) -> float:
@@ -68,6 +77,12 @@ class Size:
     def distilling(self) -> float:
         """Bytes that distillation holds besides activations: the weights that both share, and what is trained."""
         return 4 * self.parameters + BYTES_TRAINED * self.adapters
+
+    def divided(self, processes: int) -> float:
+        """The same of each of several processes under FSDP, at the moment that it holds most: its part of the weights,
+        what belongs to no unit, the unit that runs and the message in which it came.
+        """
+        return 4 * (self.parameters / processes + self.rest + 2 * self.unit) + BYTES_TRAINED * self.adapters
 
 
 def ldm4() -> Size:
@@ -160,11 +175,18 @@ def transformer_table(known: dict[str, float], options: argparse.Namespace) -> I
         step, update = size.operations / (int8 * known["share"]), PASSES * size.operations / (bf16 * share)
         yield f"| {name}, at this machine's shares | {told(step)} | {told(update)} | {held}: {fits} |"
     yield ""
-    yield "| processes | a process sends an update | at 10 GB/s |"
-    yield "| --- | --- | --- |"
+    yield (
+        "| processes | a process sends an update | at 10 GB/s | with FSDP it holds, without activations "
+        "| and gets an update, besides | at 10 GB/s |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- |"
     for count in options.processes:
         sent = 2 * (count - 1) / count * 4 * size.adapters  # fp32, around a ring
-        yield f"| {count} | {sent / 1e9:.2f} GB | {told(sent / 10e9)} |"
+        row = f"| {count} | {sent / 1e9:.2f} GB | {told(sent / 10e9)} |"
+        if count > 1:
+            got = GATHERS * 4 * size.parameters * (count - 1) / count
+            row += f" {size.divided(count) / 1e9:.1f} GB | {got / 1e9:.0f} GB | {told(got / 10e9)} |"
+        yield row if count > 1 else f"{row} | | |"
 
 
 def main(arguments: list[str] | None = None) -> None:

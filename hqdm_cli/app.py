@@ -120,6 +120,7 @@ def _follow(debug: bool) -> int:
 def _lead(args: list[str]) -> int:
     debug = "--debug" in args
     try:
+        processes.check_settings()
         with _terminable():
             code = typer.main.get_command(app).main(
                 args=args or ["--help"], prog_name="hqdm", standalone_mode=False, obj={"args": args}

@@ -31,6 +31,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="An option of the method, as in order=16; may be given again.", metavar="NAME=VALUE"),
 ]
+Device = Annotated[str | None, typer.Option(help="Where floating point is computed.", metavar="cpu|cuda")]
 Processes = Annotated[
     int | None,
     typer.Option("--processes", help="Processes of this machine that share the work; 1 by default.", metavar="N"),

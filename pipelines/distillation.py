@@ -134,7 +134,7 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
             ("an adapter", layer.lora_a, False),
             ("an adapter", layer.lora_b, False),
             ("a weight", layer.weight if layer.weight.requires_grad else None, False),
-            ("a bias", layer.bias, False),
+            ("a bias", layer.bias if layer.bias is not None and layer.bias.requires_grad else None, False),
             ("the weight scale", layer.weight_scale, True),
         )
         if values is not None
@@ -205,7 +205,7 @@ def distill(
             f"{crew.count} processes cannot share trajectories in batches of {course.batch}",
             f"take --batch {crew.count} or more, or fewer processes",
         )
-    mine = crew.part(course.batch)
+    mine, device = crew.part(course.batch), parameters[0].device
     student.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -222,14 +222,14 @@ def distill(
             for parameter, value in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
         optimiser.load_state_dict(state["optimiser"])
-        done, losses, x = state["done"], state["losses"], state["x"][mine]
-        means, averages = state["means"], state["averages"]
+        done, losses, x = state["done"], state["losses"], state["x"][mine].to(device)
+        means, averages = state["means"], [average.to(device) for average in state["averages"]]
         if relation is not None and state["features"] is not None:
-            relation.before = [_rows_of(mine, features, course.batch) for features in state["features"]]
+            relation.before = [_rows_of(mine, features, course.batch).to(device) for features in state["features"]]
         report.note(f"goes on after update {done} of {course.updates}")
 
     def save() -> None:
-        parts = crew.gathered((x, relation and relation.before))
+        parts = crew.gathered((x.cpu(), relation and relation.before and [part.cpu() for part in relation.before]))
         if not crew.leads:
             return
         features = relation and relation.before and [
@@ -247,7 +247,7 @@ def distill(
         indices = list(range(number * course.batch, (number + 1) * course.batch))[mine]
         conditions = conditions_of(course.seed, indices, info.conditions)
         if first == 0:
-            x = noise_of(course.seed, indices, info.shape, "distill")
+            x = noise_of(course.seed, indices, info.shape, "distill").to(device)
         # No gradient inside the generator's frames; it is resumed under grad mode for the student's own pass.
         with torch.no_grad():
             steps = trajectory(
@@ -322,9 +322,11 @@ def _rows_of(mine: slice, whole: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 @contextmanager
-def _frozen(student: Denoiser) -> Iterator[None]:
-    """Inside, the student's layers compute their weights' integers once, as in sampling."""
-    layers = quant_layers(student.network).values()
+def _frozen(student: Denoiser, together: bool) -> Iterator[None]:
+    """Inside, the student's layers compute their weights' integers once, as in sampling; the same at every call where
+    weights are divided, since integers kept would be whole.
+    """
+    layers = () if together else quant_layers(student.network).values()
     for layer in layers:
         layer.freeze()
     try:
@@ -335,18 +337,19 @@ def _frozen(student: Denoiser) -> Iterator[None]:
 
 
 def _side_by_side(
-    teacher: Denoiser, student: Denoiser, course: Course, images: int, purpose: str, report: Report
+    teacher: Denoiser, student: Denoiser, course: Course, images: int, purpose: str, report: Report, together: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(x_t, timestep, conditions, the teacher's prediction) along trajectories of the teacher without noise after the
     start, as in sampling; noise and conditions are the purpose's own. course.batch images stand in memory at once.
     """
     info, scheduler = teacher.info, walker(teacher.info.schedule)
+    device = next(student.network.timestep_tables.parameters()).device
     starts = range(0, images, course.batch)
     report.begin(purpose, len(starts) * course.steps)
-    with _frozen(student):
+    with _frozen(student, together):
         for done, start in enumerate(starts):
             indices = list(range(start, min(start + course.batch, images)))
-            x = noise_of(course.seed, indices, info.shape, purpose)
+            x = noise_of(course.seed, indices, info.shape, purpose).to(device)
             conditions = conditions_of(course.seed, indices, info.conditions, f"{purpose} classes")
             for step, timestep, x_t, target in trajectory(
                 teacher, scheduler, info.schedule, course.steps, x, conditions, course.guidance, 0.0, course.seed,
@@ -362,12 +365,14 @@ def _side_by_side(
 
 @torch.no_grad()
 def measure_guidance(
-    teacher: Denoiser, student: Denoiser, course: Course, signal: float, folder: Path, report: Report
-) -> GuidanceShares:
+    teacher: Denoiser, student: Denoiser, course: Course, signal: float, folder: Path, report: Report,
+    together: bool = False,
+) -> GuidanceShares:  # fmt: skip
     """What share of the guidance the student, as it is, keeps at every timestep of the course.
 
     Both predict under the condition and under none at the same x_t of trajectories of the teacher: GUIDANCE_IMAGES, or
     a fifth of what is distilled on. signal: the recipe's `guidance_signal`. Kept in `folder`.
+    together: whether every process of the job measures all of it, as where weights are divided and each gathers them.
 
     All of it where the course is not guided: what the student does not learn to make up for is not taken from it.
     """
@@ -376,11 +381,12 @@ def measure_guidance(
         schedule = teacher.info.schedule
         timesteps = sorted(timesteps_of(walker(schedule), schedule, course.steps))
         return GuidanceShares(torch.tensor(timesteps, dtype=torch.float64), torch.ones(len(timesteps)), asked)
-    if (kept := read_state(folder / "guidance.pt", report)) is not None:
+    crew = processes.here() if together else processes.ALONE
+    if (kept := crew.once(lambda: read_state(folder / "guidance.pt", report))) is not None:
         return GuidanceShares(*kept)
     differences: dict[float, Differences] = {}
     images = min(GUIDANCE_IMAGES, max(course.batch, course.trajectories * course.batch // 5))
-    for x, timestep, conditions, _ in _side_by_side(teacher, student, course, images, "guidance", report):
+    for x, timestep, conditions, _ in _side_by_side(teacher, student, course, images, "guidance", report, together):
         null = torch.full_like(conditions, teacher.info.conditions)
         true, mine = (
             model.predict(x, timestep, conditions, 1.0) - model.predict(x, timestep, null, 1.0)
@@ -393,18 +399,23 @@ def measure_guidance(
     shown = ", ".join(f"{step:g}: {share:.2f}" for step, share in zip(timesteps, shares.tolist(), strict=True))
     report.note(f"share of the guidance that is kept, by timestep: {shown}")
     result = torch.tensor(timesteps, dtype=torch.float64), shares, asked
-    write_state(folder / "guidance.pt", result)
+    if crew.leads:
+        write_state(folder / "guidance.pt", result)
     return GuidanceShares(*result)
 
 
 @torch.no_grad()
-def measure_correction(teacher: Denoiser, student: Denoiser, course: Course, images: int, report: Report) -> Correction:
+def measure_correction(
+    teacher: Denoiser, student: Denoiser, course: Course, images: int, report: Report, together: bool = False
+) -> Correction:
     """What can be taken out of a trained student's predictions at every timestep of the course.
 
-    Both predict at the same x_t of `images` trajectories of the teacher (η = 0, as PTQD's code).
+    Both predict at the same x_t of `images` trajectories of the teacher (η = 0, as PTQD's code). `together` as above.
     """
     moments: dict[float, Moments] = {}
-    for x, timestep, conditions, target in _side_by_side(teacher, student, course, images, "correction", report):
+    for x, timestep, conditions, target in _side_by_side(
+        teacher, student, course, images, "correction", report, together
+    ):
         predicted = student.predict(x, timestep, conditions, course.guidance)
         _check_student(predicted, float(timestep), "correction")
         moments.setdefault(float(timestep), Moments()).add(target, predicted)

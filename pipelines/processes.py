@@ -25,6 +25,27 @@ T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=30)
 LAUNCHER = "HQDM_LAUNCHER"  # the process id of whoever started this one, which it does not outlive
 WATCH_SECONDS = 1.0
+FSDP = "ACCELERATE_USE_FSDP"  # Accelerate's word for weights that are divided among the processes
+
+# What Accelerate's launcher may ask for and hqdm does not do: variable, values that ask for nothing, what it is, and
+# the way out.
+_NOT_DONE = (
+    ("ACCELERATE_USE_DEEPSPEED", (), "DeepSpeed", "weights are divided by FSDP: accelerate launch --use_fsdp"),
+    ("ACCELERATE_USE_MEGATRON_LM", (), "Megatron-LM", "weights are divided by FSDP: accelerate launch --use_fsdp"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", (), "a parallelism configuration",
+     "processes share trajectories and images, and with FSDP weights: leave --use_parallelism_config out"),
+    ("ACCELERATE_MIXED_PRECISION", ("no",), "mixed precision",
+     "students train in fp32, whose integers are exact: --mixed_precision no"),
+    ("ACCELERATE_DYNAMO_BACKEND", ("no",), "torch.compile", "--dynamo_backend no"),
+)  # fmt: skip
+# The same of FSDP's own settings.
+_NOT_DONE_BY_FSDP = (
+    ("FSDP_OFFLOAD_PARAMS", (), "weights kept on the processor", "--fsdp_offload_params false, or more processes"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", (), "activations computed again",
+     "--fsdp_activation_checkpointing false, and a smaller --batch"),
+    ("FSDP_IGNORED_MODULES", ("none",), "modules that stay whole", "leave fsdp_ignored_modules out"),
+    ("FSDP_FORWARD_PREFETCH", (), "gathering weights ahead", "--fsdp_forward_prefetch false"),
+)  # fmt: skip
 
 
 class PeerLost(HqdmError):
@@ -64,6 +85,10 @@ class Processes:
     def add(self, tensors: Sequence[Any]) -> None:
         """Replace fp32 tensors in place by their sums over all processes, the same bits at each."""
 
+    def mesh(self, device: Any) -> Any:
+        """The processes as torch's DeviceMesh of one dimension, whose messages travel between tensors on a device."""
+        raise HqdmError("one process has nobody to divide weights with", "start several: accelerate launch --use_fsdp")
+
 
 ALONE = Processes()
 
@@ -72,9 +97,16 @@ class _Several(Processes):
     """More than one, met through Accelerate's state."""
 
     def __init__(self):
+        import torch
+        import torch.distributed as dist
         from accelerate import PartialState
 
+        if divides_weights():  # imported later it would hold on to gloo's threads: see `part_company`
+            import torch.distributed.fsdp
+        if torch.cuda.is_available() and dist.is_nccl_available():  # tensors on GPUs travel between them
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
         state = PartialState(cpu=True, backend="gloo", timeout=PATIENCE)
+        self._meshes: dict[str, Any] = {}
         self.rank, self.count = state.process_index, state.num_processes
         if self.count != asked():
             raise HqdmError(
@@ -85,7 +117,7 @@ class _Several(Processes):
         import torch.distributed as dist
 
         values = [value]
-        with _peers():
+        with peers():
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -93,7 +125,7 @@ class _Several(Processes):
         import torch.distributed as dist
 
         values = [None] * self.count
-        with _peers():
+        with peers():
             dist.all_gather_object(values, value)
         return values
 
@@ -102,14 +134,33 @@ class _Several(Processes):
         import torch.distributed as dist
 
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])  # one message, however many tensors
-        with _peers():
+        with peers():
             dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
+    def mesh(self, device: Any) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if device.type not in self._meshes:
+            with peers():
+                self._meshes[device.type] = init_device_mesh(device.type, (self.count,))
+        return self._meshes[device.type]
+
+    def leave(self) -> None:
+        """Let go of the other processes, and of all threads that wait for them."""
+        import gc
+
+        import torch.distributed as dist
+
+        gc.collect()  # weights that were divided hold on to the group
+        for mesh in self._meshes.values():  # torch's caches hold on to meshes, which hold on to the group
+            getattr(mesh, "_pg_registry", {}).clear()
+        dist.destroy_process_group()
+
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
     """What torch and gloo raise where the connection to another process is gone becomes PeerLost."""
     import torch.distributed as dist
 
@@ -148,6 +199,44 @@ def asked() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _asks(variable: str, nothing: Sequence[str] = ()) -> bool:
+    return os.environ.get(variable, "").strip().lower() not in ("", "0", "false", "f", "no", "n", "off", *nothing)
+
+
+def divides_weights() -> bool:
+    """Whether Accelerate's configuration asks for FSDP."""
+    return _asks(FSDP)
+
+
+def check_settings() -> None:
+    """UsageError for what Accelerate's launcher was told to do and hqdm does not do; it would pass in silence."""
+    wanted = [*_NOT_DONE, *(_NOT_DONE_BY_FSDP if divides_weights() else ())]
+    for variable, nothing, what, way_out in wanted:
+        if _asks(variable, nothing):
+            raise UsageError(f"{variable}={os.environ[variable]} asks for {what}, which hqdm does not do", way_out)
+    if divides_weights() and (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise UsageError(
+            f"FSDP_VERSION={version}: hqdm divides weights by FSDP 2 alone",
+            "--fsdp_version 2, or fsdp_version: 2 in Accelerate's configuration (accelerate config; accelerate "
+            "to-fsdp2 converts one)",
+        )
+
+
+def divide_weights() -> bool:
+    """Whether the stage that runs now divides its frozen weights among the processes that share it: the leader's word.
+    UsageError where that is asked for and there is one process.
+    """
+    met = here()
+    check_settings()
+    asked_for = met.once(divides_weights)
+    if asked_for and met.count == 1:
+        raise UsageError(
+            f"{FSDP} asks for weights that are divided among processes, and there is one",
+            "start several: accelerate launch --use_fsdp --num_processes 2 (its --cpu starts one), or leave FSDP out",
+        )
+    return asked_for
+
+
 _crew: Processes | None = None
 
 
@@ -178,9 +267,7 @@ def part_company() -> None:
     """
     global _crew
     if _crew is not None and _crew.count > 1:
-        import torch.distributed as dist
-
-        dist.destroy_process_group()
+        _crew.leave()
     _crew = ALONE
 
 

@@ -25,6 +25,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.seals import sha256_of_file
 from pipelines.workspace.store import Store
 
+DIVIDING = ("distill", "sample")  # stages whose floating-point weights FSDP divides
 MOST_REASONS = 4  # that are told of why a stage runs
 
 
@@ -109,6 +110,8 @@ def _run(
 ) -> dict[str, Any]:  # fmt: skip
     """The stage's figures: made by all processes of this job where the stage can share its work, else by this one."""
     crew = processes.crew()
+    if processes.divides_weights() and stage not in DIVIDING:
+        report.note(f"{stage}: weights stay whole here; FSDP divides those of {' and '.join(DIVIDING)}")
     shared = crew.count > 1 and hasattr(module, "shared") and module.shared(config, inputs)
     if not shared:
         return module.run(config, inputs, draft, report)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from pipelines.events import Report
 
@@ -68,7 +69,10 @@ def in_one_piece(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_state(path: Path, value: Any) -> None:
-    """Replace `path` in one piece by `value`: tensors and plain values in nested tuples, lists and mappings."""
+    """Replace `path` in one piece by `value`: tensors, wherever they are, and plain values in nested tuples, lists and
+    mappings. They are read on the processor.
+    """
+    value = tree_map_only(torch.Tensor, torch.Tensor.cpu, value)
     with in_one_piece(path) as file:
         torch.save({"value": value, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}, file)
         file.flush()

@@ -88,8 +88,11 @@ def share_frozen(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser, memo)
 
 
-def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], seed: int) -> Denoiser:
+def new_student(
+    teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], seed: int, based: bool = True
+) -> Denoiser:
     """A fake student at a plan's initial scales, with fresh adapters, ready to train. `scales`: the plan's tensors.
+    based: whether `set_base` is called for every layer.
 
     The tables hold scales in orthonormal coordinates (times `unit`), which is what the recipe's learning rates are for.
     """
@@ -113,8 +116,8 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
     )
     layers = _swap_in(student, plans, tables, scales)
     for index, (name, layer) in enumerate(layers.items()):
-        if recipe.base_weight == "quantised" and "weights" not in recipe.trains:
-            layer.set_base(scales[f"{name}/weight_scale"])
+        if based:
+            set_base(name, layer, plan, scales)
         if recipe.roles and layer.plan.site.role not in recipe.roles:
             continue
         if "adapters" in recipe.trains and recipe.updates == "distill":
@@ -124,6 +127,12 @@ def new_student(teacher: Denoiser, plan: Plan, scales: dict[str, torch.Tensor], 
         if "biases" in recipe.trains:
             layer.train_bias()
     return student
+
+
+def set_base(name: str, layer: fake_layers.QuantLayer, plan: Plan, scales: dict[str, torch.Tensor]) -> None:
+    """What a layer's adapters add to, where that is not the weight itself."""
+    if plan.recipe.base_weight == "quantised" and "weights" not in plan.recipe.trains:
+        layer.set_base(scales[f"{name}/weight_scale"])
 
 
 def groups_at(plan: Plan, timesteps: list[float]) -> list[int] | None:
@@ -165,12 +174,13 @@ def student_tensors(student: Denoiser, plan: Plan, scales: dict[str, torch.Tenso
         for what, value in (("weight", layer.weight), ("bias", layer.bias)):
             if isinstance(value, nn.Parameter):
                 tensors[f"{name}/{what}"] = value.detach().clone().contiguous()
-    return tensors
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) -> Denoiser:
     """The fake student of `student.safetensors`; it shares its teacher's weights. `freeze` computes every V, for
-    sampling. FileFault for tensors that are not its plan's, NumericalFault for scales that are not positive.
+    sampling; without, it is computed at every call, to the same bits. FileFault for tensors that are not its plan's,
+    NumericalFault for scales that are not positive.
     """
     tensors = _load(path)
     student = share_frozen(teacher)
@@ -191,15 +201,21 @@ def load_fake(teacher: Denoiser, plan: Plan, path: Path, freeze: bool = True) ->
         if f"{name}/lora_a" in tensors:
             layer.lora_a = nn.Parameter(tensors[f"{name}/lora_a"])
             layer.lora_b = nn.Parameter(tensors[f"{name}/lora_b"])
-        if freeze:
-            layer.freeze()
-    if freeze:
-        integer_layers.shorten(student.network)
     if plan.recipe.guidance_signal and student.info.guidance == CLASSIFIER_FREE:
         student.guidance_shares = GuidanceShares.load(path.parent)
     if plan.recipe.correction:
         student.correction = Correction.load(path.parent)
-    return student.requires_grad_(False).eval()
+    student.requires_grad_(False).eval()
+    if freeze:
+        freeze_weights(student)
+    return student
+
+
+def freeze_weights(student: Denoiser) -> None:
+    """Compute every V of a fake student once, where it lies, and let it compute nothing that sampling does not need."""
+    for layer in fake_layers.quant_layers(student.network).values():
+        layer.freeze()
+    integer_layers.shorten(student.network)
 
 
 def _tables(tensors: dict[str, torch.Tensor], prefix: str, plans: list[SitePlan], path: Path) -> TimestepTables:

@@ -40,6 +40,7 @@ FLOORS = {
     "pipelines.replay": 4,
     "pipelines.students": 4,  # quantised denoisers: of models, kernels and quant together
     "pipelines.distillation": 4,
+    "pipelines.sharding": 4,
     "pipelines.reconstruction": 4,
     "pipelines.digits.train": 4,
     "pipelines.cifar10.data": 4,

@@ -213,3 +213,5 @@ def test_a_large_jobs_plan_counts_what_a_layer_has_and_does():
     assert size.operations == 2 * (64 * 5 * 27 + 5 * 64 * 7)
     assert size.adapters == RANK * (27 + 5 + 64 + 7)
     assert size.packed(4) == size.weights / 2 + 4 * 12
+    assert size.unit == 64 * 7 + 7 and size.rest == 0  # two layers, and each is a unit
+    assert size.divided(4) == 4 * (size.parameters / 4 + 2 * size.unit) + 20 * size.adapters

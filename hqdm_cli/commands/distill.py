@@ -12,6 +12,7 @@ from hqdm_cli.options import (
     Batch,
     Bits,
     Debug,
+    Device,
     DryRun,
     Eta,
     Force,
@@ -60,6 +61,7 @@ def distill(
     guidance: Guidance = None,
     batch: Batch = None,
     save_every: Annotated[int | None, typer.Option(help="Updates between two saved states.", metavar="N")] = None,
+    device: Device = None,
     seed: Seed = None,
     processes: Processes = None,
     workspace: Workspace = WORKSPACE,
@@ -96,6 +98,7 @@ def distill(
         guidance=guidance,
         batch=batch,
         save_every=save_every,
+        device=device,
         seed=seed,
     )
     outcomes = []

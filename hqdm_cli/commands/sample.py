@@ -9,6 +9,7 @@ from hqdm_cli.options import (
     WORKSPACE,
     Batch,
     Debug,
+    Device,
     DryRun,
     Eta,
     Force,
@@ -55,6 +56,7 @@ def sample(
             metavar="ID",
         ),
     ] = None,
+    device: Device = None,
     seed: Seed = None,
     processes: Processes = None,
     workspace: Workspace = WORKSPACE,
@@ -86,7 +88,7 @@ def sample(
             "sample", source=source, count=count, steps=steps, eta=eta, guidance=guidance, scheduler=scheduler,
             batch=batch, backend=None if source in beside_int else backend, low_memory=low_memory,
             attention=None if source == "teacher" and sources[1:] else attention,
-            seed=seed,
+            device=None if source == "int" and sources[1:] else device, seed=seed,
         )  # fmt: skip
         named = {"source": store.ancestor(chosen, runner.SOURCES[config.source]).id} if chosen else {}
         stages.load("sample").inputs(config, store, named)  # refuses now what would be refused after the first source

@@ -77,6 +77,22 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def place_of(name: str) -> torch.device:
+    """Where floating point is computed, `cpu` or `cuda`; HqdmError where there is no such device. Processes of a job
+    are dealt the GPUs of their machine, and fp32 stays fp32.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise HqdmError(
+            "there is no CUDA device, or this build of torch has no CUDA",
+            "use --device cpu; pip install a CUDA build of torch where there is a GPU (hqdm doctor)",
+        )
+    round_nothing()
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def name_of(device: torch.device) -> str:
     """What a device is called: a GPU by its name, the processor cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -78,7 +78,7 @@ class Denoiser(nn.Module):
 
     def given(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the network is told under conditions (N,) int64."""
-        return {name: value[rows] for name, value in self.conditions.named_buffers()}
+        return {name: value[rows.to(value.device)] for name, value in self.conditions.named_buffers()}
 
     def predict(
         self, x: torch.Tensor, timestep: torch.Tensor, conditions: torch.Tensor, guidance: float
@@ -275,14 +275,18 @@ def info_from_dict(values: Mapping) -> ModelInfo:
     return info
 
 
-def load_denoiser(folder: Path) -> Denoiser:
-    """The inverse of `save_denoiser`: fp32, evaluation mode, frozen; convolutions channels-last, the rest mapped."""
+def load_denoiser(folder: Path, mapped: bool = False) -> Denoiser:
+    """The inverse of `save_denoiser`: fp32, evaluation mode, frozen; convolutions channels-last, the rest mapped.
+
+    mapped: convolutions too are left in the mapped file, as they lie there, for whoever lays them out anew.
+    """
     folder = Path(folder)
     info = read_info(folder)
     config = read_json(folder / "denoiser" / "config.json")
     network = FAMILIES[info.family].build(config, info.options)
-    fill(network, folder / WEIGHTS)
-    return ready(Denoiser(network, load_conditions(folder, info), info, FirstStage.load(folder)))
+    fill(network, folder / WEIGHTS, mapped)
+    denoiser = Denoiser(network, load_conditions(folder, info), info, FirstStage.load(folder))
+    return ready(denoiser, torch.preserve_format if mapped else torch.channels_last)
 
 
 def load_conditions(folder: Path, info: ModelInfo) -> dict[str, torch.Tensor]:
@@ -316,18 +320,18 @@ def check_finite(denoiser: Denoiser) -> None:
                 )
 
 
-def fill(network: nn.Module, path: Path) -> None:
+def fill(network: nn.Module, path: Path, mapped: bool = False) -> None:
     """Give a network on the meta device its tensors from a file.
 
-    A convolution's weight is copied, channels-last; everything else stays a view of the mapped file. The two come
-    through maps of their own, so that the pages that were copied are let go.
+    A convolution's weight is copied, channels-last, unless `mapped`; everything else stays a view of the mapped file.
+    The two come through maps of their own, so that the pages that were copied are let go.
     """
     spatial = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
     try:
         for wanted in (True, False):
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys() if (name in spatial) == wanted}
-            if wanted:
+            if wanted and not mapped:
                 for name in tensors:
                     tensors[name] = tensors[name].clone(memory_format=torch.channels_last)
             network.load_state_dict(tensors, strict=False, assign=True)
@@ -337,11 +341,30 @@ def fill(network: nn.Module, path: Path) -> None:
         raise FileFault(f"{path}: no tensor for {', '.join(empty[:5])}", "make the model artifact again: --force")
 
 
+def place(device: torch.device, *parts: nn.Module) -> None:
+    """Move modules to a device, in place: memory that they share they share there too, parameters are new ones, and
+    what is divided among processes (on the meta device) stays as it is.
+    """
+    moved: dict[tuple, torch.Tensor] = {}
+    for module in (module for part in parts for module in part.modules()):
+        for store in (module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is None or value.is_meta or value.device == device:
+                    continue
+                memory = value.untyped_storage()
+                key = memory.data_ptr(), value.dtype
+                if key not in moved:
+                    moved[key] = torch.empty(0, dtype=value.dtype).set_(memory).to(device)
+                there = moved[key].as_strided(value.shape, value.stride(), value.storage_offset())
+                learned = isinstance(value, nn.Parameter)
+                store[name] = nn.Parameter(there, requires_grad=value.requires_grad) if learned else there
+
+
 def _channels_last(_module, _args, output: torch.Tensor) -> torch.Tensor:
     return output.contiguous(memory_format=torch.channels_last)
 
 
-def ready(denoiser: Denoiser) -> Denoiser:
+def ready(denoiser: Denoiser, memory_format: torch.memory_format = torch.channels_last) -> Denoiser:
     """Evaluation mode, frozen, channels-last: the state in which every stage uses a denoiser.
 
     An input of one channel is both formats at once, and torch then takes the slower one for the whole first level, so
@@ -349,4 +372,4 @@ def ready(denoiser: Denoiser) -> Denoiser:
     """
     if hasattr(denoiser.network, "conv_in"):
         denoiser.network.conv_in.register_forward_hook(_channels_last)
-    return denoiser.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return denoiser.eval().requires_grad_(False).to(memory_format=memory_format)

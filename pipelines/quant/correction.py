@@ -57,7 +57,7 @@ class Moments:
         true, quantised = (value.double().transpose(0, 1).flatten(1) for value in (teacher, student))
         error = quantised - true
         moments = (true, error, true * true, true * error, error * error)
-        self._sums = self._sums + torch.stack([moment.sum(1) for moment in moments])
+        self._sums = self._sums + torch.stack([moment.sum(1) for moment in moments]).cpu()
         self._count += true.shape[1]
 
     def fit(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

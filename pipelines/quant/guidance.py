@@ -60,7 +60,7 @@ class Differences:
     def add(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Count two differences (N, C, H, W) at the same x."""
         true, mine = teacher.double(), student.double()
-        self._sums += torch.stack([(true * true).sum(), (true * mine).sum(), (mine * mine).sum()])
+        self._sums += torch.stack([(true * true).sum(), (true * mine).sum(), (mine * mine).sum()]).cpu()
 
     def share(self, signal: float) -> float:
         """w for a weight λ = `signal` of what is lost; 0 where the teacher's difference is nothing or turned round."""

@@ -202,7 +202,7 @@ class QuantLayer(nn.Module):
         """
         self.base_codes = self.base_scale = None
         rows = as_rows(self.weight)
-        codes = torch.empty(rows.shape, dtype=torch.uint8)
+        codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
         for span in row_spans(*rows.shape):
             low, high = self.surroundings.bounds(span)
             part = self._rows(span).turned(rows[span])
@@ -226,7 +226,7 @@ class QuantLayer(nn.Module):
 
     def train_bias(self) -> None:
         """Make the bias a parameter of its own; zeros where there was none."""
-        bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias.clone()
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias.clone()
         del self.bias
         self.bias = nn.Parameter(bias)
 
@@ -257,7 +257,7 @@ class QuantLayer(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W + BA, (out, in, …)."""
-        result, a = torch.empty(len(self.weight), self.weight[0].numel()), self._a()
+        result, a = self.weight_scale.new_empty(len(self.weight), self.weight[0].numel()), self._a()
         for span in row_spans(*result.shape):
             base, added = self._rows(span).values(), self._added(span, a)
             result[span] = base if added is None else added.add_(base)
@@ -271,9 +271,9 @@ class QuantLayer(nn.Module):
         (outputs,); and with `keep` what `WeightRows.gradient` asks for.
         """
         count, columns, a = whole.stop - whole.start, self.weight[0].numel(), self._a()
-        centred, rounded = torch.empty(count, columns), None
+        centred, rounded = self.weight_scale.new_empty(count, columns), None
         if keep:
-            rounded = torch.empty(count, columns, dtype=torch.int8 if self.plan.weight_bits < 8 else torch.int16)
+            rounded = torch.empty_like(centred, dtype=torch.int8 if self.plan.weight_bits < 8 else torch.int16)
         for part in row_spans(count, columns):
             span = slice(whole.start + part.start, whole.start + part.stop)
             self._rows(span).quantise(
@@ -449,13 +449,13 @@ class _WeightGradients:
     def __init__(self, layer: QuantLayer, by_output: torch.Tensor):
         self.layer, self.by_output = layer, by_output
         outputs = len(layer.weight)
-        self.sums, self.base_sums = torch.empty(2, outputs, dtype=torch.float64)
+        self.sums, self.base_sums = by_output.new_empty(2, outputs, dtype=torch.float64)
         self.by_row = by_output / layer.weight_scale
         self.a, self.a_grad, self.b_grad, self.weight_grad = layer._a(), None, None, None
         if self.a is not None:
             self.b_grad = torch.empty_like(layer.lora_b)
         if layer.weight.requires_grad:
-            self.weight_grad = torch.empty(outputs, layer.weight[0].numel())
+            self.weight_grad = by_output.new_empty(outputs, layer.weight[0].numel())
 
     def add(self, span: slice, grad: torch.Tensor, rounded: torch.Tensor, folds: bool) -> None:
         """grad: (outputs, …·in), overwritten; rounded: what `QuantLayer.quantised` kept of the same outputs."""

@@ -92,7 +92,7 @@ class WeightRows:
         (n,) fp64.
         """
         compiled, weight = self._compiled(fold)
-        sums = torch.empty(2, len(grad), dtype=torch.float64)
+        sums = grad.new_empty(2, len(grad), dtype=torch.float64)
         if compiled is not None:
             compiled.hqdm_weight_gradient(
                 ctypes.byref(weight), rounded.data_ptr(), rounded.dtype == torch.int16, grad.data_ptr(),

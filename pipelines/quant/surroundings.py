@@ -87,7 +87,7 @@ def weight_bounds(plan: SitePlan, row_bits: torch.Tensor | None, span: slice = s
         return plan.weight_range
     symmetric = plan.weight_quantiser == "symmetric"
     ranges = torch.tensor([integer_range(bits, symmetric) for bits in range(1, max(WEIGHT_BITS) + 1)])
-    low, high = ranges.float().T[:, row_bits[span].long() - 1]
+    low, high = ranges.to(row_bits.device).float().T[:, row_bits[span].long() - 1]
     return low[:, None], high[:, None]
 
 

@@ -10,6 +10,8 @@ import csv
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
@@ -32,6 +34,7 @@ class Config:
     eta: float | None = None  # 1 where the scheduler has it; of a reconstruction's calibration 0, as in sampling
     seed: int = 0
     save_every: int = field(default=100, metadata={"key": False})  # updates between two saved states
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"key": False})  # like threads: the last bits
 
     def __post_init__(self):
         for name in ("trajectories", "steps", "batch", "save_every"):
@@ -64,20 +67,29 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines import processes
     from pipelines.diffusion import eta_or, timesteps_of, walker
     from pipelines.distillation import distill, measure_correction, measure_guidance
-    from pipelines.models.denoiser import load_denoiser
+    from pipelines.kernels import cuda
+    from pipelines.models.denoiser import load_denoiser, place
     from pipelines.models.families.base import CLASSIFIER_FREE
     from pipelines.quant.layers import quant_layers
     from pipelines.reconstruction.calibration import calibration, rescaled
     from pipelines.reconstruction.learning import reconstruct
     from pipelines.report.curves import loss_curve
-    from pipelines.students import groups_at, new_student, student_tensors
+    from pipelines.students import groups_at, new_student, set_base, student_tensors
 
     crew = processes.here()
     sites = read_sites(inputs["model"].file("sites.json"))
     plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
     scales = load_file(inputs["plan"].file("scales.safetensors"))
-    teacher = load_denoiser(inputs["model"].path)
     anew = plan.recipe.reconstruction
+    if plan.recipe.updates != "distill" and processes.divides_weights():
+        raise UsageError(
+            f"{processes.FSDP} asks for weights that are divided among processes, and {plan.method} learns at one",
+            "leave FSDP out, or take a method that distills",
+        )
+    if plan.recipe.updates == "reconstruct" and config.device != "cpu":
+        raise UsageError(f"{plan.method} reconstructs blocks on the processor alone", "leave --device out")
+    divided, device = processes.divide_weights(), cuda.place_of(config.device)
+    teacher = load_denoiser(inputs["model"].path, mapped=divided)
     steps = config.steps or len(plan.timesteps)
     scheduler = walker(teacher.info.schedule)
     timesteps = timesteps_of(scheduler, teacher.info.schedule, steps)
@@ -91,13 +103,22 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         if anew.rescale:
             groups, by = groups_at(plan, scales["timesteps"].tolist()), plan.recipe.activation_scale_by
             scales = rescaled(teacher, plan.quantised, scales, groups, calls, course, by, plan.recipe.headroom)
-    student = new_student(teacher, plan, scales, config.seed)
+    student = new_student(teacher, plan, scales, config.seed, based=not divided)
+    sharded = None
+    if divided:
+        from pipelines.sharding import ShardedWeights, settings
+
+        sharded = ShardedWeights(
+            teacher, student, settings(), device,
+            lambda name, layer: set_base(name, layer, plan, scales),
+        )  # fmt: skip
+        report.note(sharded.told())
+    place(device, teacher.network, student.network, teacher.conditions, student.conditions)
     losses, blocks, learned = [], [], 0
     signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
     if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
-        student.guidance_shares = crew.once(
-            lambda: measure_guidance(teacher, student, course, signal, out.work, report)
-        )
+        measure = partial(measure_guidance, teacher, student, course, signal, out.work, report, divided)
+        student.guidance_shares = crew.told(measure()) if divided else crew.once(measure)
     if plan.recipe.updates == "distill":
         losses = distill(teacher, student, plan.recipe, course, out.work / "state.pt", config.save_every, report)
         learned = sum(value.numel() for value in student.parameters() if value.requires_grad)
@@ -106,6 +127,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         scales, blocks, learned = scales | result.codes, result.rows, result.parameters
     else:
         report.note(f"{plan.method} trains nothing: the student is as it was calibrated")
+    correct = partial(measure_correction, teacher, student, course, plan.recipe.correction_images, report)
+    correction = correct(together=True) if plan.recipe.correction and divided else None
     if not crew.leads:
         return {}
 
@@ -117,7 +140,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
     (out.path / "plan.yaml").write_text(write_plan(plan))
     if plan.recipe.correction:
-        measure_correction(teacher, student, course, plan.recipe.correction_images, report).save(out.path)
+        (correction or correct()).save(out.path)
     layers = quant_layers(student.network)
     if any(layer.lora_a is not None for layer in layers.values()):
         write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
@@ -138,8 +161,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": learned,
         "blocks": len({row["block"] for row in blocks}),
         "guidance_share": _mean(student.guidance_shares.share.tolist()) if student.guidance_shares else None,
-        "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "threads": torch.get_num_threads(), "device": cuda.name_of(device),
+    } | (sharded.figures() if sharded else {})  # fmt: skip
 
 
 def at_timesteps(scales: dict, timesteps: list[float], grouped: bool = False) -> dict:
@@ -178,7 +201,7 @@ def write_adapters(layers: Mapping, rank: int, folder) -> None:
     for name, layer in layers.items():
         if layer.lora_a is None:
             continue
-        a, b = layer.lora_a.detach(), layer.lora_b.detach()
+        a, b = layer.lora_a.detach().cpu(), layer.lora_b.detach().cpu()
         if layer.weight.ndim == 4:
             b = b[:, :, None, None]
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()

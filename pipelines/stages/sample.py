@@ -37,12 +37,15 @@ class Config:
     batch: int = 50
     backend: Literal["cpu", "reference", "cuda", "cuda-bf16"] | None = None  # of the integer model; cpu by default
     attention: Literal["fp32", "int8"] = "fp32"  # what a student's attention multiplies in
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"key": False})  # of teacher and fake student
     low_memory: bool = field(default=False, metadata={"key": False})  # takes longer; the images are the same
 
     def __post_init__(self):
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"sample: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+        if self.device != "cpu" and self.source == "int":
+            raise UsageError(f"--device {self.device} is for teacher and fake student", f"--backend {self.device}")
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:
@@ -61,7 +64,7 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
         )
     if config.backend is not None and config.source != "int":
         raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
-    if config.attention != "fp32" and config.backend in ON_DEVICE:
+    if config.attention != "fp32" and (config.backend in ON_DEVICE or config.device != "cpu"):
         raise UsageError(f"--attention {config.attention} is compiled for processors alone", "leave it out")
     if config.attention != "fp32" and config.source == "teacher":
         raise UsageError(f"--attention {config.attention} is for students, not for the teacher", "leave it out")
@@ -82,30 +85,47 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     from pipelines import diffusion, native, processes
     from pipelines.kernels import cuda
-    from pipelines.kernels.attention import choose_products
+    from pipelines.kernels.attention import choose_products, shorten
     from pipelines.kernels.layers import check_inputs, forget_weights
     from pipelines.memory import return_freed_memory, trim
-    from pipelines.models.denoiser import load_denoiser
+    from pipelines.models.denoiser import load_denoiser, place
     from pipelines.replay import ReplayedSteps
     from pipelines.report.grids import save_grid
-    from pipelines.students import load_fake, load_integer
+    from pipelines.students import freeze_weights, load_fake, load_integer
 
-    maker = inputs["source"]
+    maker, crew = inputs["source"], processes.here()
     plan = None
+    divided = config.source != "int" and processes.divide_weights()
+    device = cuda.place_of(config.device)
     if config.source == "teacher":
-        model = load_denoiser(maker.path)
+        model = load_denoiser(maker.path, mapped=divided)
         size = maker.file("denoiser/diffusion_pytorch_model.safetensors").stat().st_size
     elif config.source == "fake":
         sites = read_sites(inputs["model"].file("sites.json"))
         plan = read_plan(maker.file("plan.yaml"), sites)
-        model = load_fake(load_denoiser(inputs["model"].path), plan, maker.file("student.safetensors"))
+        teacher = load_denoiser(inputs["model"].path, mapped=divided)
+        model = load_fake(teacher, plan, maker.file("student.safetensors"), freeze=False)
         weights = inputs["model"].file("denoiser/diffusion_pytorch_model.safetensors")
         size = weights.stat().st_size + maker.file("student.safetensors").stat().st_size
     else:
+        if processes.divides_weights():
+            report.note("sample: packed integers stay whole at each process; FSDP divides floating-point weights")
         model = load_integer(maker.path, config.backend or "cpu")
         if native.library() is None and config.backend not in ON_DEVICE:
             report.warn(f"no compiled kernels, so this takes longer: {native.state().why_not}; see hqdm doctor")
         size = maker.file("model.safetensors").stat().st_size
+    if divided:
+        from pipelines.sharding import ShardedWeights, settings
+
+        pair = (model, None) if config.source == "teacher" else (teacher, model)
+        sharded = ShardedWeights(*pair, settings(), device)
+        report.note(sharded.told())
+        if config.source == "fake":  # as frozen ones are, whose bits it has
+            shorten(model.network)
+    if config.source != "int":
+        place(device, model)
+    if config.source == "fake" and not divided:
+        freeze_weights(model)
     if config.source != "teacher":
         choose_products(model.network, config.attention)
     model.check_images()
@@ -128,22 +148,23 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     conditions = diffusion.conditions_of(config.seed, list(range(config.count)), info.conditions)
     if config.low_memory:
         return_freed_memory()
-    device, predictor = torch.device("cpu"), model
+    predictor = model
     if config.backend in ON_DEVICE:
         device = cuda.device()
         predictor = ReplayedSteps(model, timesteps, guidance, device)
-    crew = processes.here()
     latents_of, images_of = (_files(out.work, what, starts) for what in ("latents", "images"))
     size_of = {start: min(config.batch, config.count - start) for start in starts}
     shapes = {start: (size, *info.shape) for start, size in size_of.items()}
     missing = crew.once(lambda: [s for s in starts if not _is_kept(latents_of[s], shapes[s], report)])
     report.begin(f"sample {config.source}", config.count, _images_in(latents_of, size_of), unit="images")
     warm: set[int] = set()
-    for start in crew.dealt(missing):
+    # Where weights are divided nobody samples alone: whoever has no batch left draws the last one with the others.
+    spare = [(start, False) for start in missing[-1:]] * (-len(missing) % crew.count if divided else 0)
+    for start, keeps in crew.dealt([*((start, True) for start in missing), *spare]):
         indices = list(range(start, start + size_of[start]))
         mine = conditions[indices]
         try:
-            if len(indices) not in warm:  # packing for a new batch size is not sampling
+            if len(indices) not in warm and not divided:  # packing for a new batch size is not sampling
                 with torch.inference_mode():
                     for timestep in _of_each_size(model, timesteps, guidance):
                         zeros = torch.zeros(shapes[start], device=device)
@@ -160,7 +181,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             check_inputs(model.network)  # a device's kernels know the site
             raise
         check_inputs(model.network)
-        _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
+        if keeps:
+            _keep(latents_of[start], latents=latents.numpy(), seconds=taken)
         report.advance(_images_in(latents_of, size_of))
     crew.gathered(None)  # all latents are there
     report.advance(config.count)
