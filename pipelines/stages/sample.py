@@ -85,8 +85,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     from pipelines import diffusion, native, processes
     from pipelines.kernels import cuda
-    from pipelines.kernels.attention import choose_products, shorten
-    from pipelines.kernels.layers import check_inputs, forget_weights
+    from pipelines.kernels.attention import choose_products
+    from pipelines.kernels.layers import check_inputs, forget_weights, shorten
     from pipelines.memory import return_freed_memory, trim
     from pipelines.models.denoiser import load_denoiser, place
     from pipelines.replay import ReplayedSteps
