@@ -33,17 +33,19 @@ def on_device(store: Store, stage: str, chosen: dict, **options):
 def mixed(store: Store, plan: str) -> list[str]:
     """What is said where what these functions make is left on the processor."""
     said = []
-    places = [(layers.QuantLayer, "rounded"), (layers.QuantLayer, "centred"), (distillation, "noise_of")]
+    places = [(layers.QuantLayer, "quantised"), (layers, "activation_codes"), (distillation, "noise_of")]
     for owner, name in places:
         usual = getattr(owner, name)
 
         def lost(*args, usual=usual, **kwargs):
             found = usual(*args, **kwargs)
+            found, *rest = found if isinstance(found, tuple) else (found,)
 
             class Kept(torch.Tensor):
                 to = lambda self, *_: self.as_subclass(torch.Tensor)  # noqa: E731
 
-            return found.as_subclass(Kept) if found.device.type == "cpu" else found.cpu()
+            found = found.as_subclass(Kept) if found.device.type == "cpu" else found.cpu()
+            return (found, *rest) if rest else found
 
         setattr(owner, name, lost)
         try:
