@@ -23,6 +23,7 @@ from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.models.denoiser import Denoiser
 from pipelines.plans import Course, Recipe
+from pipelines.quant.absent import Absent
 from pipelines.quant.correction import Correction, Moments
 from pipelines.quant.guidance import Differences, GuidanceShares
 from pipelines.quant.layers import quant_layers
@@ -134,10 +135,11 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
             ("an adapter", layer.lora_a, False),
             ("an adapter", layer.lora_b, False),
             ("a weight", layer.weight if layer.weight.requires_grad else None, False),
-            ("a bias", layer.bias if layer.bias is not None and layer.bias.requires_grad else None, False),
+            ("a bias", layer.bias, False),
             ("the weight scale", layer.weight_scale, True),
         )
         if values is not None
+        and not isinstance(values, Absent)  # divided among processes, and not gathered now
         and not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
     ]
     known_tensors = tables.raw()

@@ -26,9 +26,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_leaves
 
 from pipelines import processes
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import UsageError
 from pipelines.memory import give_back, let_go
 from pipelines.models.denoiser import Denoiser
+from pipelines.quant.absent import Absent
 from pipelines.quant.layers import QuantLayer
 
 ALIGNED = 64  # bytes at which a tensor begins, as torch's own do: kernels choose their way by it
@@ -98,29 +99,6 @@ def units_of(network: nn.Module, chosen: Settings) -> list[str]:
     containers = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
     named = [name for name, m in network.named_modules() if name and not isinstance(m, containers) and policy(m)]
     return ["", *named]
-
-
-class Absent(torch.Tensor):
-    """What stands where a tensor is that is not gathered. torch's own meta tensors would not do: some of its operators
-    on the processor take one for a weight and return what lies in memory.
-    """
-
-    _TOLD = frozenset({"__get__", "__len__", "numel", "nelement", "dim", "size", "stride", "is_floating_point",
-                       "element_size", "requires_grad_", "__repr__"})  # fmt: skip
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function.__name__ == "requires_grad_":
-            return args[0]
-        if function.__name__ in cls._TOLD:
-            with torch._C.DisableTorchFunctionSubclass():
-                told = function(*args, **(kwargs or {}))
-            if not isinstance(told, torch.Tensor):
-                return told
-        raise HqdmError(
-            f"{function.__name__} reads a weight that is divided among processes outside the call of its layer",
-            "this network cannot be divided: leave FSDP out",
-        )
 
 
 class _Holder(nn.Module):

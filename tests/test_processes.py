@@ -62,7 +62,7 @@ def test_gradients_are_those_of_one_process_and_features_its_very_bits(store, tm
     adapters = [place for place, gradient in alone.items() if gradient.ndim == 2]
     assert apart(both[0], alone, adapters) < 1e-6
     # Those of scales and zero-points are sums over whole activations whose terms all but cancel.
-    assert apart(both[0], alone, alone.keys() - set(adapters)) < 1e-3
+    assert apart(both[0], alone, alone.keys() - set(adapters)) < 5e-5
     assert len(other.artifacts("distill")) == 1  # one writer
     assert other.current("distill").figures["processes"] == 2
     whole = features_of(tmp_path / "alone")

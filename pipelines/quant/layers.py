@@ -304,7 +304,9 @@ class QuantLayer(nn.Module):
         """
         folded = self.folded()
         growth = self.plan.transform.order if self.plan.inverse == "activation" else 1
-        exact = accumulator_bound(folded, self.plan.activation_range, growth) < EXACT_FP32
+        # Where a student is broken V is no number, which its prediction tells with its timestep.
+        finite = bool(folded.isfinite().all())
+        exact = finite and accumulator_bound(folded, self.plan.activation_range, growth) < EXACT_FP32
         dtype = torch.float32 if exact else torch.float64
         self._frozen = (folded.to(dtype), dtype)
 
