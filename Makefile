@@ -3,7 +3,8 @@
 # make test-crash  kills every stage at random moments, 60 times (about 20 minutes; SEED=number repeats its moments)
 # make size        memory and time of every stage on 400 million parameters, random weights (about 10 minutes, 8 GB of disk)
 # make training    what a step of distillation costs, beside training in full precision (about 15 minutes)
-# make bench       a step of published models' shapes in fp32, bfloat16 and integers on this machine (about 20 minutes)
+# make bench       a step of published models' shapes in fp32, bfloat16 and integers on this machine, with its memory, and an
+#                  update of distillation at that size (about half an hour, 8 GB of disk)
 # make others      the same step by torchao, optimum-quanto, onnxruntime and OpenVINO, those that are in .venv (docs/speed.md says
 #                  how they get there; about an hour, 10 GB of disk)
 # make scaling     how that step grows with batch, image and width, with a picture (about half an hour, 17 GB of disk)
@@ -58,6 +59,8 @@ training: $(READY)
 
 bench: $(READY)
 	python -m benchmarks.speed
+	python -m benchmarks.training --only updates --turns 3 --steps 2 --batch-of-images 1 \
+		--model runs/speed/cin256-v2.ckpt --methods hqdm/code
 
 others: $(READY)
 	python -m benchmarks.others

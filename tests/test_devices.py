@@ -15,7 +15,7 @@ from pipelines.kernels import cuda
 from pipelines.stages import load
 
 ROOT = Path(__file__).parents[1]
-METHODS = ["hqdm/tuned", "mpq_dm", "ptqd/distilled"]
+METHODS = ["hqdm/tuned", "mpq_dm"]
 
 
 @pytest.fixture(scope="module")

@@ -96,8 +96,9 @@ class ShortResidual:
 
     def __call__(self, x: torch.Tensor, temb: torch.Tensor | None, *args, **kwargs) -> torch.Tensor:
         block = self.block
-        short = isinstance(block.norm1.forward, ShortNorm) and isinstance(block.norm2.forward, ShortNorm)
-        if args or kwargs or not short or not (block.norm1.forward.takes(x) and block.norm2.forward.takes(x)):
+        norms = block.norm1.forward, block.norm2.forward
+        short = all(isinstance(norm, ShortNorm) and norm.takes(x) for norm in norms)
+        if args or kwargs or block.training or not short:
             return self.usual(x, temb, *args, **kwargs)
         hidden = given_to(block.conv1, block.norm1(x, pending=True, silu=True))
         shift = None
