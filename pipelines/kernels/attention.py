@@ -44,10 +44,8 @@ class Short:
         if one:
             out = attention.to_v(source)
         else:
-            q, (k, v) = (
-                given_to(attention.to_q, x),
-                (given_to(layer, source) for layer in (attention.to_k, attention.to_v)),
-            )
+            q = given_to(attention.to_q, x)
+            k, v = (given_to(layer, source) for layer in (attention.to_k, attention.to_v))
             out = attend(q, k, v, attention.heads, kernels, self.products)
         out = attention.to_out[1](attention.to_out[0](out)).expand(-1, x.shape[1], -1)
         if hidden_states.ndim == 4:

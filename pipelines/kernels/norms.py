@@ -98,14 +98,13 @@ class ShortResidual:
         block = self.block
         norms = block.norm1.forward, block.norm2.forward
         short = all(isinstance(norm, ShortNorm) and norm.takes(x) for norm in norms)
-        if args or kwargs or block.training or not short:
+        unprojected = block.time_emb_proj is None and temb is not None
+        if args or kwargs or block.training or unprojected or not short:
             return self.usual(x, temb, *args, **kwargs)
         hidden = given_to(block.conv1, block.norm1(x, pending=True, silu=True))
         shift = None
         if block.time_emb_proj is not None:
             shift = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
-        elif temb is not None:
-            shift = temb
         hidden = given_to(block.conv2, block.norm2(hidden, pending=True, shift=shift, silu=True))
         if block.conv_shortcut is not None:
             x = block.conv_shortcut(x)
