@@ -9,8 +9,6 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import typer
 
@@ -35,7 +33,7 @@ from hqdm_cli.commands import (
     verify,
 )  # fmt: skip
 from hqdm_cli.journal import journalled
-from pipelines import processes
+from pipelines import processes, stops
 from pipelines.errors import Terminated
 
 app = typer.Typer(
@@ -65,25 +63,6 @@ for module in (*LONG, *SHORT):
     app.command(name, epilog=f"\b\nExample:\n  {module.EXAMPLE}")(journalled(command) if module in LONG else command)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let the first SIGTERM raise Terminated; a second one ends the process where it stands."""
-
-    def terminate(number: int, _frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not in the main thread, where alone signals arrive
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main(args: list[str] | None = None) -> int:
     """Run one command line; its exit code. Everything a user can mend is one `error:` line and a `hint:`."""
     args = list(sys.argv[1:] if args is None else args)
@@ -105,7 +84,8 @@ def _follow(debug: bool) -> int:
     from pipelines.runner import follow
 
     try:
-        follow()
+        with stops.heard(signal.SIGINT):  # a process that waits for others ends by SIGTERM at once
+            follow()
     except processes.PeerLost:
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 1
     except KeyboardInterrupt:
@@ -121,7 +101,7 @@ def _lead(args: list[str]) -> int:
     debug = "--debug" in args
     try:
         processes.check_settings()
-        with _terminable():
+        with stops.heard():
             code = typer.main.get_command(app).main(
                 args=args or ["--help"], prog_name="hqdm", standalone_mode=False, obj={"args": args}
             )

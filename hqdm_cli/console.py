@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hqdm_cli import journal
+from pipelines import stops
 from pipelines.events import Report
 
 QUIET_SECONDS = 10  # between two progress lines where stderr is no terminal
@@ -144,6 +145,7 @@ class Progress(Report):
         entry.bar = self._live.add_task(plain(task, kept=""), total=total, completed=done, unit=unit, state="")
 
     def advance(self, done: int, **figures: float) -> None:
+        stops.check()
         task = self._tasks[-1]
         task.done = done
         task.figures |= figures

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipelines import processes, stages
+from pipelines import processes, stages, stops
 from pipelines.config import differences, from_dict, key_dict, read_yaml, replace, to_dict
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.events import Report
@@ -80,7 +80,7 @@ def make(
     }
     reuse_freed_memory()
     reset_peak()
-    with store.begin(stage, key, request, afresh=force) as draft:
+    with store.begin(stage, key, request, afresh=force) as draft, stops.unmasked():
         if draft.warning:
             report.warn(draft.warning)
         figures = _run(store, stage, module, config, inputs, draft, report)

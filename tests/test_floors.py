@@ -17,6 +17,7 @@ FLOORS = {
     "pipelines.memory": 0,
     "pipelines.native": 0,
     "pipelines.processes": 0,
+    "pipelines.stops": 0,
     "pipelines.config": 0,
     "pipelines.quant.spec": 0,
     "pipelines.workspace": 1,
