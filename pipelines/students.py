@@ -53,8 +53,7 @@ from pipelines.quant.tables import TimestepTables
 
 _AGAIN = "make the artifact again with --force"
 FORMAT = "hqdm-int"
-FORMAT_VERSION = 4
-READABLE = (3, 4)  # 4 may guide by shares, which a reader of 3 would pass over
+FORMAT_VERSION = 5  # since 5 scales are multiplied before the accumulator is
 # What a loader has to compute, in words that go into config.json.
 ARITHMETIC = {
     "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum "
@@ -66,7 +65,7 @@ ARITHMETIC = {
     "ranges": "symmetric: ±(2^(bits-1) - 1), no zero-point; asymmetric: 0 … 2^bits - 1, zero-point clamped to it",
     "fold": "single: V = W·blockdiag(D·H, …) along the input channels; none, double: V = W; "
     "activation: V = W and q is replaced by q·blockdiag(D·H, …)^T along the width",
-    "epilogue": "y = ((sum(q·V) · (s_t/order)) · w[c]) + bias[c], each operation rounded to fp32; "
+    "epilogue": "y = sum(q·V) · ((s_t/order) · w[c]) + bias[c], each operation rounded to fp32; "
     "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order "
     "of `sites`)",
     "guidance": "where it is by shares, the guided prediction is p_c + (g - 1)·share·(p_c - p_null), rows by timestep "
@@ -365,7 +364,7 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
 
     path = Path(folder) / "config.json"
     config = read_json(path)
-    if config.get("format") != FORMAT or config.get("version") not in READABLE:
+    if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
         raise FileFault(
             f"{path}: format {config.get('format')!r} version {config.get('version')!r}, "
             f"this hqdm reads {FORMAT} {FORMAT_VERSION}",

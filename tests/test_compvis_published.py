@@ -145,7 +145,7 @@ def test_epsilon_and_images_are_those_of_the_architecture_by_its_definition(mode
     values = list(found.values())
     assert all((values[0] - value).abs().max() > 1e-3 for value in values[1:])
     images = denoiser.first_stage.decode(x)
-    assert (images - models[ema].decode(x.double())).abs().max() <= 1e-5 and images.std() > 0.05
+    assert (images - models[ema].decode(x.double())).abs().max() <= 2e-5 and images.std() > 0.05
     assert images.shape[-1] == SIDE * denoiser.first_stage.factor
 
 

@@ -167,8 +167,8 @@ def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bit
     plan = SitePlan(site(kind, channels=64), True, transform, inverse, weight_bits, 4, weight_quantiser, "symmetric")
     weights = wide_weights(plan, wide)
     centred = torch.randint(-7, 8, (2, 5, 64) if kind == "linear" else (2, 64, 8, 8))
-    prepared = cpu.prepare(weights)
-    assert prepared.form == form
+    assert cpu.form_of(weights) == form
+    prepared = cpu.prepare(weights)  # in another form where the processor has no VNNI
     assert torch.equal(prepared.accumulators(centred).long(), by_definition(centred, plan, weights))
     scale = 0.0371
     truth = backend("reference").prepare(weights)(centred, centred_operand(plan), scale, weights.scale)
@@ -177,6 +177,7 @@ def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bit
     assert torch.equal(prepared(codes, operand, scale, weights.scale), truth)
 
 
+@pytest.mark.skipif(not cpu.has_vnni(), reason="constant channels are left out where a processor has no VNNI")
 @pytest.mark.parametrize("bits, quantiser", [(4, "symmetric"), (4, "asymmetric"), (3, "asymmetric"), (8, "symmetric")])
 @pytest.mark.parametrize("value", [-7, 7, 1])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -194,8 +195,7 @@ def test_constant_channels_carry_the_largest_zero_points_and_sums(bits, quantise
         assert len(operand.carried) == prepared.carried.width and max(operand.carried) <= 255
         truth = backend("reference").prepare(weights)(codes, centred_operand(plan), 0.05, weights.scale)
         assert torch.equal(prepared(operand.of(codes, 1), operand, 0.05, weights.scale), truth)
-    if bits < 8:  # 8 bits are refused without VNNI
-        assert cpu.Prepared(weights, vnni=False).carried is None
+    assert cpu.Prepared(weights, vnni=False).carried is None
 
 
 def test_entries_of_a_folded_block_have_one_parity():
@@ -205,12 +205,34 @@ def test_entries_of_a_folded_block_have_one_parity():
     assert torch.equal(parity, parity[..., :1].expand_as(parity))
 
 
-def test_a_processor_without_vnni_is_refused_where_it_would_saturate_and_only_there():
-    heavy = torch.full((1, 1), 127, dtype=torch.int8)
-    cpu.check_saturation("layer", 15, heavy, vnni=False)
-    cpu.check_saturation("layer", 255, heavy, vnni=True)
-    with pytest.raises(NumericalFault, match="site layer: .* lacks VNNI"):
-        cpu.check_saturation("layer", 255, heavy, vnni=False)
+@pytest.mark.parametrize("weight_bits, activation_bits", list(itertools.product(WEIGHT_BITS, ACTIVATION_BITS)))
+def test_no_pair_of_products_saturates_on_a_processor_without_vnni_and_the_integers_are_the_same(
+    weight_bits, activation_bits
+):
+    """Which adds two products of a byte and a weight in 16 bits; with the largest weights and codes there are."""
+    for kind, place, weight, activation in itertools.product(("linear", "conv"), PLACEMENTS, QUANTISERS, QUANTISERS):
+        s = site(kind)
+        if not s.admits(place[0]):
+            continue
+        plan = SitePlan(s, True, *place, weight_bits, activation_bits, weight, activation)
+        low, high = plan.weight_range
+        generator = torch.Generator().manual_seed(weight_bits)
+        centred = torch.randint(0, 2, s.weight, generator=generator).short() * (high - low) + low
+        zero = torch.full((s.outputs,), (low + high) // 2, dtype=torch.int16)
+        zero = zero if weight == "asymmetric" else zero * 0
+        centred = centred - zero.view(-1, *[1] * (centred.ndim - 1))
+        weights = IntegerWeights(plan, centred, zero, torch.rand(s.outputs), torch.randn(s.outputs)).packed()
+        prepared = cpu.Prepared(weights, vnni=False)
+        _, top = plan.activation_range
+        largest_code = 255 if plan.inverse == "activation" else top + prepared.offset
+        for term in prepared._form(weights.folded()).terms:
+            assert 2 * largest_code * int(term.weight.int().abs().max()) < 2**15
+        low, high = plan.activation_range
+        codes = torch.randint(0, 2, (2, 5, 64) if kind == "linear" else (2, 64, 8, 8), generator=generator)
+        codes = (codes * (high - low) + low).float()
+        if plan.inverse == "activation":
+            codes = rotate_activation(codes, plan.transform, kind == "conv", inverse=True)
+        assert torch.equal(prepared.accumulators(codes).long(), by_definition(codes, plan, weights))
 
 
 def test_an_accumulator_beyond_32_bits_is_refused_by_name():
@@ -307,7 +329,7 @@ def test_gradients_that_are_recomputed_are_those_of_the_equation_written_out(pla
     assert torch.equal(y, of(equation, torch.float32)[0])
     for mine, wanted in zip(found, of(equation, torch.float64)[1], strict=True):
         assert wanted.abs().max() > 0
-        assert (mine - wanted).abs().max() <= 5e-5 * wanted.abs().max()
+        assert (mine - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 def test_training_keeps_nothing_of_a_weights_size_for_the_backward_pass():

@@ -1,36 +1,32 @@
 """oneDNN's int8 operators as torch ships them for x86-64: u8 activations with a zero-point, s8 weights, s32
 accumulators.
 
-The fused epilogue computes (acc·s_x)·s_w[c] + b with every operation rounded to fp32, which is `quant.layers.epilogue`.
-Where a form needs several products their accumulators are read back through fp32 (exact below 2²⁴, checked when the
-layer is prepared), added as int32, and the epilogue follows in torch.
+The fused epilogue is given s_x·s_w[c] as the one scale that it multiplies with, and rounds every operation to fp32,
+which is `quant.layers.epilogue`. Where a form needs several products their accumulators are read back through fp32
+(exact below 2²⁴, checked when the layer is prepared), added as int32, and the epilogue follows in torch.
 """
 
 import torch
 
 from pipelines.errors import HqdmError, NumericalFault
-from pipelines.kernels.forms import PARTIAL_OFFSET, Form, Term, carried, choose_form, low_digit
+from pipelines.kernels.forms import INT8, PARTIAL_OFFSET, Form, Term, carried, choose_form, low_digit
 from pipelines.kernels.prologue import Operand, centred_operand
 from pipelines.memory import give_back
 from pipelines.quant.integers import PackedWeights, accumulator_bound
 from pipelines.quant.layers import EXACT_FP32, epilogue
 
 
-def _vnni() -> bool:
+def has_vnni() -> bool:
     """Whether the processor sums u8·s8 products in 32 bits; without it pairs saturate at 16."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
-def check_saturation(name: str, largest_code: int, weight: torch.Tensor, vnni: bool) -> None:
-    """Raise where a processor without VNNI would saturate: it adds two u8·s8 products in 16 bits (vpmaddubsw)."""
-    largest = max(map(abs, (int(value) for value in weight.aminmax())))
-    if not vnni and 2 * largest_code * largest > 2**15 - 1:
-        raise NumericalFault(
-            f"site {name}: codes up to {largest_code} times weights up to {largest} saturate "
-            "on this processor, which lacks VNNI",
-            "sample with --backend reference, or on a processor with avx512_vnni or avx_vnni",
-        )
+def largest_weight(largest_code: int, vnni: bool) -> int:
+    """The largest |V'| beside codes up to that one. Without VNNI a processor adds two u8·s8 products in 16 bits, which
+    saturate (vpmaddubsw): 64 beside 255, INT8 beside codes of up to 7 bits.
+    """
+    return INT8 if vnni else min(INT8, (2**15 - 1) // (2 * largest_code))
 
 
 SHAPES = 2  # input shapes for which a layer keeps its weights: a batch's rest is one, and half a batch without guidance
@@ -60,17 +56,15 @@ class Prepared:
             self.activation_digits = count
         else:
             self.activation_digits = 1
+        self._most = largest_weight(255 if plan.inverse == "activation" else high + self.offset, vnni)
         form = self._form(folded)
         self.form, self.fused = form.name, form.fused
         self.repeated, self.group = form.repeated, form.group
         # Constant channels are large codes beside large weights: without VNNI pairs of these products saturate.
         convolves = plan.site.kind == "conv" and form.name in ("one", "columns")
         self.carried = carried(folded, high + self.offset if low == 0 else self.offset) if vnni and convolves else None
-        wide = form.name == "parity" or plan.inverse == "activation"
-        self.partial = wide
-        largest_code = 255 if wide else high + self.offset
         if not form.fused:
-            per_term = 127 if wide else max(abs(low), high)
+            per_term = 127 if plan.inverse == "activation" else max(abs(low), high)
             for term in form.terms:
                 bound = accumulator_bound(term.weight, (-per_term, per_term))
                 if bound >= EXACT_FP32:
@@ -78,8 +72,6 @@ class Prepared:
                         f"site {plan.site.name}: a digit's accumulator can reach {bound}, more than fp32 holds exactly",
                         "sample with --backend reference, or give the site fewer bits",
                     )
-        for term in form.terms:
-            check_saturation(plan.site.name, largest_code, term.weight, vnni)
         self.outputs = plan.site.outputs
         give_back(folded.numel())
         self._no_zero = torch.zeros(self.outputs, dtype=torch.int8)
@@ -88,7 +80,7 @@ class Prepared:
 
     def _form(self, folded: torch.Tensor) -> Form:
         """The exact form, with as many terms as there are pairs of digits where the activation has several."""
-        form = choose_form(folded, self.plan)
+        form = choose_form(folded, self.plan, self._most)
         if self.plan.inverse != "activation":
             return form
         return Form(
@@ -137,16 +129,16 @@ class Prepared:
         """Free the weights in oneDNN's layout; the next call unpacks them again."""
         self._packed.clear()
 
-    def _run(self, u8, zero: int, packed, activation_scale: float, weight_scale, bias) -> torch.Tensor:
-        """One fused product: fp32 (acc·s_x)·s_w + b."""
+    def _run(self, u8, zero: int, packed, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """One fused product: fp32 acc·scale + b."""
         site = self.site
         if site.kind == "linear":
             return torch.ops.onednn.qlinear_pointwise(
                 u8,
-                activation_scale,
+                1.0,
                 zero,
                 packed,
-                weight_scale,
+                scale,
                 self._no_zero,
                 bias,
                 1.0,
@@ -157,7 +149,7 @@ class Prepared:
                 "",
             )
         return torch.ops.onednn.qconv_pointwise(
-            u8, activation_scale, zero, packed, weight_scale, self._no_zero, bias, site.stride, site.padding,
+            u8, 1.0, zero, packed, scale, self._no_zero, bias, site.stride, site.padding,
             site.dilation, site.groups, 1.0, 0, torch.float32, "none", [], None,
         )  # fmt: skip
 
@@ -200,7 +192,7 @@ class Prepared:
         operands = [self._layout(value) for value in operands]
         total = None
         for digit, factor, packed in self._terms(operands[0].shape):
-            part = self._run(operands[digit], u8_zero, packed, 1.0, self._ones, None).to(torch.int32) * factor
+            part = self._run(operands[digit], u8_zero, packed, self._ones, None).to(torch.int32) * factor
             total = part if total is None else total + part
         return total
 
@@ -217,21 +209,21 @@ class Prepared:
         if self.fused:
             operands, u8_zero = self._operands(codes, operand)
             u8 = self._layout(operands[0])
-            y = self._run(u8, u8_zero, self._terms(u8.shape)[0][2], activation_scale, weight_scale, self.bias)
+            y = self._run(u8, u8_zero, self._terms(u8.shape)[0][2], weight_scale * activation_scale, self.bias)
         else:
             y = epilogue(self._sum(codes, operand).float(), torch.tensor(activation_scale), weight_scale, self.bias)
         return y if self.site.kind == "conv" else y.view(*lead, self.outputs)
 
 
 def form_of(weights: PackedWeights) -> str:
-    """The exact form in which this back end computes the layer, every bound but the processor's checked; see
+    """The exact form in which this back end computes the layer on a processor with VNNI, every bound checked; see
     `forms`.
     """
     return Prepared(weights, vnni=True).form
 
 
 def prepare(weights: PackedWeights) -> Prepared:
-    """Choose the exact form and check every bound, this processor's too; packing waits for the input's shape."""
+    """Choose the form that is exact on this processor and check every bound; packing waits for the input's shape."""
     if not hasattr(torch.ops.onednn, "qconv_pointwise") or not torch.backends.mkldnn.is_available():
         raise HqdmError("this build of torch has no oneDNN int8 operators", "sample with --backend reference")
-    return Prepared(weights, _vnni())
+    return Prepared(weights, has_vnni())

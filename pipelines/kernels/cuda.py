@@ -315,7 +315,7 @@ class Prepared:
     def __call__(
         self, codes: torch.Tensor, at: "Lookup", weight_scale: torch.Tensor, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
-        """(acc·(s/order))·s_w + b, each operation rounded to fp32, then to `dtype` (fp32, fp16, bf16).
+        """acc·((s/order)·s_w) + b, each operation rounded to fp32, then to `dtype` (fp32, fp16, bf16).
 
         codes: as `DevicePrologue` gives them. weight_scale: (outputs,) fp32.
         """

@@ -11,7 +11,9 @@ A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 
     digits    V = V₀ + 128·V₁, and where q itself exceeds 8 bits (a transform undone on the activation) q = q₀ + 128·q₁:
               one product for every pair of digits.
 
-The choice is made per layer from the integers themselves. Forms with one product keep the fused epilogue.
+The choice is made per layer from the integers themselves. Forms with one product keep the fused epilogue. Where an
+operator adds two products in 16 bits before it goes on in 32, V' has to stay below a bound less than 127: columns are
+given twice and digits are taken from there on, and parity, whose bytes use all of 8 bits, is left alone.
 
 Codes are stored as bytes u = q + z. Operators that subtract z themselves sum up the weights for it in every call, which
 took three quarters of a convolution of 960 channels at 8×8. `Carried` channels do it in the product: beside u they hold
@@ -102,31 +104,31 @@ def low_digit(values: torch.Tensor) -> torch.Tensor:
     return (values + 64) % 128 - 64
 
 
-def weight_digits(folded: torch.Tensor) -> list[torch.Tensor]:
-    """V = Σ 128^i · V_i, as int8."""
+def weight_digits(folded: torch.Tensor, most: int = INT8) -> list[torch.Tensor]:
+    """V = Σ 128^i · V_i, as int8 of magnitudes up to `most`, which is 64 or more."""
     values, digits = folded.to(torch.int32), []
     while True:
-        if int(values.abs().max()) <= INT8:
+        if int(values.abs().max()) <= most:
             return [*digits, values.to(torch.int8)]
         low = low_digit(values)
         digits.append(low.to(torch.int8))
         values = (values - low) // 128
 
 
-def choose_form(folded: torch.Tensor, plan: SitePlan) -> Form:
-    """The cheapest exact form of a layer. folded: V (out, in, …), int16 or int32."""
+def choose_form(folded: torch.Tensor, plan: SitePlan, most: int = INT8) -> Form:
+    """The cheapest exact form of a layer. folded: V (out, in, …), int16 or int32. most: what |V'| may be, 64 to 127."""
     largest = max(map(abs, (int(value) for value in folded.aminmax())))
     if plan.inverse == "activation":
-        return _digits_form(folded)
-    if largest <= INT8:
+        return _digits_form(folded, most)
+    if largest <= most:
         return Form("one", (Term(folded.to(torch.int8)),))
-    if largest <= 2 * INT8:
+    if largest <= 2 * most:
         inputs = folded.movedim(1, 0).abs().flatten(1).amax(1)  # (in,)
-        wide = (inputs > INT8).nonzero().flatten()
-        group = partial_sum_width(plan)
+        wide = (inputs > most).nonzero().flatten()
+        group = partial_sum_width(plan) if most == INT8 else 0
         parity_cost = folded.shape[1] // group if group else folded.shape[1]
         if len(wide) <= parity_cost:
-            first = folded.clamp(-INT8, INT8)
+            first = folded.clamp(-most, most)
             both = torch.cat([first, (folded - first).index_select(1, wide)], 1)
             return Form("columns", (Term(both.to(torch.int8)),), repeated=wide)
         if group:
@@ -135,7 +137,7 @@ def choose_form(folded: torch.Tensor, plan: SitePlan) -> Form:
             first_of_block = parity[:, :: plan.transform.order]
             sums = first_of_block.repeat_interleave(plan.transform.order // group, 1)
             return Form("parity", (Term(torch.cat([halves, sums], 1).to(torch.int8)),), group=group)
-    return _digits_form(folded)
+    return _digits_form(folded, most)
 
 
 def partial_sum_width(plan: SitePlan) -> int:
@@ -149,5 +151,5 @@ def partial_sum_width(plan: SitePlan) -> int:
     return group
 
 
-def _digits_form(folded: torch.Tensor) -> Form:
-    return Form("digits", tuple(Term(weight, 0, 128**i) for i, weight in enumerate(weight_digits(folded))))
+def _digits_form(folded: torch.Tensor, most: int) -> Form:
+    return Form("digits", tuple(Term(weight, 0, 128**i) for i, weight in enumerate(weight_digits(folded, most))))

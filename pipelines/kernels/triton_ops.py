@@ -214,8 +214,9 @@ def _product(
     if weight_scale is None:
         tl.store(out + to, acc, mask=there)
     else:
-        y = acc.to(tl.float32) * (tl.load(scale + at) * SHARE)  # SHARE is a power of two: nothing is rounded
-        y = y * tl.load(weight_scale + n, mask=n < outputs, other=0.0)[None, :]
+        by_output = tl.load(weight_scale + n, mask=n < outputs, other=0.0)
+        by_output = by_output * (tl.load(scale + at) * SHARE)  # SHARE is a power of two: this is rounded once
+        y = acc.to(tl.float32) * by_output[None, :]
         if bias is not None:
             y = y + tl.load(bias + n, mask=n < outputs, other=0.0)[None, :]
         tl.store(out + to, y.to(out.dtype.element_ty), mask=there)

@@ -1,7 +1,7 @@
 """Fake quantisation as layers: integers held in floats, with gradients, in exactly the arithmetic of the integer
 kernels.
 
-A layer computes  y = ((q·V)·(s_t/order))·s_w + b  where q and V hold integers. Products of integer-valued fp32 operands
+A layer computes  y = (q·V)·((s_t/order)·s_w) + b  where q and V hold integers. Products of integer-valued fp32 operands
 are exact below 2²⁴, and are taken in parts where they might pass it, so q·V has the very bits of the integer
 accumulator, and the epilogue is the kernels' epilogue, operation for operation. What is trained is what is deployed.
 
@@ -39,9 +39,13 @@ A_PRODUCT = 2**22  # weights of one product, 16 MB: what is larger the C library
 def epilogue(
     accumulator: torch.Tensor, activation_scale: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """(acc·s_x)·s_w[c] + b, each operation rounded to fp32: the order of oneDNN's fused epilogue."""
+    """acc·(s_x·s_w[c]) + b, each operation rounded to fp32.
+
+    The scales are multiplied first, so that an operator which takes two of them has one left to apply: in which order
+    oneDNN's fused epilogue would multiply with both depends on the processor.
+    """
     shape = (-1, *[1] * (accumulator.ndim - 2)) if accumulator.ndim == 4 else (-1,)
-    y = (accumulator * activation_scale) * weight_scale.view(shape)
+    y = accumulator * (weight_scale * activation_scale).view(shape)
     return y if bias is None else y + bias.view(shape)
 
 

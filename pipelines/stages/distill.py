@@ -22,7 +22,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "distill"
-VERSION = 6
+VERSION = 7
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "export"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

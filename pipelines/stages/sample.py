@@ -20,7 +20,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "sample"
-VERSION = 3
+VERSION = 4
 MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
 FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
 
