@@ -229,6 +229,11 @@ def distill(
         if relation is not None and state["features"] is not None:
             relation.before = [_rows_of(mine, features, course.batch).to(device) for features in state["features"]]
         report.note(f"goes on after update {done} of {course.updates}")
+    if len(stand := set(crew.gathered(done))) > 1:  # sums of their gradients would be of different steps
+        raise HqdmError(
+            f"the processes of this job go on after different updates: {', '.join(map(str, sorted(stand)))}",
+            "let all of them see, and read, the workspace in one file system",
+        )
 
     def save() -> None:
         parts = crew.gathered((x.cpu(), relation and relation.before and [part.cpu() for part in relation.before]))

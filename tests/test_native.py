@@ -20,10 +20,12 @@ from pipelines.kernels import cpu, prologue
 from pipelines.kernels.attention import PRODUCTS, attend
 from pipelines.kernels.norms import ShortNorm
 from pipelines.kernels.prologue import Operand, Prologue
-from pipelines.quant import hadamard, passes
+from pipelines.quant import hadamard, layers, passes
 from pipelines.quant.hadamard import matrix, rotate_last
+from pipelines.quant.layers import QuantLayer
 from pipelines.quant.spec import IDENTITY, QUANTISERS, Site, SitePlan, Transform
 from pipelines.quant.surroundings import Surroundings
+from pipelines.quant.tables import TimestepTables
 
 built = pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
 ORDERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -164,6 +166,32 @@ def test_compiled_passes_over_a_weight_have_the_integers_and_gradients_of_torch(
     assert all(torch.equal(*pair) for pair in zip(mine, wanted, strict=True))
     for mine, wanted in zip(sums, wanted_sums, strict=True):
         assert mine.dtype == torch.float64 and (mine - wanted).abs().max() <= 1e-12 * (1 + wanted.abs().max())
+
+
+@built
+def test_a_convolution_in_groups_learns_in_torch_and_some_outputs_after_others_the_same(in_torch, monkeypatch):
+    """Its outputs have fewer inputs than it has, of which compiled passes take no part of a vector."""
+    site = Site("grouped", "conv", "residual", (32, 4, 3, 3), padding=(1, 1), groups=4, rank=4)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(shape, generator=generator) for shape in (site.weight, (2, 16, 5, 5)))
+    tables = TimestepTables([1], torch.full((1, 1), 0.5), torch.zeros(1, 1))
+    quantised = QuantLayer(
+        SitePlan(site, True, weight_bits=4, activation_bits=4), weight, None, torch.full((32,), 0.3), torch.zeros(32),
+        tables, 0, slice(0, 32),
+    )  # fmt: skip
+    quantised.train_weight()
+
+    def learned():
+        tables.set_timestep(1)
+        given = x.clone().requires_grad_(True)
+        y = quantised(given)
+        return [y, *torch.autograd.grad(y.square().sum(), [given, quantised.weight, quantised.weight_scale])]
+
+    compiled = learned()
+    monkeypatch.setattr(layers, "A_PRODUCT", 16 * 4 * 9)
+    in_torch()
+    for mine, wanted in zip(compiled, learned(), strict=True):
+        assert wanted.abs().max() > 0 and torch.allclose(mine, wanted, rtol=1e-5, atol=1e-4)
 
 
 @built

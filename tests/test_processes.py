@@ -191,6 +191,19 @@ def test_what_cannot_be_shared_is_refused_with_the_way_out(store, tmp_path, monk
         processes.launch(2, [])
 
 
+def test_processes_that_go_on_after_different_updates_are_refused(store, tmp_path, monkeypatch):
+    """As where one of them cannot read what was saved and would begin again, beside gradients of other steps."""
+    plan, pair = make(store, "plan", method="hqdm", variant="ours"), processes.Processes()
+    pair.count = 2
+    monkeypatch.setattr(pair, "gathered", lambda value: [value, 4])
+    with processes.sharing(pair), pytest.raises(HqdmError, match="after different updates: 0, 4") as caught:
+        load("distill").run(
+            load("distill").Config(batch=2, trajectories=1, steps=1),
+            {"plan": plan, "model": store.current("model")}, SimpleNamespace(work=tmp_path, path=tmp_path), Report(),
+        )  # fmt: skip
+    assert "in one file system" in caught.value.hint
+
+
 @pytest.mark.parametrize("halves", [1, 2])
 def test_parts_of_a_batch_go_together_and_apart_again(halves):
     whole = torch.from_numpy(np.arange(halves * 5 * 2).reshape(halves * 5, 2))

@@ -158,9 +158,11 @@ def row_spans(rows: int, columns: int, at_once: int | None = None) -> Iterator[s
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def product_spans(weight: torch.Tensor) -> list[slice]:
-    """Equal slices of a weight's outputs, but for the last, that are multiplied one after the other."""
-    parts = -(-weight.numel() // A_PRODUCT)
+def product_spans(weight: torch.Tensor, groups: int) -> list[slice]:
+    """Equal slices of a weight's outputs, but for the last, that are multiplied one after the other; in groups, where
+    outputs have inputs of their own, all of them at once.
+    """
+    parts = -(-weight.numel() // A_PRODUCT) if groups == 1 else 1
     step = -(-len(weight) // parts // 16) * 16  # whole blocks of oneDNN's
     return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
 
@@ -392,7 +394,7 @@ class _Trained(torch.autograd.Function):
         narrow = is_narrow(plan, "activation" if ctx.undoes else "weight" if ctx.folds else "neither")
         parts = [
             exact_product(codes, layer.quantised(span, ctx.folds)[0], plan, narrow)
-            for span in product_spans(layer.weight)
+            for span in product_spans(layer.weight, plan.site.groups)
         ]
         accumulator = parts[0] if len(parts) == 1 else torch.cat(parts, 1 if plan.site.kind == "conv" else -1)
         return epilogue(accumulator, scale / plan.transform.order, output_scale, layer.bias)
@@ -409,7 +411,7 @@ class _Trained(torch.autograd.Function):
         codes = activation_codes(x, plan, scale, zero, ctx.undoes)
         by_output = output_scale * (scale / plan.transform.order)
         x_grad, learned = None, _WeightGradients(layer, by_output)
-        for span in product_spans(layer.weight):
+        for span in product_spans(layer.weight, site.groups):
             weight, rounded = layer.quantised(span, ctx.folds, by_output[span], keep=True)
             part, weight_grad = _product_gradients(grad, span, codes, weight, site)
             del weight

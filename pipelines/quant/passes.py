@@ -116,7 +116,8 @@ class WeightRows:
         plan, gain = self.plan, self.surroundings.gain
         turned = plan.inverse == "double"
         order = plan.transform.order if fold or turned else 1
-        compiled = compiled_for(self.scale, plan.site.channels, order) if self.base.is_contiguous() else None
+        channels = plan.site.weight[1]  # that an output has, of a convolution in groups fewer than the input
+        compiled = compiled_for(self.scale, channels, order) if self.base.is_contiguous() else None
         if compiled is None:
             return None, None
         coded, mixed = self.base_scale is not None, isinstance(self.low, torch.Tensor)
@@ -126,7 +127,7 @@ class WeightRows:
         return compiled, native.Weight(
             None if coded else self.base.data_ptr(), _address(self.base if coded else None),
             *map(_address, (self.base_scale, self.zero, gain, self.scale, self.own_zero, lows, highs, signs)),
-            *self.base.shape, plan.site.channels, low, high, order, turned, fold,
+            *self.base.shape, channels, low, high, order, turned, fold,
         )  # fmt: skip
 
 
