@@ -97,7 +97,7 @@ class _Job:
 
     stage: str
     config: Any
-    inputs: Mapping[str, str]  # role -> artifact id
+    inputs: Mapping[str, Mapping[str, str]]  # role -> id and digest
     root: Path
     path: Path
     work: Path
@@ -117,10 +117,9 @@ def _run(
         return module.run(config, inputs, draft, report)
     import torch
 
-    named = {role: artifact.id for role, artifact in inputs.items()}
     places = (path.absolute() for path in (store.root, draft.path, draft.work))
     try:
-        crew.told(_Job(stage, config, named, *places, torch.get_num_threads()))
+        crew.told(_Job(stage, config, links(inputs), *places, torch.get_num_threads()))
         with processes.sharing(crew):
             return module.run(config, inputs, draft, report) | {"processes": crew.count}
     except BaseException:
@@ -139,8 +138,20 @@ def follow() -> None:
         store, module = Store(job.root), stages.load(job.stage)
         torch.set_num_threads(job.threads)
         reuse_freed_memory()
+        inputs = {role: _the_leaders(store, link) for role, link in job.inputs.items()}
         with processes.sharing(crew):
-            module.run(job.config, {role: store.get(ident) for role, ident in job.inputs.items()}, job, Report())
+            module.run(job.config, inputs, job, Report())
+
+
+def _the_leaders(store: Store, link: Mapping[str, str]) -> Artifact:
+    """The artifact that the leading process works with; FileFault where this one sees another in its place."""
+    artifact = store.get(link["id"])
+    if artifact.digest != link["digest"]:
+        raise FileFault(
+            f"{artifact.path} is not what the leading process has there",
+            "let all machines of a job see one workspace, on storage that they share",
+        )
+    return artifact
 
 
 def _decide(

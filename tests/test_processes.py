@@ -18,9 +18,9 @@ from peers import features_of, gradients_of, one_update
 from roads import STEPS, make, tiny_store, tiny_student
 from safetensors.torch import load_file
 
-from pipelines import processes
+from pipelines import processes, runner
 from pipelines.distillation import _rows_of, _whole
-from pipelines.errors import HqdmError, NumericalFault, UsageError
+from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.stages import load
 
@@ -146,7 +146,6 @@ def test_a_cell_that_fails_in_a_shared_stage_ends_the_comparison_with_the_way_ou
 
 def test_a_process_that_lost_its_leader_tells_only_those_who_would_restart_it(monkeypatch):
     from hqdm_cli import app
-    from pipelines import runner
 
     def lost():
         raise processes.PeerLost("another process of this job ended")
@@ -162,7 +161,6 @@ def test_a_process_that_lost_its_leader_tells_only_those_who_would_restart_it(mo
 def test_a_process_leaves_the_others_however_it_ends(monkeypatch, ends):
     """Or the interpreter's end meets gloo's threads and aborts, now and then, a process whose work is whole."""
     from hqdm_cli import app
-    from pipelines import runner
 
     def follow():
         if ends is not None:
@@ -228,3 +226,15 @@ def test_a_large_jobs_plan_counts_what_a_layer_has_and_does():
     assert size.packed(4) == size.weights / 2 + 4 * 12
     assert size.unit == 64 * 7 + 7 and size.rest == 0  # two layers, and each is a unit
     assert size.divided(4) == 4 * (size.parameters / 4 + 2 * size.unit) + 20 * size.adapters
+
+
+def test_a_process_that_sees_another_artifact_than_the_leading_one_refuses_to_work_with_it(store, monkeypatch):
+    """As on a machine with a workspace of its own, in which an artifact has the same number."""
+    model, pair = store.current("model"), processes.Processes()
+    links = {"model": {"id": model.id, "digest": "of another"}}
+    told = runner._Job("sample", load("sample").Config(), links, store.root, store.root, store.root, 1)
+    monkeypatch.setattr(pair, "told", lambda job: told)
+    monkeypatch.setattr(processes, "crew", lambda: pair)
+    with pytest.raises(FileFault, match=f"{model.path} is not what the leading process has there") as caught:
+        runner.follow()
+    assert "one workspace" in caught.value.hint
