@@ -280,6 +280,20 @@ def test_kernels_are_built_once_and_found_again(tmp_path):
     assert said({"HQDM_CACHE": str(tmp_path)}) == first and library.stat().st_mtime_ns == made
 
 
+@pytest.mark.parametrize("left", [0, 7, 20])
+def test_a_library_of_which_the_cache_has_a_part_is_built_again_and_not_loaded(left, tmp_path, monkeypatch):
+    """Loaded it would end the process: its headers name pages that are not there."""
+    made = []
+    monkeypatch.setenv("HQDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_run", lambda command: "a compiler")
+    monkeypatch.setattr(native, "_compile", lambda compiler, work, path, *_: made.append(path.write_bytes(b"library")))
+    path = native._compiled("c++")
+    whole = path.read_bytes()
+    assert whole.startswith(b"library") and native._compiled("c++") == path and len(made) == 1
+    path.write_bytes(whole[:left])
+    assert native._compiled("c++") == path and path.read_bytes() == whole and len(made) == 2
+
+
 def test_doctor_tries_integers_and_says_how_to_get_what_is_missing(monkeypatch, tmp_path, capsys):
     def told() -> dict[str, dict]:
         assert main(["doctor", "--json", "-w", str(tmp_path / "not yet/there")]) == 0
