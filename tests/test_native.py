@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import pwd
 import stat
 import subprocess
 import sys
@@ -292,6 +293,20 @@ def test_a_library_of_which_the_cache_has_a_part_is_built_again_and_not_loaded(l
     assert whole.startswith(b"library") and native._compiled("c++") == path and len(made) == 1
     path.write_bytes(whole[:left])
     assert native._compiled("c++") == path and path.read_bytes() == whole and len(made) == 2
+
+
+def test_a_user_without_a_home_computes_without_kernels_and_is_told(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "HQDM_CACHE", "HQDM_NATIVE", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(native.shutil, "which", lambda name: name)
+    monkeypatch.setattr(native, "_run", lambda command: "a compiler")
+    library, state = native._built.__wrapped__()
+    assert library is None and "home" in state.why_not
 
 
 def test_doctor_tries_integers_and_says_how_to_get_what_is_missing(monkeypatch, tmp_path, capsys):

@@ -75,7 +75,7 @@ def _built() -> tuple[ctypes.CDLL | None, State]:
     try:
         path = _compiled(compiler)
         return _declared(ctypes.CDLL(str(path))), State(path, compiler)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         reason = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
         return None, State(None, compiler, f"{compiler} built no library: {reason.splitlines()[0]}")
 
