@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hqdm_cli.app import main
-from pipelines import native
+from pipelines import doctor, native
 from pipelines.errors import NumericalFault
 from pipelines.kernels import cpu, prologue
 from pipelines.kernels.attention import PRODUCTS, attend
@@ -307,6 +307,22 @@ def test_a_user_without_a_home_computes_without_kernels_and_is_told(monkeypatch)
     monkeypatch.setattr(native, "_run", lambda command: "a compiler")
     library, state = native._built.__wrapped__()
     assert library is None and "home" in state.why_not
+
+
+@built
+def test_kernels_of_a_compiler_without_openmp_are_said_to_run_on_one_thread(tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    refuse = '[ "$word" = -fopenmp ] && echo "no -fopenmp" >&2 && exit 1'
+    compiler.write_text(f'#!/bin/sh\nfor word; do {refuse}; done\nexec {native.state().compiler} "$@"\n')
+    compiler.chmod(0o755)
+    assert native.state().threaded and doctor._compiled().state == "fine"
+    monkeypatch.setenv("HQDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    library, state = native._built.__wrapped__()
+    assert library is not None and not state.threaded
+    monkeypatch.setattr(native, "_built", lambda: (library, state))
+    found = doctor._compiled()
+    assert found.state == "slower" and "one thread" in found.found and str(state.path) in found.hint
 
 
 def test_doctor_tries_integers_and_says_how_to_get_what_is_missing(monkeypatch, tmp_path, capsys):

@@ -48,11 +48,14 @@ class Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class State:
-    """What became of the library: the file that is loaded, or why there is none."""
+    """What became of the library: the file that is loaded, or why there is none. threaded: whether its compiler had
+    OpenMP; else all of it runs on one thread.
+    """
 
     path: Path | None
     compiler: str = ""
     why_not: str = ""
+    threaded: bool = True
 
 
 def cache_folder() -> Path:
@@ -74,7 +77,8 @@ def _built() -> tuple[ctypes.CDLL | None, State]:
         return None, State(None, why_not=f"CXX names {named}, which is not there" if named else missing)
     try:
         path = _compiled(compiler)
-        return _declared(ctypes.CDLL(str(path))), State(path, compiler)
+        found = _declared(ctypes.CDLL(str(path)))
+        return found, State(path, compiler, threaded=bool(found.hqdm_threaded()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         reason = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
         return None, State(None, compiler, f"{compiler} built no library: {reason.splitlines()[0]}")
