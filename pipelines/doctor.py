@@ -75,7 +75,11 @@ def _compiled() -> Finding:
     if state.path is None:
         hint = "install a C++ compiler (g++ or clang++), or name one with CXX; what comes out is the same"
         return Finding("compiled kernels", f"none: {state.why_not}", "slower", hint)
-    return Finding("compiled kernels", f"{state.path}, by {state.compiler}")
+    found = f"{state.path}, by {state.compiler}"
+    if not state.threaded:
+        hint = f"install the compiler's OpenMP, or name another compiler with CXX, and remove {state.path}"
+        return Finding("compiled kernels", f"{found}, which has no OpenMP: they run on one thread", "slower", hint)
+    return Finding("compiled kernels", found)
 
 
 def _accelerator() -> Finding:

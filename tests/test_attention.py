@@ -9,7 +9,7 @@ from roads import make, tiny_store, tiny_student
 from test_students import students
 
 from pipelines import native
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.kernels.attention import Short, attend, choose_products, shorten_attention
 
 compiled = pytest.mark.skipif(native.library() is None, reason=native.state().why_not)
@@ -90,6 +90,17 @@ def test_attention_in_integers_rounds_rows_of_q_and_k_and_columns_of_v_and_no_mo
     exact = attended(q, k, v, heads)
     assert (found - same).norm() <= 1e-3 * same.norm()  # a tie may be rounded the other way
     assert (found - exact).norm() <= 0.02 * exact.norm()
+
+
+@compiled
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("place", [(0, 0, 0), (1, 3, 7), (0, 4, 11)])
+def test_what_is_no_number_is_found_before_it_is_an_integer(value, which, place):
+    given = [noise(seed, 2, 5, 12) for seed in (1, 2, 3)]
+    given[which][place] = value
+    with pytest.raises(NumericalFault, match="NaN or Inf"):
+        attend(*given, 2, native.library(), "int8")
 
 
 @compiled

@@ -3,7 +3,12 @@ bits.
 """
 
 import itertools
+import os
+import platform
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,6 +238,31 @@ def test_no_pair_of_products_saturates_on_a_processor_without_vnni_and_the_integ
         if plan.inverse == "activation":
             codes = rotate_activation(codes, plan.transform, kind == "conv", inverse=True)
         assert torch.equal(prepared.accumulators(codes).long(), by_definition(codes, plan, weights))
+
+
+LIMITED = """
+import torch
+torch.cpu.get_capabilities = lambda: {"avx512_vnni": True}
+from pipelines.kernels import cpu
+from pipelines.quant.integers import IntegerWeights
+from pipelines.quant.spec import Site, SitePlan
+
+for site in Site("layer", "linear", "attention", (4, 64)), Site("layer", "conv", "residual", (4, 64, 3, 3)):
+    plan = SitePlan(site, True, weight_bits=8, activation_bits=8)
+    centred = torch.full(site.weight, 127, dtype=torch.int16)
+    weights = IntegerWeights(plan, centred, torch.zeros(4, dtype=torch.int16), torch.ones(4), None).packed()
+    codes = torch.full((1, 64) if site.kind == "linear" else (1, 64, 3, 3), 127)
+    assert (cpu.prepare(weights).accumulators(codes) == centred[0].numel() * 127**2).all(), site.kind
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's int8 operators are for x86-64")
+def test_operators_that_are_told_to_leave_vnni_out_give_the_same_integers():
+    """A processor that says it has VNNI, and oneDNN limited to AVX2, where pairs of the largest products saturate."""
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    folder = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", LIMITED], env=environment, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_an_accumulator_beyond_32_bits_is_refused_by_name():

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import pwd
 import stat
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hqdm_cli.app import main
-from pipelines import native
+from pipelines import doctor, native
 from pipelines.errors import NumericalFault
 from pipelines.kernels import cpu, prologue
 from pipelines.kernels.attention import PRODUCTS, attend
@@ -278,6 +279,50 @@ def test_kernels_are_built_once_and_found_again(tmp_path):
     assert str(library) in first
     made = library.stat().st_mtime_ns
     assert said({"HQDM_CACHE": str(tmp_path)}) == first and library.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("left", [0, 7, 20])
+def test_a_library_of_which_the_cache_has_a_part_is_built_again_and_not_loaded(left, tmp_path, monkeypatch):
+    """Loaded it would end the process: its headers name pages that are not there."""
+    made = []
+    monkeypatch.setenv("HQDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_run", lambda command: "a compiler")
+    monkeypatch.setattr(native, "_compile", lambda compiler, work, path, *_: made.append(path.write_bytes(b"library")))
+    path = native._compiled("c++")
+    whole = path.read_bytes()
+    assert whole.startswith(b"library") and native._compiled("c++") == path and len(made) == 1
+    path.write_bytes(whole[:left])
+    assert native._compiled("c++") == path and path.read_bytes() == whole and len(made) == 2
+
+
+def test_a_user_without_a_home_computes_without_kernels_and_is_told(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "HQDM_CACHE", "HQDM_NATIVE", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(native.shutil, "which", lambda name: name)
+    monkeypatch.setattr(native, "_run", lambda command: "a compiler")
+    library, state = native._built.__wrapped__()
+    assert library is None and "home" in state.why_not
+
+
+@built
+def test_kernels_of_a_compiler_without_openmp_are_said_to_run_on_one_thread(tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    refuse = '[ "$word" = -fopenmp ] && echo "no -fopenmp" >&2 && exit 1'
+    compiler.write_text(f'#!/bin/sh\nfor word; do {refuse}; done\nexec {native.state().compiler} "$@"\n')
+    compiler.chmod(0o755)
+    assert native.state().threaded and doctor._compiled().state == "fine"
+    monkeypatch.setenv("HQDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    library, state = native._built.__wrapped__()
+    assert library is not None and not state.threaded
+    monkeypatch.setattr(native, "_built", lambda: (library, state))
+    found = doctor._compiled()
+    assert found.state == "slower" and "one thread" in found.found and str(state.path) in found.hint
 
 
 def test_doctor_tries_integers_and_says_how_to_get_what_is_missing(monkeypatch, tmp_path, capsys):

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from pipelines import native
-from pipelines.errors import HqdmError
+from pipelines.errors import HqdmError, NumericalFault
 from pipelines.kernels.norms import Normed, ShortNorm, given_to
 
 PRODUCTS = ("fp32", "int8")
+NOT_FINITE = 2  # what hqdm_attention8 returns where it saw NaN or Inf
 
 
 class Short:
@@ -72,7 +73,12 @@ def attend(
     pointers = [value.data_ptr() for value in (q, k, v, out)]
     shape = images, queries, keys, heads, width, width**-0.5
     if products == "int8":
-        if kernels.hqdm_attention8(*pointers, *shape, threads):
+        fault = kernels.hqdm_attention8(*pointers, *shape, threads)
+        if fault == NOT_FINITE:
+            raise NumericalFault(
+                "attention in 8-bit integers: q, k or v holds NaN or Inf", "distill again at lower rates"
+            )
+        if fault:
             what = f"attention of {keys} keys in heads of {width} is too large for products of 8-bit integers"
             raise HqdmError(what, "leave --attention out")
         return out

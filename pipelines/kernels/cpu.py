@@ -6,6 +6,8 @@ which is `quant.layers.epilogue`. Where a form needs several products their accu
 (exact below 2²⁴, checked when the layer is prepared), added as int32, and the epilogue follows in torch.
 """
 
+from functools import lru_cache
+
 import torch
 
 from pipelines.errors import HqdmError, NumericalFault
@@ -16,10 +18,35 @@ from pipelines.quant.integers import PackedWeights, accumulator_bound
 from pipelines.quant.layers import EXACT_FP32, epilogue
 
 
+@lru_cache(maxsize=1)
 def has_vnni() -> bool:
-    """Whether the processor sums u8·s8 products in 32 bits; without it pairs saturate at 16."""
+    """Whether the operators sum u8·s8 products in 32 bits; without VNNI pairs saturate at 16.
+
+    Tried where the processor says that it can: oneDNN may take other instructions (ONEDNN_MAX_CPU_ISA).
+    """
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+    if not (capabilities.get("avx512_vnni") or capabilities.get("avx_vnni")):
+        return False
+    channels, zeros = 32, torch.zeros(16, dtype=torch.int8)
+    for side in (0, 1, 3):  # of a kernel; 0: a linear
+        shape = (1, channels, 8, 8) if side else (8, channels)
+        codes = torch.full(shape, 255, dtype=torch.uint8)
+        weight = torch.full((16, channels, side, side) if side else (16, channels), INT8, dtype=torch.int8)
+        ones, around = torch.ones(16), ((1, 1), (0, 0), (1, 1), 1)
+        if side:
+            codes = codes.contiguous(memory_format=torch.channels_last)
+            packed = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, *around, list(shape))
+            sums = torch.ops.onednn.qconv_pointwise(
+                codes, 1.0, 0, packed, ones, zeros, None, *around, 1.0, 0, torch.float32, "none", [], None
+            )
+        else:
+            packed = torch.ops.onednn.qlinear_prepack(weight, list(shape))
+            sums = torch.ops.onednn.qlinear_pointwise(
+                codes, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        if not (sums == weight[0].numel() * 255 * INT8).all():
+            return False
+    return True
 
 
 def largest_weight(largest_code: int, vnni: bool) -> int:

@@ -48,11 +48,14 @@ class Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class State:
-    """What became of the library: the file that is loaded, or why there is none."""
+    """What became of the library: the file that is loaded, or why there is none. threaded: whether its compiler had
+    OpenMP; else all of it runs on one thread.
+    """
 
     path: Path | None
     compiler: str = ""
     why_not: str = ""
+    threaded: bool = True
 
 
 def cache_folder() -> Path:
@@ -74,8 +77,9 @@ def _built() -> tuple[ctypes.CDLL | None, State]:
         return None, State(None, why_not=f"CXX names {named}, which is not there" if named else missing)
     try:
         path = _compiled(compiler)
-        return _declared(ctypes.CDLL(str(path))), State(path, compiler)
-    except (OSError, subprocess.SubprocessError) as error:
+        found = _declared(ctypes.CDLL(str(path)))
+        return found, State(path, compiler, threaded=bool(found.hqdm_threaded()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         reason = (getattr(error, "stderr", None) or str(error)).strip() or type(error).__name__
         return None, State(None, compiler, f"{compiler} built no library: {reason.splitlines()[0]}")
 
@@ -112,7 +116,7 @@ def _compiled(compiler: str) -> Path:
     if about.st_uid != os.getuid() or about.st_mode & 0o022:  # whoever can write there could have this process run code
         raise PermissionError(f"{folder} is somebody else's, or others may write to it")
     path = folder / f"kernels-{key}.so"
-    if path.exists():
+    if path.exists() and _is_whole(path):
         return path
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / path.name
@@ -120,8 +124,16 @@ def _compiled(compiler: str) -> Path:
             _compile(compiler, Path(work), made, THREADS)
         except subprocess.CalledProcessError:  # a compiler without OpenMP still gives one thread
             _compile(compiler, Path(work), made, ())
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())  # loaders read no further than the headers say
         made.replace(path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was built: what a stopped machine or a full disk left of one would end the process."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _compile(compiler: str, work: Path, made: Path, threads: Sequence[str]) -> None:

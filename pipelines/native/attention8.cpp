@@ -4,6 +4,7 @@
 // softmax does not see. Weights have 16 bits, as two bytes, so that many small ones are not lost beside a large one.
 // Sums of products are exact, whatever the processor; the softmax between them is in floating point.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -41,7 +42,18 @@ inline Integers nearest(Floats v) { return (Integers)(v + MAGIC) - MAGIC_BITS; }
 
 inline Floats size_of(Floats v) { return (Floats)((Integers)v & 0x7FFFFFFF); }
 
-inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+// Of sizes: as integers these are in the same order, and Inf and NaN above all others.
+inline Floats larger(Floats a, Floats b) { return (Integers)a > (Integers)b ? a : b; }
+
+// The largest lane, if all are finite numbers; else what is none.
+inline float top_of(Floats sizes) {
+  float found = 0;
+  for (int i = 0; i < LANES; ++i) {
+    if (!(sizes[i] < INFINITY)) return NAN;
+    found = sizes[i] > found ? sizes[i] : found;
+  }
+  return found;
+}
 
 constexpr int MOST = 1024;  // of a head's width
 
@@ -61,6 +73,7 @@ struct Head {  // k, v of one head as the products take them
   std::vector<float> scale;     // of each key
   std::vector<int8_t> values;   // (padded keys / 4, padded width, 4)
   std::vector<float> by_column; // scales of v
+  bool finite = true;           // whether all that was given is
 };
 
 // Where four values of a key's head lie, those from `d` on: what a pass takes is in one piece.
@@ -85,6 +98,7 @@ void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64
   }
   for (int64_t d = 0; d < columns; ++d) {
     mean[d] /= float(keys);
+    head.finite &= most[d] < INFINITY;
     head.by_column[d] = most[d] / 127.0f;
     inverse[d] = most[d] > 0 ? 127.0f / most[d] : 0.0f;
   }
@@ -96,7 +110,8 @@ void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64
       store(row.values + d, value);
       largest = larger(largest, size_of(value));
     }
-    const float top = largest_lane(largest), factor = top > 0 ? 127.0f / top : 0.0f;
+    const float top = top_of(largest), factor = top > 0 ? 127.0f / top : 0.0f;
+    head.finite &= top == top;
     head.scale[key] = top / 127.0f;
     Integers total = {};
     for (int64_t d = 0; d < columns; d += LANES) {
@@ -122,6 +137,7 @@ void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64
 struct Room {  // of one thread
   std::vector<float> scores;
   std::vector<uint8_t> high, low;
+  bool finite = true;
 };
 
 template <int COUNT>
@@ -134,7 +150,8 @@ void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t
     const Row row(q + r * stride, width, columns);
     Floats largest = {};
     for (int64_t d = 0; d < columns; d += LANES) largest = larger(largest, size_of(load(row.values + d)));
-    const float top = largest_lane(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
+    const float top = top_of(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
+    room.finite &= top == top;
     factor[r] = top / 127.0f * scale;
     for (int64_t d = 0; d < columns; d += LANES) {
       const Bytes bytes = __builtin_convertvector(nearest(load(row.values + d) * inverse) + OFFSET, Bytes);
@@ -200,7 +217,8 @@ void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t
 
 extern "C" {
 
-// As hqdm_attention, with products of 8-bit integers. 1: a head wider than 1,024, or more than 65,536 keys.
+// As hqdm_attention, with products of 8-bit integers. 1: a head wider than 1,024, or more than 65,536 keys. 2: NaN or
+// Inf among q, k or v, which integers would not show.
 int hqdm_attention8(const float* q, const float* k, const float* v, float* out, int64_t batch, int64_t queries,
                     int64_t keys, int64_t heads, int64_t width, float scale, int threads) {
   if (width > MOST || keys > 65536) return 1;
@@ -232,6 +250,10 @@ int hqdm_attention8(const float* q, const float* k, const float* v, float* out, 
                    room);
     }
   }
+  for (const Head& head : prepared)
+    if (!head.finite) return 2;
+  for (const Room& room : rooms)
+    if (!room.finite) return 2;
   return 0;
 }
 

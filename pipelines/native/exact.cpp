@@ -134,6 +134,15 @@ inline void sums_of(const float* x, int64_t rows, int64_t stride, const float* f
 
 extern "C" {
 
+// Whether loops are shared out to threads.
+int hqdm_threaded() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // y = x·blockdiag(M, …) over `values` contiguous floats, M = D·H of `order`, or Mᵀ. y may be x. 1: no such order, or
 // `values` is no multiple of max(order, lanes).
 int hqdm_rotate(const float* x, float* y, int64_t values, int order, const float* signs, int inverse, int threads) {
