@@ -94,9 +94,12 @@ class Ours(Contender):
 
     def step(self, place):
         from pipelines.memory import give_back
-        from pipelines.stages.bench import Config, Step
+        from pipelines.stages.bench import Config, Step, floats
 
-        step = Step(self.kind, self.export or place.model, Config(guidance=1.0), place.timestep)
+        config = Config(guidance=1.0)
+        if self.kind == "bf16" and self.kind not in floats(config.place()):
+            raise HqdmError("this processor has no instructions for bfloat16", "leave it out: --only names others")
+        step = Step(self.kind, self.export or place.model, config, place.timestep)
         step.model.first_stage = None  # which a step has no use for, and the others' files do not have
         give_back(1 << 30)
         return step

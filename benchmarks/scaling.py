@@ -51,12 +51,16 @@ def laws_of(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, dict[st
             continue
         values = [row[part] for row in rows]
         found[part] = {"ms": {}, "gb": {}}
-        for name in CONTENDERS:
+        for name in _measured(rows):
             found[part]["ms"][name] = law(values, [row[f"{name}_ms"] for row in rows])
             above = [row[f"{name}_gb"] - results["libraries_gb"] for row in rows]
             if min(above) > 0:  # a model so small that it is lost in the libraries' own changes has no law
                 found[part]["gb"][name] = law(values, above)
     return found
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in CONTENDERS if f"{name}_ms" in rows[0]]
 
 
 def lines_of(results: Mapping[str, Any]) -> list[str]:
@@ -66,12 +70,13 @@ def lines_of(results: Mapping[str, Any]) -> list[str]:
         rows = results.get(part, [])
         if not rows:
             continue
+        names = _measured(rows)
         extra = ["parameters, millions", "rotations, % of the step"] if part == "width" else []
-        heads = [part, *(f"{name}, ms" for name in CONTENDERS), "times fp32", *(f"{name}, GB" for name in CONTENDERS)]
+        heads = [part, *(f"{name}, ms" for name in names), "times fp32", *(f"{name}, GB" for name in names)]
         lines += [f"| {' | '.join([*heads, *extra])} |", "|" + "--:|" * (len(heads) + len(extra))]
         for row in rows:
-            cells = [str(row[part]), *(f"{row[f'{name}_ms']:.0f}" for name in CONTENDERS)]
-            cells += [f"{row['int_times_fp32']:.2f}", *(f"{row[f'{name}_gb']:.2f}" for name in CONTENDERS)]
+            cells = [str(row[part]), *(f"{row[f'{name}_ms']:.0f}" for name in names)]
+            cells += [f"{row['int_times_fp32']:.2f}", *(f"{row[f'{name}_gb']:.2f}" for name in names)]
             if part == "width":
                 cells += [f"{row['parameters'] / 1e6:.1f}", f"{row['hadamard_share']:.1%}".rstrip("%")]
             lines.append(f"| {' | '.join(cells)} |")
@@ -179,7 +184,7 @@ def main() -> None:
             model = store.ancestor(export, "model")
             steps = speed.contenders_of(model, export)
             parameters = sum(each.numel() for each in steps["fp32"].model.network.parameters())
-            timestep = steps["int"].timestep
+            timestep, names = steps["int"].timestep, list(steps)
             mine: list[tuple[str, int]] = []
             if width == options.channels:
                 mine += [("batch", value) for value in options.batches if "batch" in options.parts]
@@ -188,7 +193,7 @@ def main() -> None:
                 mine.append(("width", width))
             rows = [(part, speed.timed(steps, part, value, options.turns)) for part, value in mine]
             del steps  # the memory is other processes'
-            paths = {"fp32": str(model.path), "bf16": str(model.path), "int": str(export.path)}
+            paths = {name: str((export if name == "int" else model).path) for name in names}
             for part, row in rows:
                 row = with_memory(row, part, paths, timestep)
                 if part == "width":

@@ -37,7 +37,7 @@ from pipelines.kernels.prologue import Prologue
 from pipelines.memory import reuse_freed_memory
 from pipelines.quant.spec import IDENTITY
 from pipelines.stages import load
-from pipelines.stages.bench import Config, Step
+from pipelines.stages.bench import FLOAT, Config, Step, floats
 from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.store import Store
 
@@ -120,10 +120,10 @@ def scaling_of(model: Artifact, export: Artifact, turns: int) -> list[dict[str, 
 
 
 def contenders_of(model: Artifact, export: Artifact) -> dict[str, Step]:
-    """Integers, fp32 and bfloat16, all at the timestep of the integers."""
+    """Integers, fp32 and, where it is worth measuring, bfloat16, all at the timestep of the integers."""
     config = Config(guidance=1.0)
     steps = {"int": Step("int", str(export.path), config, None)}
-    for name in ("fp32", "bf16"):
+    for name in floats(config.place()):
         steps[name] = Step(name, str(model.path), config, steps["int"].timestep)
     return steps
 
@@ -160,9 +160,9 @@ def lines_of(results: dict[str, Any]) -> list[str]:
                 name = row["contender"] + (", attention in int8" if attention == "int8" else "")
                 memory, ms = table["memory_gb"].get(row["contender"]), row["ms"]["median"]
                 held = f"{memory['resident']:.2f} | {memory['peak']:.2f}" if memory else "|"
+                ratios = [row.get(f"times_as_fast_as_{other}") for other in FLOAT]
                 times = " | ".join(
-                    "{median:.2f} ({low:.2f}–{high:.2f})".format(**row[f"times_as_fast_as_{other}"])
-                    for other in ("fp32", "bf16")
+                    "{median:.2f} ({low:.2f}–{high:.2f})".format(**each) if each else "" for each in ratios
                 )
                 lines.append(f"| {name} | {row['batch']} | {_ms(ms)} | {_ms(ms / row['batch'])} | {times} | {held} |")
         lines += ["", "| ms at the smallest batch | " + " | ".join(speed.KINDS) + " | of the int8 peak |"]

@@ -57,6 +57,7 @@ Exit codes: 0 done, 1 something you can mend, 2 usage, 130 interrupted, 143 term
 # The first show progress and can keep a journal.
 LONG = (profile, plan, distill, export, sample, score, compare, run, reproduce, bench)
 SHORT = (status, show, verify, gc, methods, report, doctor)
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")  # torch's words for it
 for module in (*LONG, *SHORT):
     name = module.__name__.rpartition(".")[2]
     command = getattr(module, name)
@@ -139,5 +140,8 @@ def _failed(fault: Exception, debug: bool) -> int:
     if isinstance(fault, OSError) and fault.strerror:
         where = f"{fault.filename}: " if fault.filename else ""
         console.error(f"{where}{fault.strerror}", "see that the path, its rights and the space on its disk are right")
+        return 1
+    if isinstance(fault, MemoryError) or any(words in str(fault) for words in OUT_OF_MEMORY):
+        console.error(f"out of memory: {fault}".rstrip(": "), "take a smaller --batch, or a machine with more memory")
         return 1
     raise fault

@@ -20,6 +20,7 @@ WARM_UP = 2  # turns that are not counted: oneDNN makes its kernels in the first
 SIDE = 2048  # of the matrices by which the machine's best is measured: 17 GFLOP, far beyond the caches
 DEVICE_SIDE = 8192  # the same on a GPU: 1100 GFLOP
 TRIES = 5
+EMULATED = 10  # times as slow as in fp32: products of a type that a processor has no instructions for
 CPU = torch.device("cpu")
 
 # What a layer is, in the order in which shares are told.
@@ -81,18 +82,29 @@ def _best(run: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 @torch.inference_mode()
+def multiplies_bfloat16(device: torch.device = CPU) -> bool:
+    """Whether bfloat16 is worth measuring: a processor without instructions for it takes a hundred times as long as in
+    fp32, hours for a large network. By small products, which take a moment there too.
+    """
+    x = torch.randn(256, 256, device=device)
+    narrow, clock = x.bfloat16(), clock_of(device)
+    return _best(lambda: narrow @ narrow, clock) < EMULATED * _best(lambda: x @ x, clock)
+
+
+@torch.inference_mode()
 def peaks(device: torch.device = CPU) -> dict[str, float]:
     """What this machine or a device of it does at best, by the operators that networks are made of: fp32 and bf16
-    products in GFLOP/s, int8 products in GOP/s (0 where torch has no operator for them), and a copy in GB/s, read and
-    written.
+    products in GFLOP/s, int8 products in GOP/s (0 where torch has no operator for them, and in bf16 where the processor
+    has no instructions), and a copy in GB/s, read and written.
     """
     side, clock = DEVICE_SIDE if device.type == "cuda" else SIDE, clock_of(device)
     operations = 2 * side**3 / 1e9
     x, y = (torch.randn(side, side, device=device) for _ in range(2))
     result = {"fp32_gflops": operations / _best(lambda: x @ y, clock)}
     narrow = x.bfloat16(), y.bfloat16()
-    result["bf16_gflops"] = operations / _best(lambda: narrow[0] @ narrow[1], clock)
-    result["int8_gops"] = 0.0
+    result |= {"bf16_gflops": 0.0, "int8_gops": 0.0}
+    if multiplies_bfloat16(device):
+        result["bf16_gflops"] = operations / _best(lambda: narrow[0] @ narrow[1], clock)
     if device.type == "cuda":
         left, right = (torch.randint(-7, 8, (side, side), dtype=torch.int8, device=device) for _ in range(2))
         result["int8_gops"] = operations / _best(lambda: torch._int_mm(left, right.T), clock)

@@ -53,10 +53,12 @@ def check() -> None:
 
 @contextmanager
 def unmasked() -> Iterator[None]:
-    """What a signal raised leaves, where a library made another Exception of it."""
+    """What a signal raised leaves, where a library made another exception of it."""
     try:
         yield
-    except Exception as fault:
+    except (KeyboardInterrupt, Terminated, SystemExit, GeneratorExit):
+        raise
+    except BaseException as fault:  # Rust's panics are no Exception
         if _asked is not None:
             raise _asked from fault
         raise

@@ -19,8 +19,9 @@ from pipelines.stages import bench, load
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """What the machine can do at best is measured on matrices that take a moment."""
+    """What the machine can do at best is measured on matrices that take a moment, bfloat16 wherever the tests run."""
     monkeypatch.setattr(speed, "SIDE", 512)
+    monkeypatch.setattr(speed, "EMULATED", 1e9)
 
 
 def test_each_turn_begins_with_another_and_warm_turns_are_not_counted():
@@ -85,6 +86,21 @@ def test_the_table_has_every_contender_and_what_the_machine_can_do(tmp_path, cap
     assert main(["bench", "--batch", "1", "--turns", "1", "--no-memory", *workspace]) == 0  # always anew
     shown = capsys.readouterr().out
     assert "times fp32" in shown and store.current("bench").id != kept.id
+
+
+def test_bfloat16_is_left_out_where_the_processor_has_no_instructions_for_it(tmp_path, capsys, monkeypatch):
+    """It would take hours there."""
+    store = tiny_store(tmp_path)
+    monkeypatch.setattr(speed, "EMULATED", 0)
+    options = ["--batch", "1", "--turns", "1", "--guidance", "1", "--no-memory", "--json"]
+    with drawn():
+        assert main(["bench", *options, "-w", str(store.root)]) == 0
+    shown = capsys.readouterr()
+    table = json.loads(shown.out)
+    assert [row["contender"] for row in table["steps"]] == ["fp32"] and table["peaks"]["bf16_gflops"] == 0
+    assert "bf16 is left out: this processor has no instructions for it" in shown.err
+    text = "\n".join(benchmark.lines_of({"machine": "a machine", "steps": {"tiny": {"fp32": table}}}))
+    assert "| fp32 | 1 |" in text and "bf16 | 1" not in text
 
 
 def test_memory_is_that_of_a_process_of_its_own(tmp_path):

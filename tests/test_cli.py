@@ -289,6 +289,18 @@ def test_an_error_of_the_system_is_named_without_a_traceback(hqdm, fakes):
     assert "error: weights.safetensors: No space left on device\nhint: " in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("fault", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+], ids=["Python's", "torch's"])  # fmt: skip
+def test_memory_that_is_not_enough_is_named_with_the_way_out(hqdm, fakes, fault):
+    def full(config, inputs, out, report):
+        raise fault
+
+    fakes["profile"].run = full
+    code, _, err = hqdm("profile", "model.ckpt")
+    assert code == 1 and "error: out of memory" in err and "smaller --batch" in err and "Traceback" not in err
+
+
 def test_a_fault_of_the_program_is_not_hidden(hqdm, fakes):
     fakes["model"].run = lambda *args: {}["missing"]
     with pytest.raises(KeyError):

@@ -24,6 +24,17 @@ def masking(number):
         raise ValueError("could not determine the shape") from fault
 
 
+class Panic(BaseException):
+    """As Rust's, which is no Exception."""
+
+
+def panicking(number):
+    try:
+        os.kill(os.getpid(), number)
+    except BaseException as fault:
+        raise Panic from fault
+
+
 def swallowing(number):
     """As a callback of C does."""
     try:
@@ -43,7 +54,7 @@ def disturbed(stage, number, library):
     stage.run = run
 
 
-@pytest.mark.parametrize("library", [masking, swallowing])
+@pytest.mark.parametrize("library", [masking, panicking, swallowing])
 @pytest.mark.parametrize("number, code, word", SIGNALS, ids=["SIGINT", "SIGTERM"])
 def test_a_signal_that_a_library_hides_stops_the_command_and_the_same_goes_on(
     hqdm, fakes, tmp_path, number, code, word, library
