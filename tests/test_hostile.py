@@ -281,6 +281,17 @@ def test_a_compressed_tar_is_not_unpacked_without_end(here, kind, monkeypatch):
     refused(lambda: read_images(here / "bomb.tar"), "unpacks to more than", kind=FileFault)
 
 
+def test_a_zip_whose_members_are_the_same_bytes_again_and_again_is_not_unpacked_without_end(here, monkeypatch):
+    monkeypatch.setattr(reader, "UNPACKED_BYTES", 32 << 20)
+    image = png(4, 4, zlib.compress(b"\0" * 52)) + b"\0" * (4 << 20)
+    with zipfile.ZipFile(here / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", image)
+        entry = archive.infolist()[0]
+        archive.filelist += [entry] * 19  # the directory alone says that they are there
+    assert (here / "bomb.zip").stat().st_size < 20_000
+    refused(lambda: read_images(here / "bomb.zip"), "bomb.zip", "unpacks to more than", kind=FileFault)
+
+
 def test_a_header_of_a_tar_that_claims_gigabytes_is_not_read(here):
     about = tarfile.TarInfo("././@PaxHeader")
     about.type, about.size = tarfile.XHDTYPE, 8 << 30

@@ -46,7 +46,7 @@ TOTAL_BYTES = 32 * 2**30  # all images, decoded; 50,000 of 256×256 RGB take 9.2
 UNPACKED_BYTES, UNPACKED_TIMES = (
     2**30,
     100,
-)  # a compressed tar may unpack to the larger of this and so many times itself
+)  # an archive may unpack to the larger of this and so many times itself
 MOST_CLASSES = 2**20  # labels are below it: counts of classes are arrays of this length
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x5d\0\0": lzma.open}
 
@@ -230,6 +230,9 @@ def _zip(path: Path) -> _Files:
     with _naming(path), zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if not member.is_dir() and _is_image_name(member.filename)]
     members.sort(key=lambda member: _natural(member.filename))
+    most = _most_unpacked(path)  # members can lie over one another, so that few bytes are many files
+    if sum(member.file_size for member in members) > most:
+        raise FileFault(f"{path}: unpacks to more than {most / 2**30:.1f} GiB", "pack the images alone, once each")
     for member in members:
         if member.flag_bits & 1:
             raise FileFault(f"{path}: {member.filename} is encrypted", "pack it without a password")
@@ -270,13 +273,17 @@ class _Unpacked:
             raise tarfile.ReadError(f"unpacks to more than {self._most / 2**30:.1f} GiB")
 
 
+def _most_unpacked(path: Path) -> int:
+    """The bytes to which a compressed archive of images could unpack."""
+    return min(TOTAL_BYTES, max(UNPACKED_BYTES, UNPACKED_TIMES * path.stat().st_size))
+
+
 @contextmanager
 def _opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    size = path.stat().st_size
     with open(path, "rb") as raw:
         head = raw.read(6)
     unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
-    most = TOTAL_BYTES if unpack is None else min(TOTAL_BYTES, max(UNPACKED_BYTES, UNPACKED_TIMES * size))
+    most = TOTAL_BYTES if unpack is None else _most_unpacked(path)
     with (unpack or open)(path, "rb") as file, tarfile.open(fileobj=_Unpacked(file, most), mode="r:") as archive:
         yield archive
 
