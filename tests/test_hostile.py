@@ -292,6 +292,25 @@ def test_a_zip_whose_members_are_the_same_bytes_again_and_again_is_not_unpacked_
     refused(lambda: read_images(here / "bomb.zip"), "bomb.zip", "unpacks to more than", kind=FileFault)
 
 
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded(here):
+    file = io.BytesIO()
+    Image.new("L", (4096, 4096), 128).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    assert 5 < reader._scans(whole) < 20
+    (here / "a.jpg").write_bytes(whole[:-2] + scan * 2000 + whole[-2:])
+    assert (here / "a.jpg").stat().st_size < 200_000
+    refused(lambda: reader.decode_image((here / "a.jpg").read_bytes(), "a.jpg"), "a.jpg", "scans", kind=FileFault)
+
+
+def test_what_a_jpeg_carries_beside_its_scans_does_not_count():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", comment=b"\xff\xda" * 500)
+    data = file.getvalue()
+    assert reader._scans(data) == reader._scans(data + b"\xff\xda" * 500) == 1
+    assert reader.decode_image(data + b"\xff\xda" * 500, "a.jpg")[0].shape == (8, 8, 3)
+
+
 def test_a_header_of_a_tar_that_claims_gigabytes_is_not_read(here):
     about = tarfile.TarInfo("././@PaxHeader")
     about.type, about.size = tarfile.XHDTYPE, 8 << 30
