@@ -104,6 +104,22 @@ def test_a_pickle_of_tensors_that_claim_more_than_the_file_is_refused(here):
     refused(lambda: read_tensors(forge(here / "a.ckpt", claims)), "a.ckpt", kind=FileFault)
 
 
+SAME_HASH = (1 << 61) - 1  # of whose multiples Python's hash is 0
+
+
+def test_keys_of_one_hash_do_not_take_quadratic_time(here):
+    def number(value):
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8a" + bytes([len(data)]) + data
+
+    keys = range(SAME_HASH, 40_000 * SAME_HASH, SAME_HASH)
+    assert len({hash(key) for key in keys}) == 1
+    forge(here / "model.ckpt", b"\x80\x02}(" + b"".join(number(key) + b"N" for key in keys) + b"u.")
+    refused(lambda: read_tensors(here / "model.ckpt"), "model.ckpt", "no tensors", kind=FileFault)
+    (here / "given.yaml").write_text("a:\n" + "".join(f"  {key}: 1\n" for key in keys[:4000]))
+    refused(lambda: read_yaml(here / "given.yaml"), "given.yaml, line 2", "too large a number", kind=FileFault)
+
+
 def test_an_array_of_objects_is_never_unpickled(here):
     class Payload:
         def __reduce__(self):
