@@ -264,6 +264,8 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
             raise UsageError(f"{where}: {key} is {value}", "give a finite number")
         return float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > 63:  # libraries refuse it only where they meet it, in the middle of a run
+            raise UsageError(f"{where}: {key} cannot be {_shown(value)}", "it takes a whole number below 2⁶³")
         return value
     if kind in (str, bool) and isinstance(value, kind):
         return value

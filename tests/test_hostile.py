@@ -33,9 +33,10 @@ from pipelines.metrics.images import read_images
 from pipelines.metrics.references import read_reference
 from pipelines.models.checkpoint import read_tensors
 from pipelines.models.source import read_json
+from pipelines.stages.sample import MOST_IMAGES
 from pipelines.states import read_state
 from pipelines.students import load_integer
-from pipelines.workspace.seals import sha256_of_file
+from pipelines.workspace.seals import MOST_BYTES, sha256_of_file
 from pipelines.workspace.store import Store as Workspace
 
 
@@ -203,6 +204,25 @@ def test_yaml_holds_plain_finite_values_alone_and_takes_no_time_or_memory(here, 
     path = here / "given.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     assert outcome(lambda: read_yaml(path)) == "refused"
+
+
+@pytest.mark.parametrize(
+    "stage, values",
+    [("profile", {"batch": 10**12}), ("distill", {"trajectories": 10**12}), ("distill", {"batch": 10**12}),
+     ("sample", {"count": 10**12}), ("score", {"kid_subsets": 10**12}), ("score", {"seed": 2**32}),
+     *((stage, {"seed": 10**30}) for stage in ("profile", "distill", "sample", "score"))],
+)  # fmt: skip
+def test_a_recipe_that_asks_for_numbers_beyond_use_is_refused_before_anything_runs(here, stage, values):
+    (here / "model.ckpt").write_bytes(b"not looked at")
+    recipe = {"model": "model.ckpt", stage: values}
+    (name,) = values
+    fault = refused(lambda: next(runner.run_recipe(Workspace(here / "ws"), recipe, base=here)), f"{name} cannot be")
+    assert fault.exit_code == 2 and not (here / "ws").exists()
+
+
+def test_a_manifest_can_hold_as_many_images_as_are_sampled():
+    entry = {"sha256": "0" * 64, "bytes": 10**9, "mtime_ns": 10**19}
+    assert 1.2 * MOST_IMAGES * len(json.dumps({f"images/{10**6}.png": entry}, indent=3)) < MOST_BYTES
 
 
 def test_a_date_in_yaml_is_text_and_a_time_of_day_a_number(here):

@@ -22,6 +22,7 @@ from pipelines.workspace.store import Store
 NAME = "sample"
 VERSION = 4
 MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
+MOST_IMAGES = 300_000  # whose names and hashes a manifest holds
 FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
 
 
@@ -44,6 +45,8 @@ class Config:
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"sample: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+        if self.count > MOST_IMAGES:
+            raise UsageError(f"sample: count cannot be {self.count}", f"it takes {MOST_IMAGES} or less")
         if self.device != "cpu" and self.source == "int":
             raise UsageError(f"--device {self.device} is for teacher and fake student", f"--backend {self.device}")
 
