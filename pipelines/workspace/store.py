@@ -119,9 +119,14 @@ class Store:
         path, number = self.root / artifact.stage / CURRENT, artifact.path.name
         if self.current(artifact.stage) != artifact or self.current_is_damaged(artifact.stage):
             part = path.with_name(path.name + ".part")
-            part.unlink(missing_ok=True)  # what is written here must not go through a link to somewhere else
-            part.write_text(f"{number} {_check_of(artifact.stage, number)}\n", encoding="utf-8")
-            part.replace(path)
+            try:
+                part.unlink(missing_ok=True)  # what is written here must not go through a link to somewhere else
+                part.write_text(f"{number} {_check_of(artifact.stage, number)}\n", encoding="utf-8")
+                with contextlib.suppress(FileNotFoundError):  # another process was as quick, and its word stands
+                    part.replace(path)
+            except OSError as fault:
+                raise_disk_fault(fault, path)
+                raise
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """The newest artifact of that key."""
