@@ -463,6 +463,19 @@ def test_nothing_is_written_through_a_link_in_a_workspace(store, here):
     assert secret.read_text() == "kept" and store.current("sample") == made[0]
 
 
+def test_a_stage_that_is_a_link_to_elsewhere_is_not_written_through(here):
+    (here / "outside").mkdir()
+    store = Workspace(here / "ws")
+    store.root.mkdir()
+    (store.root / "export").symlink_to(here / "outside")
+    refused(lambda: store.begin("export", "k" * 64, {}), "export is a link", kind=FileFault)
+    assert list((here / "outside").iterdir()) == []
+    (here / "outside" / ".lock").touch()
+    (here / "outside" / ".draft-0123456789abcdef" / "work").mkdir(parents=True)
+    assert app.main(["gc", "-w", str(store.root)]) == 0
+    assert (here / "outside" / ".draft-0123456789abcdef" / "work").is_dir()
+
+
 def test_pipes_and_odd_bytes_in_a_workspace_are_refused_or_passed_over(store):
     (store.root / "plan" / ".current").write_bytes(b"\xff\xfe" * 40)
     assert store.current("plan").id == "plan/0001"

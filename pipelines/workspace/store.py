@@ -212,8 +212,13 @@ class Store:
 
     def lock(self, stage: str) -> int:
         """The descriptor that holds a stage, to be closed; its folder has to be there. HqdmError where another process
-        is at work.
+        is at work, FileFault for a folder that lies elsewhere.
         """
+        if (self.root / stage).is_symlink():
+            raise FileFault(
+                f"{self.root / stage} is a link, through which a run would write elsewhere",
+                "put a folder in its place; --workspace may be on any disk",
+            )
         lock = os.open(self.root / stage / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
