@@ -398,6 +398,16 @@ def test_verify_names_every_manifest_of_the_road_with_a_flipped_byte(road, tmp_p
     assert main(["verify", "-w", str(tmp_path / "ws")]) == 0
 
 
+def test_verify_names_a_manifest_that_is_gone(store, capsys):
+    for text in ("1", "2"):
+        put(store, "plan", {"p": text}, config={"n": int(text)})
+    (store.root / "plan" / "0001" / MANIFEST).unlink()
+    assert main(["verify", "-w", str(store.root)]) == 1
+    told, err = capsys.readouterr()
+    assert f"plan/0001\t{store.root / 'plan' / '0001' / MANIFEST} is missing" in told.splitlines()
+    assert "error: 1 of 2 artifacts are damaged: plan/0001" in err
+
+
 @pytest.mark.parametrize("change", ["flip", "cut", "space"])
 def test_no_byte_of_a_manifest_can_change_unseen(store, change):
     model = put(store, "model", {"w": "1"}, config={"bits": "w4a4"}, figures={"loss": 0.125, "names": ["a", None]})

@@ -58,11 +58,14 @@ class Store:
         return sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
     def survey(self, stage: str) -> tuple[list[Artifact], dict[str, FileFault]]:
-        """As `artifacts(stage)`, and by id what is wrong with those whose manifests cannot be read at all."""
+        """As `artifacts(stage)`, and by id what is wrong with those whose manifests cannot be read or are gone."""
         sound, broken = [], {}
         for path in self._folders(stage):
             try:
-                sound += [artifact] if (artifact := self._read(path)) else []
+                if artifact := self._read(path):
+                    sound.append(artifact)
+                elif holds_files(path):
+                    raise FileFault(f"{path / MANIFEST} is missing", f"restore it, or remove {path}")
             except FileFault as fault:
                 broken[f"{stage}/{path.name}"] = fault
         return sound, broken
