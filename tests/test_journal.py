@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipelines.errors import Terminated
+from pipelines.errors import NumericalFault, Terminated
 
 
 def lines(path):
@@ -71,6 +71,33 @@ def test_a_log_that_cannot_be_written_is_refused_before_anything_runs(hqdm, tmp_
     code, _, said = hqdm("profile", "model.ckpt", "--log-json", str(tmp_path / "file" / "run.jsonl"))
     assert code == 1 and "cannot be written" in said and "--log-json" in said
     assert not (tmp_path / "workspace").exists()
+
+
+def test_a_log_on_a_full_disk_is_named_and_does_not_hide_what_went_wrong(hqdm, fakes, tmp_path, monkeypatch):
+    code, _, said = hqdm("profile", "model.ckpt", "--log-json", "/dev/full")
+    assert code == 1 and "error: /dev/full cannot be written: No space left on device\nhint: make room" in said
+
+    log = tmp_path / "run.jsonl"
+
+    def fails(*_):
+        log.unlink()
+        log.symlink_to("/dev/full")  # from now on
+        raise NumericalFault("site conv_in at timestep 7: NaN", "see the model")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fakes["profile"], "run", fails)
+        code, _, said = hqdm("profile", "model.ckpt", "--log-json", str(log))
+    assert code == 1 and said.endswith("error: site conv_in at timestep 7: NaN\nhint: see the model\n")
+    log.unlink()
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 0 and events(log)[-1] == "finish"
+
+
+def test_a_line_that_was_cut_spoils_no_other(hqdm, tmp_path):
+    log = tmp_path / "run.jsonl"
+    log.write_text('{"event": "finish"}\n{"event": "adv')
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 0
+    first, cut, *others = log.read_text().splitlines()
+    assert cut == '{"event": "adv' and json.loads(others[0])["event"] == "start"
 
 
 def test_tensorboard_reads_the_losses_that_were_written(road, tmp_path):
