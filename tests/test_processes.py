@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,13 @@ def test_what_cannot_be_shared_is_refused_with_the_way_out(store, tmp_path, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="inside a job of 2 processes"):
         processes.launch(2, [])
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_processes_that_were_launched_leave_nothing_in_the_temporary_folder(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert processes.launch(2, ["-c", f"raise SystemExit({code})"]) == code
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("halves", [1, 2])
