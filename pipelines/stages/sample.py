@@ -220,7 +220,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     for start in starts:
         images[start : start + size_of[start]] = np.load(images_of[start])["images"]
     seconds = sum(float(np.load(latents_of[start])["seconds"]) for start in starts)
-    _write_pngs(images, out.path / "images")
+    _write_pngs(images, out.path / "images", report)
     _write_npz(images, conditions.numpy(), out.path / "samples.npz")
     save_grid(images[:100], out.path / "grid.png")
     about = (
@@ -292,12 +292,15 @@ def _keep(path: Path, **arrays) -> None:
         np.savez(file, **arrays)
 
 
-def _write_pngs(images, folder) -> None:
+def _write_pngs(images, folder, report: Report) -> None:
     from PIL import Image
 
     folder.mkdir(exist_ok=True)
+    report.begin("write", len(images), unit="images")
     for index, image in enumerate(images):
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(folder / f"{index:06d}.png")
+        report.advance(index + 1)
+    report.end()
 
 
 def _write_npz(images, classes, path) -> None:
