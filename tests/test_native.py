@@ -3,9 +3,11 @@
 import json
 import os
 import platform
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -250,6 +252,23 @@ def test_kernels_are_built_once_and_found_again(tmp_path):
     assert str(library) in first
     made = library.stat().st_mtime_ns
     assert said({"HQDM_CACHE": str(tmp_path)}) == first and library.stat().st_mtime_ns == made
+
+
+def test_what_a_killed_build_left_goes_and_a_build_at_work_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("HQDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_run", lambda command: "")
+    monkeypatch.setattr(native, "_compile", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            native._compiled("c++")
+        os.waitpid(child, 0)
+    killed, at_work = tmp_path.iterdir()
+    (killed / "exact.cpp.o").write_text("half")
+    long_ago = time.time() - 3 * native.PATIENCE
+    os.utime(killed, (long_ago, long_ago))
+    monkeypatch.setattr(native, "_compile", lambda compiler, work, made, threads: made.touch())
+    made = native._compiled("c++")
+    assert set(tmp_path.iterdir()) == {made, at_work}
 
 
 def test_doctor_tries_integers_and_says_how_to_get_what_is_missing(monkeypatch, tmp_path, capsys):
