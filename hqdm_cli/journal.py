@@ -91,7 +91,7 @@ current = Journal()
 def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[None]:
     """Inside, `current` keeps what is told to it."""
     global current
-    from pipelines import processes
+    from pipelines import processes, stops
     from pipelines.errors import FileFault, HqdmError, Terminated
     from pipelines.workspace.machine import LIBRARIES, libraries, machine
 
@@ -116,7 +116,8 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
     )
     begun, code = time.monotonic(), 1
     try:
-        yield
+        with stops.unmasked():
+            yield
         code = 0
     except (typer.Exit, Terminated) as end:
         code = end.exit_code

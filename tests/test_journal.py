@@ -1,6 +1,8 @@
 """--log-json and --tensorboard: what a run left overnight tells in the morning."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -64,6 +66,19 @@ def test_sigterm_and_an_unknown_value_are_told_with_their_exit_codes(hqdm, fakes
     log = tmp_path / "run.jsonl"
     assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 143
     assert lines(log)[-1]["exit_code"] == 143
+
+
+def test_a_signal_that_a_library_hides_outside_a_stage_is_told_as_what_it_was(hqdm, fakes, tmp_path):
+    def masking(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as fault:
+            raise ValueError("could not determine the shape") from fault
+
+    fakes["profile"].inputs = masking
+    log = tmp_path / "run.jsonl"
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 143
+    assert "error" not in events(log) and lines(log)[-1]["exit_code"] == 143
 
 
 def test_a_log_that_cannot_be_written_is_refused_before_anything_runs(hqdm, tmp_path):
