@@ -16,9 +16,10 @@ to then: `time` (ISO 8601, UTC), `event` and what belongs to it.
 import functools
 import inspect
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,8 +49,11 @@ class Journal:
         from pipelines.workspace.seals import finite
 
         line = finite({"time": utc(time.time()), "event": event, **values})
-        with open(self._log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as fault:
+            raise _unwritable(self._log, fault) from fault
 
     def advance(self, task: str, done: int, total: int, unit: str, rate: float | None, figures: Mapping) -> None:
         """A line now and then; TensorBoard takes every figure."""
@@ -87,7 +91,7 @@ current = Journal()
 def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[None]:
     """Inside, `current` keeps what is told to it."""
     global current
-    from pipelines import processes
+    from pipelines import processes, stops
     from pipelines.errors import FileFault, HqdmError, Terminated
     from pipelines.workspace.machine import LIBRARIES, libraries, machine
 
@@ -97,8 +101,10 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             log.open("a").close()
+            if log.is_file():
+                _end_line(log)
         except OSError as fault:
-            raise FileFault(f"{log} cannot be written: {fault.strerror}", "name another file: --log-json") from fault
+            raise _unwritable(log, fault) from fault
     tracker = _tracker(board) if board is not None else None
     current = Journal(log, tracker)
     current.event(
@@ -110,7 +116,8 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
     )
     begun, code = time.monotonic(), 1
     try:
-        yield
+        with stops.unmasked():
+            yield
         code = 0
     except (typer.Exit, Terminated) as end:
         code = end.exit_code
@@ -120,17 +127,40 @@ def _kept(log: Path | None, board: Path | None, words: list[str]) -> Iterator[No
         raise
     except HqdmError as fault:
         code = fault.exit_code
-        current.event("error", what=fault.what, hint=fault.hint)
+        with suppress(FileFault):  # a log that cannot be written must not hide what went wrong before
+            current.event("error", what=fault.what, hint=fault.hint)
         raise
     except Exception as fault:
         code = getattr(fault, "exit_code", 1)  # typer's own have one
-        current.event("error", what=f"{type(fault).__name__}: {fault}", hint="")
+        with suppress(FileFault):
+            current.event("error", what=f"{type(fault).__name__}: {fault}", hint="")
         raise
     finally:
-        current.event("finish", seconds=round(time.monotonic() - begun, 3), exit_code=code)
-        if tracker is not None:
-            tracker.finish()
-        current = Journal()
+        try:
+            with suppress(FileFault) if code else nullcontext():
+                current.event("finish", seconds=round(time.monotonic() - begun, 3), exit_code=code)
+        finally:
+            if tracker is not None:
+                tracker.finish()
+            current = Journal()
+
+
+def _end_line(log: Path) -> None:
+    """End the line that a full disk or a power cut left half, so that what is appended is told apart from it."""
+    with open(log, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
+def _unwritable(log: Path, fault: OSError) -> Exception:
+    from pipelines.errors import FileFault
+
+    return FileFault(
+        f"{log} cannot be written: {fault.strerror}",
+        "make room there, or name another file: --log-json; the same command goes on",
+    )
 
 
 def _tracker(folder: Path) -> Any:

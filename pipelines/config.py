@@ -25,6 +25,7 @@ from pipelines.errors import FileFault, UsageError, did_you_mean
 T = TypeVar("T")
 MOST_VALUES = 500_000  # in a file, an alias counted as all that it stands for
 MOST_DIGITS = 100  # of a number
+LARGEST_KEY = 1 << 48  # of those that are whole numbers
 MOST_YAML = 4 << 20  # bytes; a plan of 1,000 sites has 1 MB
 
 _repr = reprlib.Repr()
@@ -70,6 +71,10 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
+            if isinstance(key, int) and abs(key) >= LARGEST_KEY:  # of which many can have one hash: quadratic time
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {_shown(key)} is too large a number", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {_shown(key)} is given twice", key_node.start_mark
@@ -259,6 +264,8 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
             raise UsageError(f"{where}: {key} is {value}", "give a finite number")
         return float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > 63:  # libraries refuse it only where they meet it, in the middle of a run
+            raise UsageError(f"{where}: {key} cannot be {_shown(value)}", "it takes a whole number below 2⁶³")
         return value
     if kind in (str, bool) and isinstance(value, kind):
         return value

@@ -73,7 +73,7 @@ def collect(store: Store, stale: bool = False, dry_run: bool = False) -> Found:
         if not dry_run:
             for leftover in found.leftovers:
                 if not leftover.path.is_dir():
-                    leftover.path.unlink()
+                    leftover.path.unlink(missing_ok=True)  # a command that ends meanwhile may have moved it
                 elif not remove(leftover.path):
                     found.stuck.append(leftover.path)
     return found

@@ -293,8 +293,9 @@ def launch(count: int, command: Sequence[str]) -> int:
     """
     import logging
     import sys
+    import tempfile
 
-    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -309,12 +310,14 @@ def launch(count: int, command: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     os.environ[LAUNCHER] = str(os.getpid())
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes say what went wrong
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"hqdm-{os.getpid()}", rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
-    )  # fmt: skip
     try:
-        elastic_launch(config, sys.executable)(*command)
+        with tempfile.TemporaryDirectory(prefix="hqdm-") as notes:  # torch's own folder for them is never removed
+            config = LaunchConfig(
+                min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=f"hqdm-{os.getpid()}", rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
+                logs_specs=DefaultLogsSpecs(log_dir=notes),
+            )  # fmt: skip
+            elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as fault:
         first = min(fault.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # as a shell tells of a signal

@@ -13,6 +13,8 @@ from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.seals import sha256_of_file
 from pipelines.workspace.store import Store
 
+MOST_THREADS = 4096
+
 
 @dataclass(frozen=True)
 class Reproduced:
@@ -106,8 +108,9 @@ def _config_of(artifact: Artifact) -> Any:
 
 
 def _threads(artifact: Artifact) -> int | None:
-    """How many threads its stage computed with."""
-    return artifact.figures.get("threads") or artifact.manifest["machine"].get("threads")
+    """How many threads its stage computed with; None for a number that no machine has, with which torch crashes."""
+    found = artifact.figures.get("threads") or artifact.manifest["machine"].get("threads")
+    return found if type(found) is int and 1 <= found <= MOST_THREADS else None
 
 
 def _beside(recorded: Artifact, made: Artifact) -> Reproduced:

@@ -32,6 +32,7 @@ from torch import nn
 from pipelines.config import from_dict, to_dict
 from pipelines.diffusion import walker
 from pipelines.errors import FileFault, NumericalFault, UsageError, did_you_mean
+from pipelines.events import Report
 from pipelines.kernels import ON_DEVICE, cpu, cuda, reference
 from pipelines.kernels import layers as integer_layers
 from pipelines.memory import give_back, let_go
@@ -300,7 +301,7 @@ def merge_weights(student: Denoiser, teacher: Denoiser) -> None:
             target.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
 
 
-def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
+def save_integer(student: Denoiser, plan: Plan, folder: Path, report: Report | None = None) -> dict:
     """Write a fake student as packed integers, checked: NumericalFault where an accumulator could overflow.
 
     Returns {site: {"bytes", "float_bytes", "weight_bits", "form"}}; the form is the one of the cpu back end, the bits
@@ -309,8 +310,9 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
     layers = fake_layers.quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
     tensors = {f"tables.{name}": value for name, value in tables.raw().items()}
-    sizes = {}
-    for name, layer in layers.items():
+    sizes, report = {}, report or Report()
+    report.begin("pack", len(layers), unit="sites")
+    for done, (name, layer) in enumerate(layers.items(), 1):
         packed = layer.integers().packed()
         reference.prepare(packed)  # its bound on accumulators holds, or the export fails here
         tensors |= {f"{name}.{key}": value for key, value in packed.tensors.items()}
@@ -321,6 +323,8 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path) -> dict:
             "weight_bits": "mixed" if layer.plan.mixed else layer.plan.weight_bits,
             "form": cpu.form_of(packed),
         }
+        report.advance(done)
+    report.end()
     for name, value in student.network.state_dict().items():
         if name.rpartition(".")[0] not in layers and not name.startswith("timestep_tables."):
             tensors[f"float.{name}"] = value.contiguous()

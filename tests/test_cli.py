@@ -290,7 +290,7 @@ def test_an_error_of_the_system_is_named_without_a_traceback(hqdm, fakes):
 
 
 @pytest.mark.parametrize("fault", [
-    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate it"),
 ], ids=["Python's", "torch's"])  # fmt: skip
 def test_memory_that_is_not_enough_is_named_with_the_way_out(hqdm, fakes, fault):
     def full(config, inputs, out, report):

@@ -3,6 +3,7 @@ file operation: the error names the file and the way out, and what was there bef
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -260,6 +261,24 @@ def test_a_disk_that_fills_up_is_named_and_with_room_the_same_command_goes_on(ro
     assert stage == "sample" or again.digest == road.current(stage).digest
 
 
+def test_a_disk_that_is_full_where_the_last_word_is_written_is_named(fakes, monkeypatch, capsys):
+    assert main(["profile", "model.ckpt"]) == main(["plan"]) == 0
+    assert main(["plan", "--bits", "w3a3"]) == 0
+    write = Path.write_text
+
+    def full(self, *args, **options):
+        if self.name == ".current.part":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write says it, which knows no name
+        return write(self, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        assert main(["plan"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error == "error: workspace/plan/.current: No space left on device" and hint.startswith("hint: make room")
+    assert main(["plan"]) == 0 and Store("workspace").current("plan").id == "plan/0001"
+
+
 # Rights
 
 
@@ -377,6 +396,16 @@ def test_verify_names_every_manifest_of_the_road_with_a_flipped_byte(road, tmp_p
             assert len(faults[artifact.id]) >= 1 and all(MANIFEST in line for line in faults[artifact.id][-1:])
         path.write_bytes(data)
     assert main(["verify", "-w", str(tmp_path / "ws")]) == 0
+
+
+def test_verify_names_a_manifest_that_is_gone(store, capsys):
+    for text in ("1", "2"):
+        put(store, "plan", {"p": text}, config={"n": int(text)})
+    (store.root / "plan" / "0001" / MANIFEST).unlink()
+    assert main(["verify", "-w", str(store.root)]) == 1
+    told, err = capsys.readouterr()
+    assert f"plan/0001\t{store.root / 'plan' / '0001' / MANIFEST} is missing" in told.splitlines()
+    assert "error: 1 of 2 artifacts are damaged: plan/0001" in err
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "space"])
@@ -610,6 +639,21 @@ def test_what_another_process_is_at_is_left_alone_and_other_stages_are_not(hqdm,
 
 
 # Formats
+
+
+def test_two_processes_that_ask_for_artifacts_at_the_same_moment_do_not_fail(store, monkeypatch):
+    first, second = (put(store, "plan", {"a": text}, key=text) for text in "12")
+    replace = Path.replace
+
+    def overtaken(self, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        Store(store.root).mark_current(second)  # by the same name beside it
+        return replace(self, target)
+
+    store.mark_current(second)
+    monkeypatch.setattr(Path, "replace", overtaken)
+    store.mark_current(first)
+    assert store.current("plan") in (first, second) and not store.current_is_damaged("plan")
 
 
 def test_a_workspace_of_the_format_before_is_read_verified_and_gone_on_with(fakes, tmp_path):

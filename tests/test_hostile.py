@@ -33,9 +33,10 @@ from pipelines.metrics.images import read_images
 from pipelines.metrics.references import read_reference
 from pipelines.models.checkpoint import read_tensors
 from pipelines.models.source import read_json
+from pipelines.stages.sample import MOST_IMAGES
 from pipelines.states import read_state
 from pipelines.students import load_integer
-from pipelines.workspace.seals import sha256_of_file
+from pipelines.workspace.seals import MOST_BYTES, sha256_of_file
 from pipelines.workspace.store import Store as Workspace
 
 
@@ -102,6 +103,22 @@ def test_those_pickles_do_run_it_where_they_are_unpickled(here):
 def test_a_pickle_of_tensors_that_claim_more_than_the_file_is_refused(here):
     claims = {f"w{index}": Claim(Store(4), (1 << 40,), (0,)) for index in range(4)}
     refused(lambda: read_tensors(forge(here / "a.ckpt", claims)), "a.ckpt", kind=FileFault)
+
+
+SAME_HASH = (1 << 61) - 1  # of whose multiples Python's hash is 0
+
+
+def test_keys_of_one_hash_do_not_take_quadratic_time(here):
+    def number(value):
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8a" + bytes([len(data)]) + data
+
+    keys = range(SAME_HASH, 40_000 * SAME_HASH, SAME_HASH)
+    assert len({hash(key) for key in keys}) == 1
+    forge(here / "model.ckpt", b"\x80\x02}(" + b"".join(number(key) + b"N" for key in keys) + b"u.")
+    refused(lambda: read_tensors(here / "model.ckpt"), "model.ckpt", "no tensors", kind=FileFault)
+    (here / "given.yaml").write_text("a:\n" + "".join(f"  {key}: 1\n" for key in keys[:4000]))
+    refused(lambda: read_yaml(here / "given.yaml"), "given.yaml, line 2", "too large a number", kind=FileFault)
 
 
 def test_an_array_of_objects_is_never_unpickled(here):
@@ -187,6 +204,25 @@ def test_yaml_holds_plain_finite_values_alone_and_takes_no_time_or_memory(here, 
     path = here / "given.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     assert outcome(lambda: read_yaml(path)) == "refused"
+
+
+@pytest.mark.parametrize(
+    "stage, values",
+    [("profile", {"batch": 10**12}), ("distill", {"trajectories": 10**12}), ("distill", {"batch": 10**12}),
+     ("sample", {"count": 10**12}), ("score", {"kid_subsets": 10**12}), ("score", {"seed": 2**32}),
+     *((stage, {"seed": 10**30}) for stage in ("profile", "distill", "sample", "score"))],
+)  # fmt: skip
+def test_a_recipe_that_asks_for_numbers_beyond_use_is_refused_before_anything_runs(here, stage, values):
+    (here / "model.ckpt").write_bytes(b"not looked at")
+    recipe = {"model": "model.ckpt", stage: values}
+    (name,) = values
+    fault = refused(lambda: next(runner.run_recipe(Workspace(here / "ws"), recipe, base=here)), f"{name} cannot be")
+    assert fault.exit_code == 2 and not (here / "ws").exists()
+
+
+def test_a_manifest_can_hold_as_many_images_as_are_sampled():
+    entry = {"sha256": "0" * 64, "bytes": 10**9, "mtime_ns": 10**19}
+    assert 1.2 * MOST_IMAGES * len(json.dumps({f"images/{10**6}.png": entry}, indent=3)) < MOST_BYTES
 
 
 def test_a_date_in_yaml_is_text_and_a_time_of_day_a_number(here):
@@ -279,6 +315,36 @@ def test_a_compressed_tar_is_not_unpacked_without_end(here, kind, monkeypatch):
             archive.addfile(about, io.BytesIO(b"\0" * about.size))
     assert (here / "bomb.tar").stat().st_size < 200_000
     refused(lambda: read_images(here / "bomb.tar"), "unpacks to more than", kind=FileFault)
+
+
+def test_a_zip_whose_members_are_the_same_bytes_again_and_again_is_not_unpacked_without_end(here, monkeypatch):
+    monkeypatch.setattr(reader, "UNPACKED_BYTES", 32 << 20)
+    image = png(4, 4, zlib.compress(b"\0" * 52)) + b"\0" * (4 << 20)
+    with zipfile.ZipFile(here / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", image)
+        entry = archive.infolist()[0]
+        archive.filelist += [entry] * 19  # the directory alone says that they are there
+    assert (here / "bomb.zip").stat().st_size < 20_000
+    refused(lambda: read_images(here / "bomb.zip"), "bomb.zip", "unpacks to more than", kind=FileFault)
+
+
+def test_a_jpeg_of_endless_scans_is_refused_before_it_is_decoded(here):
+    file = io.BytesIO()
+    Image.new("L", (4096, 4096), 128).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    assert 5 < reader._scans(whole) < 20
+    (here / "a.jpg").write_bytes(whole[:-2] + scan * 2000 + whole[-2:])
+    assert (here / "a.jpg").stat().st_size < 200_000
+    refused(lambda: reader.decode_image((here / "a.jpg").read_bytes(), "a.jpg"), "a.jpg", "scans", kind=FileFault)
+
+
+def test_what_a_jpeg_carries_beside_its_scans_does_not_count():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", comment=b"\xff\xda" * 500)
+    data = file.getvalue()
+    assert reader._scans(data) == reader._scans(data + b"\xff\xda" * 500) == 1
+    assert reader.decode_image(data + b"\xff\xda" * 500, "a.jpg")[0].shape == (8, 8, 3)
 
 
 def test_a_header_of_a_tar_that_claims_gigabytes_is_not_read(here):
@@ -395,6 +461,19 @@ def test_nothing_is_written_through_a_link_in_a_workspace(store, here):
     draft.path.symlink_to(here)
     refused(lambda: store.begin("plan", "k" * 64, {}), "is a link", kind=FileFault)
     assert secret.read_text() == "kept" and store.current("sample") == made[0]
+
+
+def test_a_stage_that_is_a_link_to_elsewhere_is_not_written_through(here):
+    (here / "outside").mkdir()
+    store = Workspace(here / "ws")
+    store.root.mkdir()
+    (store.root / "export").symlink_to(here / "outside")
+    refused(lambda: store.begin("export", "k" * 64, {}), "export is a link", kind=FileFault)
+    assert list((here / "outside").iterdir()) == []
+    (here / "outside" / ".lock").touch()
+    (here / "outside" / ".draft-0123456789abcdef" / "work").mkdir(parents=True)
+    assert app.main(["gc", "-w", str(store.root)]) == 0
+    assert (here / "outside" / ".draft-0123456789abcdef" / "work").is_dir()
 
 
 def test_pipes_and_odd_bytes_in_a_workspace_are_refused_or_passed_over(store):

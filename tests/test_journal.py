@@ -1,12 +1,14 @@
 """--log-json and --tensorboard: what a run left overnight tells in the morning."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from pipelines.errors import Terminated
+from pipelines.errors import NumericalFault, Terminated
 
 
 def lines(path):
@@ -66,11 +68,51 @@ def test_sigterm_and_an_unknown_value_are_told_with_their_exit_codes(hqdm, fakes
     assert lines(log)[-1]["exit_code"] == 143
 
 
+def test_a_signal_that_a_library_hides_outside_a_stage_is_told_as_what_it_was(hqdm, fakes, tmp_path):
+    def masking(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as fault:
+            raise ValueError("could not determine the shape") from fault
+
+    fakes["profile"].inputs = masking
+    log = tmp_path / "run.jsonl"
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 143
+    assert "error" not in events(log) and lines(log)[-1]["exit_code"] == 143
+
+
 def test_a_log_that_cannot_be_written_is_refused_before_anything_runs(hqdm, tmp_path):
     (tmp_path / "file").write_text("in the way")
     code, _, said = hqdm("profile", "model.ckpt", "--log-json", str(tmp_path / "file" / "run.jsonl"))
     assert code == 1 and "cannot be written" in said and "--log-json" in said
     assert not (tmp_path / "workspace").exists()
+
+
+def test_a_log_on_a_full_disk_is_named_and_does_not_hide_what_went_wrong(hqdm, fakes, tmp_path, monkeypatch):
+    code, _, said = hqdm("profile", "model.ckpt", "--log-json", "/dev/full")
+    assert code == 1 and "error: /dev/full cannot be written: No space left on device\nhint: make room" in said
+
+    log = tmp_path / "run.jsonl"
+
+    def fails(*_):
+        log.unlink()
+        log.symlink_to("/dev/full")  # from now on
+        raise NumericalFault("site conv_in at timestep 7: NaN", "see the model")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fakes["profile"], "run", fails)
+        code, _, said = hqdm("profile", "model.ckpt", "--log-json", str(log))
+    assert code == 1 and said.endswith("error: site conv_in at timestep 7: NaN\nhint: see the model\n")
+    log.unlink()
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 0 and events(log)[-1] == "finish"
+
+
+def test_a_line_that_was_cut_spoils_no_other(hqdm, tmp_path):
+    log = tmp_path / "run.jsonl"
+    log.write_text('{"event": "finish"}\n{"event": "adv')
+    assert hqdm("profile", "model.ckpt", "--log-json", str(log))[0] == 0
+    first, cut, *others = log.read_text().splitlines()
+    assert cut == '{"event": "adv' and json.loads(others[0])["event"] == "start"
 
 
 def test_tensorboard_reads_the_losses_that_were_written(road, tmp_path):

@@ -4,9 +4,11 @@ import json
 import os
 import platform
 import pwd
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -323,6 +325,23 @@ def test_kernels_of_a_compiler_without_openmp_are_said_to_run_on_one_thread(tmp_
     monkeypatch.setattr(native, "_built", lambda: (library, state))
     found = doctor._compiled()
     assert found.state == "slower" and "one thread" in found.found and str(state.path) in found.hint
+
+
+def test_what_a_killed_build_left_goes_and_a_build_at_work_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("HQDM_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_run", lambda command: "")
+    monkeypatch.setattr(native, "_compile", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            native._compiled("c++")
+        os.waitpid(child, 0)
+    killed, at_work = tmp_path.iterdir()
+    (killed / "exact.cpp.o").write_text("half")
+    long_ago = time.time() - 3 * native.PATIENCE
+    os.utime(killed, (long_ago, long_ago))
+    monkeypatch.setattr(native, "_compile", lambda compiler, work, made, threads: made.touch())
+    made = native._compiled("c++")
+    assert set(tmp_path.iterdir()) == {made, at_work}
 
 
 def test_doctor_tries_integers_and_says_how_to_get_what_is_missing(monkeypatch, tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,13 @@ def test_processes_that_go_on_after_different_updates_are_refused(store, tmp_pat
             {"plan": plan, "model": store.current("model")}, SimpleNamespace(work=tmp_path, path=tmp_path), Report(),
         )  # fmt: skip
     assert "in one file system" in caught.value.hint
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_processes_that_were_launched_leave_nothing_in_the_temporary_folder(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert processes.launch(2, ["-c", f"raise SystemExit({code})"]) == code
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("halves", [1, 2])

@@ -5,6 +5,7 @@ import json
 import pytest
 from fake_stages import checkpoint
 
+from pipelines.workspace.seals import write_sealed
 from pipelines.workspace.store import Store
 
 
@@ -67,3 +68,11 @@ def test_what_cannot_be_made_again_is_refused_before_anything_runs(road, fakes, 
     code, out, said = road(*words)
     assert code in (1, 2) and expected in said and out == ""
     assert not (tmp_path / "workspace-reproduced").exists()
+
+
+@pytest.mark.parametrize("threads", [10**6, -1, "many", [2], True])
+def test_a_manifest_that_claims_threads_which_no_machine_has_does_not_crash_it(road, tmp_path, threads):
+    made = Store(tmp_path / "workspace").current("plan")
+    write_sealed(made.path / "manifest.json", {**made.manifest, "figures": {"threads": threads}})
+    code, out, _ = road("reproduce", "plan")
+    assert code == 0 and rows(out)[-1][2] == "the same bits"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from model_files import CHECKPOINT
 from PIL import Image
 from roads import STEPS, make, tiny_store, tiny_student
 
@@ -9,6 +10,7 @@ from pipelines import runner
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.stages import load
+from pipelines.workspace.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,36 @@ class Listener(Report):
         self.warnings.append(message)
 
 
+class Followed(Report):
+    """Tasks by name: how much of each was done when it ended."""
+
+    def __init__(self):
+        self.open, self.ended = [], {}
+
+    def begin(self, task, total, done=0, unit="steps"):
+        self.open.append([task, total, done])
+
+    def advance(self, done, **figures):
+        self.open[-1][2] = done
+
+    def end(self):
+        task, total, done = self.open.pop()
+        self.ended[task] = (done, total)
+
+
 def images(artifact):
     with np.load(artifact.file("samples.npz"), allow_pickle=False) as file:
         return file["arr_0"], file["arr_1"]
+
+
+def test_intake_export_and_the_writing_of_images_show_how_far_they_are(store, tmp_path):
+    report = Followed()
+    runner.make(Store(tmp_path / "ws"), "model", runner.model_config(CHECKPOINT), report=report)
+    export = runner.make(store, "export", load("export").Config(), report=report, force=True).artifact
+    make(store, "sample", report=report, source="teacher", count=5, steps=STEPS, batch=2, seed=9)
+    layers = sum(form for form in export.figures["forms"].values())
+    assert report.open == [] and report.ended["write"] == (5, 5)
+    assert report.ended["take in"] == (4, 4) and report.ended["pack"] == (layers, layers)
 
 
 @pytest.mark.parametrize("source", ["teacher", "fake", "int"])

@@ -46,7 +46,8 @@ TOTAL_BYTES = 32 * 2**30  # all images, decoded; 50,000 of 256×256 RGB take 9.2
 UNPACKED_BYTES, UNPACKED_TIMES = (
     2**30,
     100,
-)  # a compressed tar may unpack to the larger of this and so many times itself
+)  # an archive may unpack to the larger of this and so many times itself
+MOST_SCANS = 100  # of a progressive JPEG, each of which goes over all its pixels; encoders write 10
 MOST_CLASSES = 2**20  # labels are below it: counts of classes are arrays of this length
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x5d\0\0": lzma.open}
 
@@ -230,6 +231,9 @@ def _zip(path: Path) -> _Files:
     with _naming(path), zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if not member.is_dir() and _is_image_name(member.filename)]
     members.sort(key=lambda member: _natural(member.filename))
+    most = _most_unpacked(path)  # members can lie over one another, so that few bytes are many files
+    if sum(member.file_size for member in members) > most:
+        raise FileFault(f"{path}: unpacks to more than {most / 2**30:.1f} GiB", "pack the images alone, once each")
     for member in members:
         if member.flag_bits & 1:
             raise FileFault(f"{path}: {member.filename} is encrypted", "pack it without a password")
@@ -270,13 +274,17 @@ class _Unpacked:
             raise tarfile.ReadError(f"unpacks to more than {self._most / 2**30:.1f} GiB")
 
 
+def _most_unpacked(path: Path) -> int:
+    """The bytes to which a compressed archive of images could unpack."""
+    return min(TOTAL_BYTES, max(UNPACKED_BYTES, UNPACKED_TIMES * path.stat().st_size))
+
+
 @contextmanager
 def _opened_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    size = path.stat().st_size
     with open(path, "rb") as raw:
         head = raw.read(6)
     unpack = next((unpack for magic, unpack in _DECOMPRESSORS.items() if head.startswith(magic)), None)
-    most = TOTAL_BYTES if unpack is None else min(TOTAL_BYTES, max(UNPACKED_BYTES, UNPACKED_TIMES * size))
+    most = TOTAL_BYTES if unpack is None else _most_unpacked(path)
     with (unpack or open)(path, "rb") as file, tarfile.open(fileobj=_Unpacked(file, most), mode="r:") as archive:
         yield archive
 
@@ -352,6 +360,8 @@ def decode_image(data: bytes, name: str) -> tuple[np.ndarray, str]:
                 raise FileFault(
                     f"{name}: {image.width}×{image.height} pixels, at most {MEMBER_PIXELS} are read", "leave it out"
                 )
+            if data.startswith(b"\xff\xd8") and _scans(data) > MOST_SCANS:
+                raise FileFault(f"{name}: a JPEG of more than {MOST_SCANS} scans", "save it again")
             image.verify()  # checksums, which decoding skips in part
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.load()
@@ -367,6 +377,23 @@ def decode_image(data: bytes, name: str) -> tuple[np.ndarray, str]:
                 raise FileFault(f"{name}: mode {image.mode}, scores need 8-bit grey or RGB images", "convert it")
             pixels = np.asarray(image)
     return pixels.reshape(*pixels.shape[:2], -1), image_format
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has, by its markers: what stands inside a segment is passed over."""
+    place, count = 2, 0
+    while (place := data.find(b"\xff", place)) >= 0 and place + 4 <= len(data):
+        kind = data[place + 1]
+        if kind == 0xD9:  # the image's end, whatever follows
+            break
+        if kind == 0xFF:
+            place += 1
+        elif kind in (0x00, 0x01) or 0xD0 <= kind <= 0xD8:  # of coded pixels, or without a length
+            place += 2
+        else:
+            count += kind == 0xDA
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return count
 
 
 def _image_arrays(path: Path, held: frozenset[str]) -> tuple[np.ndarray, np.ndarray | None]:

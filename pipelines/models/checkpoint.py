@@ -21,6 +21,7 @@ from pipelines.errors import FileFault
 MOST_PICKLE = 16 << 20  # bytes; 100,000 tensors take as many
 MOST_INSTRUCTIONS = 1_500_000  # of it; a tensor takes 40
 MOST_HEADER = 16 << 20  # of a safetensors file
+LARGEST_KEY = 1 << 48  # of those that are whole numbers
 _ALIASES = 2  # times the file's size that its tensors may claim: tied weights stand there once
 _MOST_DIMENSIONS = 64  # torch's own limit
 
@@ -347,9 +348,11 @@ class _Machine:
 
     @staticmethod
     def _set(mapping: dict, values: list[Any]) -> None:
-        """Pairs whose keys are words or numbers; others (deeply nested, say) are of no use here and left out."""
+        """Pairs whose keys are words or small numbers; others (deeply nested, say) are of no use here and left out.
+        Large whole numbers can be chosen to have one hash, and a mapping of such takes quadratic time.
+        """
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if key is None or isinstance(key, str | int | float):
+            if key is None or isinstance(key, str | float) or (isinstance(key, int) and abs(key) < LARGEST_KEY):
                 mapping[key] = value
 
     def _made(self, maker: Any, args: Any) -> Any:

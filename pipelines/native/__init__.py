@@ -15,7 +15,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +33,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 THREADS = ("-fopenmp",)  # torch's own threads, where its OpenMP is the compiler's
 LANES = 16  # of the widest vectors: what divides by max(order, 16) suits every machine
+BUILDING = "building-"  # how folders begin in which a library is built
 PATIENCE = 300  # seconds that a compiler may take
 
 
@@ -115,10 +118,11 @@ def _compiled(compiler: str) -> Path:
     about = folder.stat()
     if about.st_uid != os.getuid() or about.st_mode & 0o022:  # whoever can write there could have this process run code
         raise PermissionError(f"{folder} is somebody else's, or others may write to it")
+    _sweep(folder)
     path = folder / f"kernels-{key}.so"
     if path.exists() and _is_whole(path):
         return path
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=folder) as work:
         made = Path(work) / path.name
         try:
             _compile(compiler, Path(work), made, THREADS)
@@ -134,6 +138,14 @@ def _is_whole(path: Path) -> bool:
     """Whether a library is as it was built: what a stopped machine or a full disk left of one would end the process."""
     content = path.read_bytes()
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed were building in. One at work adds a file at least every PATIENCE."""
+    for left in folder.glob(f"{BUILDING}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 2 * PATIENCE:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _compile(compiler: str, work: Path, made: Path, threads: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from pipelines.workspace.store import Store
 
 NAME = "distill"
 VERSION = 7
+MOST = 1_000_000  # trajectories, and images of one: their numbers are held at once
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"distill: {name} cannot be {value}", "it takes 1 or more")
+        for name in ("trajectories", "batch"):
+            if getattr(self, name) > MOST:
+                raise UsageError(f"distill: {name} cannot be {getattr(self, name)}", f"it takes {MOST} or less")
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:

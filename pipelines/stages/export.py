@@ -51,7 +51,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             if measured is not None:
                 report.warn(f"the student's {what} do not go with weights in floating point; its integers have them")
         return about | {"bytes": (out.path / WEIGHTS).stat().st_size}
-    sizes = save_integer(student, plan, out.path)
+    sizes = save_integer(student, plan, out.path, report)
     forms = dict(sorted(Counter(size["form"] for size in sizes.values()).items()))
     shares = {}
     for bits in sorted({size["weight_bits"] for size in sizes.values()}, key=str):

@@ -72,15 +72,18 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.models.source import take
     from pipelines.quant.spec import site_to_dict
 
+    report.begin("take in", 4, unit="parts")
     if with_hashes(config) != config:
         raise FileFault(
             f"{config.path}, or a file that goes with it, was changed since this run began",
             "type the same command again",
         )
+    report.advance(1)
     paths = [None if name is None else Path(name) for name in (config.config_path, config.prompts, config.embeddings)]
     denoiser, notes = take(Path(config.path), paths[0], config.ema, paths[1], paths[2], config.size)
     for note in notes:
         report.note(note)
+    report.advance(2)
     check_finite(denoiser)
     try:
         sites = find_sites(denoiser)
@@ -90,7 +93,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             f"{config.path}: the model does not run on {denoiser.info.shape} (channels, height, width): {first}",
             "check its configuration, or give another --size",
         ) from error
+    report.advance(3)
     save_denoiser(denoiser, out.path)
+    report.advance(4)
+    report.end()
     (out.path / "sites.json").write_text(json.dumps([site_to_dict(site) for site in sites], indent=1) + "\n")
     return {
         "parameters": sum(value.numel() for value in denoiser.network.parameters()),

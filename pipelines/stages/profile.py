@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 NAME = "profile"
 VERSION = 4
+MOST = 100_000  # trajectories, all of which are held at once
 
 BITS = (8, 6, 4, 3)
 # Candidates by what they have in common: a site's own order along the width, or its largest channel order, may differ.
@@ -57,6 +58,8 @@ class Config:
         for name in ("steps", "batch", "sample"):
             if getattr(self, name) < 1:
                 raise UsageError(f"profile: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+        if self.batch > MOST:
+            raise UsageError(f"profile: batch cannot be {self.batch}", f"it takes {MOST} or less")
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:

@@ -22,6 +22,7 @@ from pipelines.workspace.store import Store
 NAME = "sample"
 VERSION = 4
 MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
+MOST_IMAGES = 300_000  # whose names and hashes a manifest holds
 FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
 
 
@@ -44,6 +45,8 @@ class Config:
         for name in ("count", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"sample: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
+        if self.count > MOST_IMAGES:
+            raise UsageError(f"sample: count cannot be {self.count}", f"it takes {MOST_IMAGES} or less")
         if self.device != "cpu" and self.source == "int":
             raise UsageError(f"--device {self.device} is for teacher and fake student", f"--backend {self.device}")
 
@@ -217,7 +220,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     for start in starts:
         images[start : start + size_of[start]] = np.load(images_of[start])["images"]
     seconds = sum(float(np.load(latents_of[start])["seconds"]) for start in starts)
-    _write_pngs(images, out.path / "images")
+    _write_pngs(images, out.path / "images", report)
     _write_npz(images, conditions.numpy(), out.path / "samples.npz")
     save_grid(images[:100], out.path / "grid.png")
     about = (
@@ -289,12 +292,15 @@ def _keep(path: Path, **arrays) -> None:
         np.savez(file, **arrays)
 
 
-def _write_pngs(images, folder) -> None:
+def _write_pngs(images, folder, report: Report) -> None:
     from PIL import Image
 
     folder.mkdir(exist_ok=True)
+    report.begin("write", len(images), unit="images")
     for index, image in enumerate(images):
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(folder / f"{index:06d}.png")
+        report.advance(index + 1)
+    report.end()
 
 
 def _write_npz(images, classes, path) -> None:

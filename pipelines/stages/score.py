@@ -58,6 +58,7 @@ FEW_PER_FEATURE = 5  # images per pool feature below which a Fréchet distance i
 DIGITS = (16, 16, 1)  # height, width and channels of the embedded model's images
 SHIPPED = {"digits": digits.CLASSIFIER, "cifar10": cifar10.CLASSIFIER}  # extractors that bring their weights
 EXTRACTORS = (*SHIPPED, "inception")  # of pipelines.metrics.extractors, which loads torch
+MOST_SUBSETS = 1_000_000  # of KID, whose figures are held in memory; 100 are usual
 MOST_KEPT = 64 << 20  # bytes of a reference's features; 10,000 of CIFAR-10's take 28 MB, of Inception 200
 _KEPT: dict[tuple[str, str], "Features"] = {}  # of one reference, by the hashes of its images and of the weights
 SMALL = 75  # pixels a side, a quarter of what Inception works on
@@ -88,6 +89,9 @@ class Config:
         for name, least in (("splits", 1), ("kid_subsets", 1), ("kid_subset_size", 2), ("neighbours", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"score: {name} cannot be {getattr(self, name)}", f"it takes {least} or more")
+        for name, most in (("kid_subsets", MOST_SUBSETS), ("seed", 2**32 - 1)):  # the seed is numpy's
+            if getattr(self, name) > most:
+                raise UsageError(f"score: {name} cannot be {getattr(self, name)}", f"it takes {most} or less")
         if self.extractor not in (None, "none", *EXTRACTORS):
             raise UsageError(
                 f"no extractor is called {self.extractor!r}", did_you_mean(self.extractor, (*EXTRACTORS, "none"))

@@ -58,11 +58,14 @@ class Store:
         return sorted(p.name for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
 
     def survey(self, stage: str) -> tuple[list[Artifact], dict[str, FileFault]]:
-        """As `artifacts(stage)`, and by id what is wrong with those whose manifests cannot be read at all."""
+        """As `artifacts(stage)`, and by id what is wrong with those whose manifests cannot be read or are gone."""
         sound, broken = [], {}
         for path in self._folders(stage):
             try:
-                sound += [artifact] if (artifact := self._read(path)) else []
+                if artifact := self._read(path):
+                    sound.append(artifact)
+                elif holds_files(path):
+                    raise FileFault(f"{path / MANIFEST} is missing", f"restore it, or remove {path}")
             except FileFault as fault:
                 broken[f"{stage}/{path.name}"] = fault
         return sound, broken
@@ -119,9 +122,14 @@ class Store:
         path, number = self.root / artifact.stage / CURRENT, artifact.path.name
         if self.current(artifact.stage) != artifact or self.current_is_damaged(artifact.stage):
             part = path.with_name(path.name + ".part")
-            part.unlink(missing_ok=True)  # what is written here must not go through a link to somewhere else
-            part.write_text(f"{number} {_check_of(artifact.stage, number)}\n", encoding="utf-8")
-            part.replace(path)
+            try:
+                part.unlink(missing_ok=True)  # what is written here must not go through a link to somewhere else
+                part.write_text(f"{number} {_check_of(artifact.stage, number)}\n", encoding="utf-8")
+                with contextlib.suppress(FileNotFoundError):  # another process was as quick, and its word stands
+                    part.replace(path)
+            except OSError as fault:
+                raise_disk_fault(fault, path)
+                raise
 
     def find(self, stage: str, key: str) -> Artifact | None:
         """The newest artifact of that key."""
@@ -207,8 +215,13 @@ class Store:
 
     def lock(self, stage: str) -> int:
         """The descriptor that holds a stage, to be closed; its folder has to be there. HqdmError where another process
-        is at work.
+        is at work, FileFault for a folder that lies elsewhere.
         """
+        if (self.root / stage).is_symlink():
+            raise FileFault(
+                f"{self.root / stage} is a link, through which a run would write elsewhere",
+                "put a folder in its place; --workspace may be on any disk",
+            )
         lock = os.open(self.root / stage / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
