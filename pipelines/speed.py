@@ -7,6 +7,7 @@ the median of the ratios within turns.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,12 +82,13 @@ def _best(run: Callable[[], object], clock: Callable[[], float]) -> float:
     return min(found)
 
 
+@cache
 @torch.inference_mode()
 def multiplies_bfloat16(device: torch.device = CPU) -> bool:
     """Whether bfloat16 is worth measuring: a processor without instructions for it takes a hundred times as long as in
-    fp32, hours for a large network. By small products, which take a moment there too.
+    fp32, hours for a large network. By small products, which take a moment there too; found out once.
     """
-    x = torch.randn(256, 256, device=device)
+    x = torch.randn(512, 512, device=device)
     narrow, clock = x.bfloat16(), clock_of(device)
     return _best(lambda: narrow @ narrow, clock) < EMULATED * _best(lambda: x @ x, clock)
 

@@ -22,6 +22,9 @@ def small(monkeypatch):
     """What the machine can do at best is measured on matrices that take a moment, bfloat16 wherever the tests run."""
     monkeypatch.setattr(speed, "SIDE", 512)
     monkeypatch.setattr(speed, "EMULATED", 1e9)
+    speed.multiplies_bfloat16.cache_clear()
+    yield
+    speed.multiplies_bfloat16.cache_clear()
 
 
 def test_each_turn_begins_with_another_and_warm_turns_are_not_counted():

@@ -318,7 +318,7 @@ def test_steps_of_all_contenders_are_measured_on_a_device(store, monkeypatch, ca
     monkeypatch.setattr(speed, "WARM_UP", 0)
     monkeypatch.setattr(speed, "TRIES", 1)
     monkeypatch.setattr(speed, "SIDE", 256)
-    monkeypatch.setattr(speed, "EMULATED", 1e9)
+    monkeypatch.setattr(speed, "multiplies_bfloat16", lambda device: True)
     monkeypatch.delitem(bench.INTEGER, "int")  # which takes as long
     options = ["--device", "cuda", "--batch", "1", "--turns", "1", "--guidance", "1", "--no-memory"]
     assert main(["bench", *options, "--json", "-w", str(store.root)]) == 0

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -27,6 +27,13 @@ inline Integers dot(Integers sums, int32_t codes, const int8_t* weights) {
 #elif defined(__AVXVNNI__) && LANES == 8
   return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(codes),
                                            _mm256_loadu_si256((const __m256i*)weights));
+#elif defined(__AVX2__) && LANES == 8
+  // Widened to 16 bits, the even and the odd bytes apart: products of bytes as they are would be added in 16, and saturate.
+  const __m256i w = _mm256_loadu_si256((const __m256i*)weights), c = _mm256_set1_epi32(codes);
+  const __m256i even = _mm256_madd_epi16(_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8),
+                                         _mm256_and_si256(c, _mm256_set1_epi16(255)));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srai_epi16(w, 8), _mm256_srli_epi16(c, 8));
+  return (Integers)_mm256_add_epi32(_mm256_add_epi32(even, odd), (__m256i)sums);
 #else
   uint8_t code[4];
   std::memcpy(code, &codes, 4);
