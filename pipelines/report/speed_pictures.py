@@ -16,10 +16,10 @@ def save_bench(table: Mapping[str, Any], path: Path) -> None:
     batches = list(dict.fromkeys(row["batch"] for row in table["steps"]))
     names = [name for name in NAMES if any(row["contender"] == name for row in table["steps"])]
     peaks, threads = table["peaks"], f", {table['threads']} threads" if table["device"] == "cpu" else ""
-    narrow = f"{peaks['bf16_gflops']:.0f} in bfloat16" if peaks["bf16_gflops"] else "has no bfloat16"
+    narrow = f", {peaks['bf16_gflops']:.0f} in bfloat16" if peaks["bf16_gflops"] else ""
     caption = (
         f"{table['processor']}{threads}; a step at guidance {table['guidance']:g}. At best it makes "
-        f"{peaks['fp32_gflops']:.0f} GFLOP/s in fp32, {narrow} and {peaks['int8_gops']:.0f} GOP/s in int8."
+        f"{peaks['fp32_gflops']:.0f} GFLOP/s in fp32{narrow} and {peaks['int8_gops']:.0f} GOP/s in int8."
     )
     with figure_file(path, 7.0, 2.9, "Time of a denoising step", wrapped(caption, 7.0)) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
