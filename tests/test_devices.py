@@ -24,7 +24,7 @@ def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     tiny_store(folder / "workspace")
     command = [sys.executable, str(ROOT / "tests/placed.py"), str(folder / "workspace"), str(folder), *METHODS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "seen.json").read_text())
 

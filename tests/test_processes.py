@@ -31,7 +31,7 @@ TWO = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1
 
 def run(*command, **options):
     return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, **options)  # fmt: skip
+                          timeout=600, **options)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def kill_one_of(command, folder, pattern):
     workers = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
     followers = [int(pid) for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(followers[0], signal.SIGKILL)
-    said = job.communicate(timeout=120)[1]
+    said = job.communicate(timeout=300)[1]
     for pid in workers:
         assert not Path(f"/proc/{pid}").exists()  # no process works on unseen
     return job.returncode, said

@@ -36,7 +36,7 @@ def job(tmp_path_factory):
             shutil.copytree(whole.root, folder / name)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command += ["--nproc-per-node", "2", str(ROOT / "tests/sharded_peers.py"), str(folder), str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder, [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in range(2)]
 
