@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipelines.config import LARGEST_KEY
 from pipelines.errors import FileFault
 
 MOST_PICKLE = 16 << 20  # bytes; 100,000 tensors take as many
 MOST_INSTRUCTIONS = 1_500_000  # of it; a tensor takes 40
 MOST_HEADER = 16 << 20  # of a safetensors file
-LARGEST_KEY = 1 << 48  # of those that are whole numbers
 _ALIASES = 2  # times the file's size that its tensors may claim: tied weights stand there once
 _MOST_DIMENSIONS = 64  # torch's own limit
 
