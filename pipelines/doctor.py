@@ -9,7 +9,7 @@ import torch
 
 from pipelines import native
 from pipelines.errors import HqdmError
-from pipelines.kernels import BACKENDS, ON_DEVICE, backend
+from pipelines.kernels import BACKENDS, ON_DEVICE, backend, operators
 from pipelines.metrics.extractors import EXTRACTORS
 from pipelines.quant.integers import IntegerWeights
 from pipelines.quant.spec import Site, SitePlan, Transform
@@ -66,8 +66,12 @@ def _back_end(name: str) -> Finding:
         return Finding(what, error.what, "without", error.hint)
     if not torch.equal(found.long(), codes @ weights.folded().long().T):
         return Finding(what, "wrong sums", "without", "sample with --backend reference, and report this machine")
-    interpreted = name in ON_DEVICE and device.type == "cpu"
-    return Finding(what, BACKENDS[name] + ("; here by Triton's interpreter, slowly" if interpreted else ""))
+    found = BACKENDS[name]
+    if name in ON_DEVICE and device.type == "cpu":
+        found += "; here by Triton's interpreter, slowly"
+    if name == "cpu":
+        found += f"; here {operators.available()[0].name}"
+    return Finding(what, found)
 
 
 def _compiled() -> Finding:

@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn.modules import activation
 
 from pipelines.kernels.layers import IntegerLayer
+from pipelines.kernels.operators import available
 from pipelines.kernels.prologue import Prologue
+from pipelines.quant.spec import Site
 
 WARM_UP = 2  # turns that are not counted: oneDNN makes its kernels in the first
 SIDE = 2048  # of the matrices by which the machine's best is measured: 17 GFLOP, far beyond the caches
@@ -96,8 +98,8 @@ def multiplies_bfloat16(device: torch.device = CPU) -> bool:
 @torch.inference_mode()
 def peaks(device: torch.device = CPU) -> dict[str, float]:
     """What this machine or a device of it does at best, by the operators that networks are made of: fp32 and bf16
-    products in GFLOP/s, int8 products in GOP/s (0 where torch has no operator for them, and in bf16 where the processor
-    has no instructions), and a copy in GB/s, read and written.
+    products in GFLOP/s (0 in bf16 where the processor has no instructions), products of 4-bit codes in 8-bit
+    instructions in GOP/s, and a copy in GB/s, read and written.
     """
     side, clock = DEVICE_SIDE if device.type == "cuda" else SIDE, clock_of(device)
     operations = 2 * side**3 / 1e9
@@ -110,17 +112,12 @@ def peaks(device: torch.device = CPU) -> dict[str, float]:
     if device.type == "cuda":
         left, right = (torch.randint(-7, 8, (side, side), dtype=torch.int8, device=device) for _ in range(2))
         result["int8_gops"] = operations / _best(lambda: torch._int_mm(left, right.T), clock)
-    elif hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available():
+    else:
         codes = torch.randint(0, 16, (SIDE, SIDE), dtype=torch.uint8)
-        packed = torch.ops.onednn.qlinear_prepack(torch.randint(-7, 8, (SIDE, SIDE), dtype=torch.int8), [SIDE, SIDE])
-        ones, zeros = torch.ones(SIDE), torch.zeros(SIDE, dtype=torch.int8)
-
-        def product():
-            torch.ops.onednn.qlinear_pointwise(
-                codes, 1.0, 8, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-            )
-
-        result["int8_gops"] = operations / _best(product, clock)
+        site, operators = Site("square", "linear", "", (SIDE, SIDE)), available()[0]
+        weight = torch.randint(-7, 8, site.weight, dtype=torch.int8)
+        packed, ones = operators.pack(site, weight, tuple(codes.shape), 15), torch.ones(SIDE)
+        result["int8_gops"] = operations / _best(lambda: operators.run(site, codes, 8, packed, ones, None), clock)
     large = torch.randn(2**26, device=device)
     into = torch.empty_like(large)
     result["copy_gb_per_s"] = 2 * large.numel() * 4 / 1e9 / _best(lambda: into.copy_(large), clock)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.kernels import backend, cpu, forms
 from pipelines.kernels.layers import IntegerLayer, forget_weights
+from pipelines.kernels.operators import OneDNN, available, has_vnni
 from pipelines.kernels.prologue import IN_CACHE, Prologue, centred_operand
 from pipelines.quant.affine import centred_codes, choose, dequantise, quantise
 from pipelines.quant.hadamard import hadamard, rotate_activation, rotate_weight
@@ -77,8 +78,8 @@ def by_definition(centred: torch.Tensor, plan: SitePlan, weights: PackedWeights)
     return torch.conv2d(q, v, None, s.stride, s.padding).long()
 
 
-def check(plan: SitePlan, x: torch.Tensor, seed: int) -> str:
-    """Assert all equalities for one layer and return the form the cpu back end chose."""
+def check(plan: SitePlan, x: torch.Tensor, seed: int) -> None:
+    """Assert all equalities for one layer."""
     fake = layer_of(plan, x, seed)
     with torch.no_grad():
         trained = fake(x)
@@ -86,7 +87,10 @@ def check(plan: SitePlan, x: torch.Tensor, seed: int) -> str:
         expected = fake(x)
     weights = fake.integers().packed()
     tables = fake._tables[0]
-    layers = {name: IntegerLayer(weights, tables, 0, fake.span, name) for name in ("reference", "cpu")}
+    layers = {"reference": IntegerLayer(weights, tables, 0, fake.span, "reference")}
+    for operators in available():
+        layers[operators.name] = IntegerLayer(weights, tables, 0, fake.span, "cpu")
+        layers[operators.name].prepared = cpu.Prepared(weights, operators)
     scale, zero = tables.numbers_of(0)
     zero = 0 if plan.activation_quantiser == "symmetric" else max(0, min(plan.activation_range[1], zero))
     centred, _ = Prologue(fake.surroundings)(x.clone(), scale, zero, centred_operand(plan))
@@ -97,7 +101,6 @@ def check(plan: SitePlan, x: torch.Tensor, seed: int) -> str:
         assert torch.equal(result, expected), name
         assert memory_order(result) == memory_order(expected), name
     assert torch.equal(trained, expected)
-    return layers["cpu"].prepared.form
 
 
 def memory_order(x: torch.Tensor) -> list[int]:
@@ -173,16 +176,17 @@ def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bit
     weights = wide_weights(plan, wide)
     centred = torch.randint(-7, 8, (2, 5, 64) if kind == "linear" else (2, 64, 8, 8))
     assert cpu.form_of(weights) == form
-    prepared = cpu.prepare(weights)  # in another form where the processor has no VNNI
-    assert torch.equal(prepared.accumulators(centred).long(), by_definition(centred, plan, weights))
     scale = 0.0371
     truth = backend("reference").prepare(weights)(centred, centred_operand(plan), scale, weights.scale)
-    operand = prepared.operand(0)
-    codes = operand.of(centred, 1 if kind == "conv" else -1)
-    assert torch.equal(prepared(codes, operand, scale, weights.scale), truth)
+    for operators in available():  # in another form where weights have to be smaller
+        prepared = cpu.Prepared(weights, operators)
+        assert torch.equal(prepared.accumulators(centred).long(), by_definition(centred, plan, weights)), operators.name
+        operand = prepared.operand(0)
+        codes = operand.of(centred, 1 if kind == "conv" else -1)
+        assert torch.equal(prepared(codes, operand, scale, weights.scale), truth), operators.name
 
 
-@pytest.mark.skipif(not cpu.has_vnni(), reason="constant channels are left out where a processor has no VNNI")
+@pytest.mark.skipif(not has_vnni(), reason="constant channels are left out where a processor has no VNNI")
 @pytest.mark.parametrize("bits, quantiser", [(4, "symmetric"), (4, "asymmetric"), (3, "asymmetric"), (8, "symmetric")])
 @pytest.mark.parametrize("value", [-7, 7, 1])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -191,7 +195,7 @@ def test_constant_channels_carry_the_largest_zero_points_and_sums(bits, quantise
     plan = SitePlan(site("conv", channels=256, stride=stride), True, IDENTITY, "none", 4, bits, "symmetric", quantiser)
     centred = torch.full(plan.site.weight, value, dtype=torch.int16)
     weights = IntegerWeights(plan, centred, torch.zeros(6, dtype=torch.int16), torch.rand(6), torch.randn(6)).packed()
-    prepared = cpu.Prepared(weights, vnni=True)
+    prepared = cpu.Prepared(weights, OneDNN(vnni=True))
     assert prepared.carried is not None
     low, high = plan.activation_range
     for zero in (low, high) if quantiser == "asymmetric" else (0,):
@@ -200,7 +204,7 @@ def test_constant_channels_carry_the_largest_zero_points_and_sums(bits, quantise
         assert len(operand.carried) == prepared.carried.width and max(operand.carried) <= 255
         truth = backend("reference").prepare(weights)(codes, centred_operand(plan), 0.05, weights.scale)
         assert torch.equal(prepared(operand.of(codes, 1), operand, 0.05, weights.scale), truth)
-    assert cpu.Prepared(weights, vnni=False).carried is None
+    assert cpu.Prepared(weights, OneDNN(vnni=False)).carried is None
 
 
 def test_entries_of_a_folded_block_have_one_parity():
@@ -227,9 +231,10 @@ def test_no_pair_of_products_saturates_on_a_processor_without_vnni_and_the_integ
         zero = zero if weight == "asymmetric" else zero * 0
         centred = centred - zero.view(-1, *[1] * (centred.ndim - 1))
         weights = IntegerWeights(plan, centred, zero, torch.rand(s.outputs), torch.randn(s.outputs)).packed()
-        prepared = cpu.Prepared(weights, vnni=False)
+        prepared = cpu.Prepared(weights, OneDNN(vnni=False))
         _, top = plan.activation_range
-        largest_code = 255 if plan.inverse == "activation" else top + prepared.offset
+        whole_bytes = plan.inverse == "activation" or prepared.group
+        largest_code = 255 if whole_bytes else top + prepared.offset
         for term in prepared._form(weights.folded()).terms:
             assert 2 * largest_code * int(term.weight.int().abs().max()) < 2**15
         low, high = plan.activation_range
@@ -450,10 +455,12 @@ def test_an_integer_layer_holds_its_packed_bytes_and_no_wider_weight(plan):
     assert layer.prepared.weights.tensors["weight"].numel() == fake.weight.numel() // 2
 
 
-def test_weights_are_kept_for_the_last_input_shapes_and_unpacked_again_for_another():
+@pytest.mark.parametrize("operators", available(), ids=lambda each: each.name)
+def test_weights_are_kept_for_the_last_input_shapes_and_unpacked_again_for_another(operators):
     plan = PLANS[0]
     fake = layer_of(plan, input_for(plan.site, 3), 5)
     layer = IntegerLayer(fake.integers().packed(), fake._tables[0], 0, fake.span, "cpu")
+    layer.prepared = cpu.Prepared(layer.prepared.weights, operators)
     inputs = [input_for(plan.site, 3, batch) for batch in (1, 2, 3)]
     first = layer(inputs[0])
     [(_, _, packed)] = next(iter(layer.prepared._packed.values()))
@@ -462,7 +469,10 @@ def test_weights_are_kept_for_the_last_input_shapes_and_unpacked_again_for_anoth
     layer(inputs[1])
     assert forgotten() is not None
     layer(inputs[2])
-    assert forgotten() is None and len(layer.prepared._packed) == 2
+    if operators.by_shape:
+        assert forgotten() is None and len(layer.prepared._packed) == 2
+    else:
+        assert forgotten() is not None and len(layer.prepared._packed) == 1
     assert torch.equal(layer(inputs[0]), first)
     forget_weights(torch.nn.Sequential(layer))
     assert not layer.prepared._packed and torch.equal(layer(inputs[0]), first)

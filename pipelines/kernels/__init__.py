@@ -4,7 +4,7 @@ from pipelines.errors import UsageError, did_you_mean
 
 BACKENDS = {
     "reference": "plain torch integer operations, the truth; slow",
-    "cpu": "oneDNN's int8 operators on x86-64, channels-last",
+    "cpu": "8-bit instructions of x86-64, channels-last",
     "cuda": "Triton kernels on an NVIDIA GPU, the rest of the network in fp32 there",
     "cuda-bf16": "the same with the rest of the network in bfloat16",
 }

@@ -12,8 +12,9 @@ A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 
               one product for every pair of digits.
 
 The choice is made per layer from the integers themselves. Forms with one product keep the fused epilogue. Where an
-operator adds two products in 16 bits before it goes on in 32, V' has to stay below a bound less than 127: columns are
-given twice and digits are taken from there on, and parity, whose bytes use all of 8 bits, is left alone.
+operator adds two products in 16 bits before it goes on in 32, V' has to stay below a bound less than 127 beside large
+codes: columns are given twice and digits are taken from there on, and parity, whose bytes use all of 8 bits, is left
+alone.
 
 Codes are stored as bytes u = q + z. Operators that subtract z themselves sum up the weights for it in every call, which
 took three quarters of a convolution of 960 channels at 8×8. `Carried` channels do it in the product: beside u they hold
@@ -115,8 +116,10 @@ def weight_digits(folded: torch.Tensor, most: int = INT8) -> list[torch.Tensor]:
         values = (values - low) // 128
 
 
-def choose_form(folded: torch.Tensor, plan: SitePlan, most: int = INT8) -> Form:
-    """The cheapest exact form of a layer. folded: V (out, in, …), int16 or int32. most: what |V'| may be, 64 to 127."""
+def choose_form(folded: torch.Tensor, plan: SitePlan, most: int = INT8, parity: bool = True) -> Form:
+    """The cheapest exact form of a layer. folded: V (out, in, …), int16 or int32. most: what |V'| may be, 64 to 127;
+    parity: whether it may be INT8 beside bytes that use all of 8 bits.
+    """
     largest = max(map(abs, (int(value) for value in folded.aminmax())))
     if plan.inverse == "activation":
         return _digits_form(folded, most)
@@ -125,16 +128,16 @@ def choose_form(folded: torch.Tensor, plan: SitePlan, most: int = INT8) -> Form:
     if largest <= 2 * most:
         inputs = folded.movedim(1, 0).abs().flatten(1).amax(1)  # (in,)
         wide = (inputs > most).nonzero().flatten()
-        group = partial_sum_width(plan) if most == INT8 else 0
+        group = partial_sum_width(plan) if parity else 0
         parity_cost = folded.shape[1] // group if group else folded.shape[1]
         if len(wide) <= parity_cost:
             first = folded.clamp(-most, most)
             both = torch.cat([first, (folded - first).index_select(1, wide)], 1)
             return Form("columns", (Term(both.to(torch.int8)),), repeated=wide)
         if group:
-            parity = folded & 1
-            halves = (folded - parity) // 2
-            first_of_block = parity[:, :: plan.transform.order]
+            odd = folded & 1
+            halves = (folded - odd) // 2
+            first_of_block = odd[:, :: plan.transform.order]
             sums = first_of_block.repeat_interleave(plan.transform.order // group, 1)
             return Form("parity", (Term(torch.cat([halves, sums], 1).to(torch.int8)),), group=group)
     return _digits_form(folded, most)

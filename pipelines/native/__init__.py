@@ -1,7 +1,7 @@
 """Kernels in C++, built once for this machine by the compiler that is there and kept in a cache folder.
 
-Rotations and quantisers (exact.cpp, training.cpp) are defined in torch, elsewhere, and have the same bits here;
-attention and norms are floating point, and take the place of torch's. Here is only how they are built and called. Where
+Rotations, quantisers and integer products (exact.cpp, training.cpp, products.cpp) are defined in torch, elsewhere, and
+have the same bits here; attention and norms are floating point, and take the place of torch's. Here is only how they are built and called. Where
 there is no compiler `library` is None, and torch computes: slower, the same integers. `state` says which it is and why.
 HQDM_NATIVE=0 leaves them out.
 
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 # Contraction into fused multiply-adds would change bits where integers hang on them.
 SOURCES = {
     "exact.cpp": "-ffp-contract=off", "training.cpp": "-ffp-contract=off", "attention.cpp": "-ffp-contract=fast",
-    "attention8.cpp": "-ffp-contract=fast",
+    "attention8.cpp": "-ffp-contract=fast", "products.cpp": "-ffp-contract=off",
 }  # fmt: skip
 COMPILERS = ("c++", "g++", "clang++")
 # errno and traps of rounding are of no use and cost vectors.
@@ -47,6 +47,22 @@ class Weight(ctypes.Structure):
     _fields_ += [(name, ctypes.c_int64) for name in ("rows", "columns", "channels")]
     _fields_ += [(name, ctypes.c_float) for name in ("low", "high")]
     _fields_ += [(name, ctypes.c_int32) for name in ("order", "turned", "folded")]
+
+
+PRODUCT_DEPTH = 4  # inputs that products.cpp takes at a time
+
+
+class Product(ctypes.Structure):
+    """A layer as products.cpp knows it; what each address holds is said there."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "groups", "outputs", "inputs", "kernel_y", "kernel_x", "stride_y", "stride_x", "pad_y", "pad_x",
+            "dilation_y", "dilation_x", "words", "segments",
+        )
+    ]  # fmt: skip
+    _fields_ += [(name, ctypes.c_void_p) for name in ("packed", "sums", "plan")]
 
 
 @dataclass(frozen=True)
@@ -195,5 +211,15 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     ]  # fmt: skip
     found.hqdm_attention8.argtypes = [
         address, address, address, address, count, count, count, count, count, real, number
+    ]  # fmt: skip
+    product = ctypes.POINTER(Product)
+    found.hqdm_product_size.argtypes = [product]
+    found.hqdm_product_size.restype = count
+    found.hqdm_product_pack.restype = None
+    found.hqdm_product_pack.argtypes = [product, address, count, address, address, address]
+    found.hqdm_product_scratch.argtypes = [product, count, count, count]
+    found.hqdm_product_scratch.restype = count
+    found.hqdm_product.argtypes = [
+        product, address, count, count, count, ctypes.c_int32, address, address, address, address, number
     ]  # fmt: skip
     return found

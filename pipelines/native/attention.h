@@ -6,9 +6,9 @@
 
 namespace {
 
-constexpr int KEYS = 2 * LANES;            // keys that a pass over a head's width takes
-constexpr int ROWS = LANES == 16 ? 8 : 4;  // queries at a time: twice as many sums as these fit into registers
-constexpr int64_t BLOCK = 64;              // queries that a thread takes at a time
+constexpr int KEYS = 2 * LANES;               // keys that a pass over a head's width takes
+constexpr int ROWS = LANES == 16 ? 8 : 6;     // queries at a time: twice as many sums as these fit into registers
+constexpr int64_t BLOCK = 64 / ROWS * ROWS;  // queries that a thread takes at a time
 
 inline int64_t padded(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 

@@ -123,7 +123,7 @@ void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64
     Integers total = {};
     for (int64_t d = 0; d < columns; d += LANES) {
       const Integers codes = nearest(load(row.values + d) * factor);
-      const Bytes bytes = __builtin_convertvector(codes, Bytes);
+      const Bytes bytes = low_bytes(codes);
       total += codes;
       for (int64_t i = 0; i < LANES && d + i < width; i += 4)
         std::memcpy(head.keys.data() + place_of(key, d + i, wide), (const char*)&bytes + i, 4);
@@ -161,7 +161,7 @@ void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t
     room.finite &= top == top;
     factor[r] = top / 127.0f * scale;
     for (int64_t d = 0; d < columns; d += LANES) {
-      const Bytes bytes = __builtin_convertvector(nearest(load(row.values + d) * inverse) + OFFSET, Bytes);
+      const Bytes bytes = low_bytes(nearest(load(row.values + d) * inverse) + OFFSET);
       std::memcpy((char*)codes[r] + d, &bytes, LANES);
     }
   }
@@ -191,7 +191,7 @@ void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t
       // Rounded by the addition, whose low bits then hold the integer.
       const Integers weight = (Integers)(exponential(load(row + key) - top) * TOP + MAGIC) - MAGIC_BITS;
       total += weight;
-      const Bytes high = __builtin_convertvector(weight >> 8, Bytes), low = __builtin_convertvector(weight, Bytes);
+      const Bytes high = low_bytes(weight >> 8), low = low_bytes(weight);
       std::memcpy(room.high.data() + r * all + key, &high, LANES);
       std::memcpy(room.low.data() + r * all + key, &low, LANES);
     }

@@ -52,7 +52,7 @@ inline Bytes bytes_of(Floats v, const Codes& codes, Integers& bad) {
   v = v < codes.low ? codes.low : v;
   v = v > codes.high ? codes.high : v;
   const Integers n = (Integers)(v + MAGIC) + (codes.offset - MAGIC_BITS);
-  return __builtin_convertvector(n, Bytes);
+  return low_bytes(n);
 }
 
 bool any(Integers v) {
@@ -78,14 +78,16 @@ void rotate(const float* x, float* y, int64_t values, const float* signs, bool i
 
 template <int ORDER>
 bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, const float* signs, const float* centre,
-              const float* gain, const Codes& codes, const uint8_t* carried, int64_t extra, const Norm& norm,
-              int threads) {
+              const float* gain, const Codes& given_codes, const uint8_t* carried, int64_t extra,
+              const Norm& given_norm, int threads) {
   constexpr int WIDTH = width<ORDER>(), COUNT = WIDTH / LANES;
   Floats sign[COUNT];
   diagonal<ORDER>(signs, sign);
   int found = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : found)
   for (int64_t row = 0; row < rows; ++row) {
+    const Codes codes = given_codes;  // bytes that are written might be these, as far as a compiler knows
+    const Norm norm = given_norm;
     Integers bad = {};
     uint8_t* to = out + row * (channels + extra);
     const int64_t image = norm.of(row, channels);

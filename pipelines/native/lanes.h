@@ -17,6 +17,13 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
+#if LANES == 8 && defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// Before a loop of few rounds over vectors that are to stay in registers.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 namespace {
 
 constexpr float MAGIC = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer, which the low bits then hold
@@ -29,5 +36,20 @@ inline Floats load(const float* from) {
 }
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+// The lowest byte of every lane.
+inline Bytes low_bytes(Integers v) {
+#if LANES == 8 && defined(__AVX2__)  // which compilers do lane by lane
+  const __m256i first = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1,
+                                         -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i halves = _mm256_shuffle_epi8((__m256i)v, first);
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+  Bytes result;
+  std::memcpy(&result, &both, sizeof result);
+  return result;
+#else
+  return __builtin_convertvector(v, Bytes);
+#endif
+}
 
 }  // namespace

@@ -1,0 +1,133 @@
+"""The products of bytes and int8 weights: exact wherever they are offered, with the largest operands there are."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import native
+from pipelines.errors import HqdmError
+from pipelines.kernels import operators, reference
+from pipelines.kernels.forms import INT8
+from pipelines.kernels.operators import Compiled, OneDNN, Operators, available
+from pipelines.quant.spec import Site
+
+STEPS = 128  # of products.cpp, LONGEST: the most between two widenings
+compiled = pytest.mark.skipif(
+    not any(isinstance(each, Compiled) for each in available()), reason="no kernels are compiled for AVX2 here"
+)
+
+
+def kernels() -> Compiled:
+    return next(each for each in available() if isinstance(each, Compiled))
+
+
+def check(each: Operators, site: Site, weight: torch.Tensor, codes: torch.Tensor, zero: int, largest: int) -> None:
+    """Outputs with and without a bias against plain integers, bit for bit."""
+    codes = codes.contiguous(memory_format=torch.channels_last) if site.kind == "conv" else codes
+    generator = torch.Generator().manual_seed(0)
+    scale, bias = (torch.rand(site.outputs, generator=generator) for _ in range(2))
+    packed = each.pack(site, weight, tuple(codes.shape), largest)
+    sums = reference.accumulate(codes.int() - zero, weight.int(), site).float()
+    across = (1, -1, 1, 1) if site.kind == "conv" else (1, -1)
+    expected = sums * scale.view(across) + bias.view(across)
+    assert torch.equal(each.run(site, codes, zero, packed, scale, bias), expected), each.name
+    assert torch.equal(each.run(site, codes, zero, packed, torch.ones_like(scale), None), sums), each.name
+
+
+@st.composite
+def layers(draw) -> tuple[Site, tuple[int, ...]]:
+    """A layer and the shape of its codes."""
+    inputs = draw(st.sampled_from([1, 3, 4, 17, 64, 130, 520]))
+    outputs = draw(st.sampled_from([1, 4, 31, 32, 33, 70]))
+    if draw(st.booleans()):
+        return Site("layer", "linear", "", (outputs, inputs)), (draw(st.sampled_from([1, 2, 3, 6, 97, 200])), inputs)
+    pairs = st.tuples(st.integers(1, 2), st.integers(1, 2))
+    groups, kernel = draw(st.sampled_from([1, 1, 2, 4])), draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    padding = draw(st.tuples(*(st.integers(0, extent // 2) for extent in kernel)))
+    site = Site(
+        "layer", "conv", "", (outputs * groups, inputs, *kernel), draw(pairs), padding, draw(pairs), groups=groups
+    )
+    return site, (draw(st.integers(1, 3)), inputs * groups, draw(st.integers(5, 11)), draw(st.integers(5, 13)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers(), st.data())
+def test_products_are_exact_for_layers_of_any_shape(layer, data):
+    site, shape = layer
+    largest, most = (data.draw(st.sampled_from(each)) for each in ([1, 7, 15, 63, 255], [1, 7, 64, INT8]))
+    seed, zero = data.draw(st.integers(0, 2**16)), data.draw(st.integers(0, largest))
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, largest + 1, shape, generator=generator, dtype=torch.uint8)
+    for each in available():
+        bound = min(most, each.largest_weight(largest))
+        weight = torch.randint(-bound, bound + 1, site.weight, generator=generator, dtype=torch.int8)
+        check(each, site, weight, codes, zero, largest)
+
+
+@pytest.mark.parametrize("largest", [1, 7, 15, 127, 255])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_largest_codes_beside_the_largest_weights_saturate_nothing(largest, sign, kind):
+    site = Site("layer", kind, "", (33, 600) if kind == "linear" else (33, 100, 3, 3), padding=(1, 1))
+    codes = torch.full((5, 600) if kind == "linear" else (1, 100, 5, 5), largest, dtype=torch.uint8)
+    for each in available():
+        weight = torch.full(site.weight, sign * each.largest_weight(largest), dtype=torch.int8)
+        check(each, site, weight, codes, 0, largest)
+
+
+def runs_of(weight: torch.Tensor, largest: int) -> list[tuple[int, int]] | None:
+    """(First, last) step of what compiled kernels add up in 16 bits; None where they widen the operands."""
+    site = Site("layer", "linear", "", tuple(weight.shape))
+    packed = kernels().pack(site, weight, (1, weight.shape[1]), largest)
+    if packed.product.words:
+        return None
+    runs, first = [], 0
+    for _, start, steps, ends in packed.plan.tolist():
+        if ends:
+            runs.append((first, start + steps))
+            first = start + steps
+    return runs
+
+
+@compiled
+def test_sums_stay_in_16_bits_as_long_as_the_weights_prove_that_they_fit():
+    weight = (torch.randn(70, 2000, generator=torch.Generator().manual_seed(1)) * 14).round().clamp(-INT8, INT8)
+    weight[3, :400], weight[60, 1200:1300] = INT8, -INT8  # runs are short where all of an output have one sign
+    runs = runs_of(weight.to(torch.int8), 15)
+    assert [first for first, _ in runs[1:]] == [last for _, last in runs[:-1]] and runs[-1][1] == 500
+    pairs = weight.view(70, 500, 2, 2)  # output, step, which of two sums, the two that one instruction adds
+
+    def most(first: int, last: int) -> float:
+        of_run = pairs[:, first:last]
+        return 15 * float(max(of_run.clamp(min=0).sum((1, 3)).max(), -of_run.clamp(max=0).sum((1, 3)).min()))
+
+    assert all(most(*run) < 2**15 for run in runs)
+    assert all(last - first == STEPS or most(first, last + 1) >= 2**15 for first, last in runs[:-1])
+    lengths = [last - first for first, last in runs]
+    assert min(lengths) < 10 and max(lengths) > 50
+
+
+@compiled
+def test_operands_are_widened_where_sums_of_16_bits_would_end_at_every_step():
+    weight = torch.full((32, 64), INT8, dtype=torch.int8)
+    assert runs_of(weight, 255) is None  # one pair of products does not fit
+    assert runs_of(weight, 100) is None  # one step fits, two do not
+    assert runs_of(weight // 8, 100) is not None
+    assert runs_of(weight, 15) == [(at, min(at + 8, 16)) for at in range(0, 16, 8)]
+
+
+def test_the_fastest_that_are_exact_here_come_first(monkeypatch):
+    def names() -> list[str]:
+        return [each.name for each in available()]
+
+    everywhere = names()
+    assert everywhere[-1] == OneDNN(vnni=False).name
+    monkeypatch.setattr(operators, "has_vnni", lambda: False)
+    assert names()[-1] == OneDNN(vnni=False).name and OneDNN(vnni=True).name not in names()
+    monkeypatch.setattr(native, "_built", lambda: (None, native.State(None, why_not="there is no C++ compiler")))
+    assert names() == [OneDNN(vnni=False).name]
+    monkeypatch.setattr(operators, "has_onednn", lambda: False)
+    with pytest.raises(HqdmError, match="no oneDNN int8 operators") as caught:
+        available()
+    assert "--backend reference" in caught.value.hint
