@@ -207,6 +207,22 @@ def test_constant_channels_carry_the_largest_zero_points_and_sums(bits, quantise
     assert cpu.Prepared(weights, OneDNN(vnni=False)).carried is None
 
 
+@pytest.mark.parametrize("widest", [3, 100, 127, 205])
+@pytest.mark.parametrize("groups", [2, 4, 16])
+def test_convolutions_in_groups_are_exact_in_every_form(widest, groups):
+    s = Site("layer", "conv", "residual", (16, 32 // groups, 3, 3), (1, 1), (1, 1), groups=groups, positions=(8, 8))
+    plan = SitePlan(s, True, weight_quantiser="asymmetric", activation_quantiser="asymmetric")
+    centred = torch.randint(-3, 4, s.weight, generator=torch.Generator().manual_seed(groups)).short()
+    centred[0, -1], centred[-1, 0] = widest, -50
+    zero = torch.full((16,), 50, dtype=torch.int16)
+    weights = IntegerWeights(plan, centred, zero, torch.rand(16), None).packed()
+    codes = torch.randint(-30, 226, (2, 32, 8, 8), generator=torch.Generator().manual_seed(1))
+    truth = torch.conv2d(codes.double(), weights.folded().double(), None, 1, 1, 1, groups).long()
+    for operators in available():
+        prepared = cpu.Prepared(weights, operators)
+        assert torch.equal(prepared.accumulators(codes).long(), truth), (operators.name, prepared.form)
+
+
 def test_entries_of_a_folded_block_have_one_parity():
     plan = SitePlan(site("linear", channels=64), True, Transform("channels", 32, 9), "single", 4, 4)
     weights = wide_weights(plan, "rows")
@@ -262,9 +278,10 @@ for site in Site("layer", "linear", "attention", (4, 64)), Site("layer", "conv",
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's int8 operators are for x86-64")
-def test_operators_that_are_told_to_leave_vnni_out_give_the_same_integers():
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_operators_that_are_told_to_leave_vnni_out_give_the_same_integers(compiled):
     """A processor that says it has VNNI, and oneDNN limited to AVX2, where pairs of the largest products saturate."""
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "HQDM_NATIVE": compiled}
     folder = Path(__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", LIMITED], env=environment, cwd=folder, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

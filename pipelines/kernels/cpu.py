@@ -50,7 +50,8 @@ class Prepared:
         self.form, self.fused = form.name, form.fused
         self.repeated, self.group = form.repeated, form.group
         self.carried = None
-        if chosen.carries and plan.site.kind == "conv" and form.name in ("one", "columns"):
+        convolves = plan.site.kind == "conv" and plan.site.groups == 1
+        if chosen.carries and convolves and form.name in ("one", "columns"):
             self.carried = carried(folded, high + self.offset if low == 0 else self.offset)
         if not form.fused:
             per_term = 127 if plan.inverse == "activation" else max(abs(low), high)

@@ -3,7 +3,8 @@
 A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 bits:
 
     one       V fits int8: q' = q, V' = V.
-    columns   |V| ≤ 254: the input channels that hold |V| > 127 are given twice, V split over the two. One product.
+    columns   |V| ≤ 254: the input channels that hold |V| > 127 are given twice, V split over the two. One product, of
+              layers without groups.
     parity    inside one Hadamard block all entries of a row of V = W_int·M have one parity, so V = 2Z + P with P in
     {0, 1}
               constant per (output, block, kernel position). q' = [2q | partial sums of q over the block],
@@ -125,7 +126,7 @@ def choose_form(folded: torch.Tensor, plan: SitePlan, most: int = INT8, parity: 
         return _digits_form(folded, most)
     if largest <= most:
         return Form("one", (Term(folded.to(torch.int8)),))
-    if largest <= 2 * most:
+    if largest <= 2 * most and plan.site.groups == 1:
         inputs = folded.movedim(1, 0).abs().flatten(1).amax(1)  # (in,)
         wide = (inputs > most).nonzero().flatten()
         group = partial_sum_width(plan) if parity else 0

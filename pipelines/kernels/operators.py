@@ -20,6 +20,9 @@ from pipelines.kernels.forms import INT8
 from pipelines.quant.spec import Site
 
 
+_LAYOUT = {"linear": torch.contiguous_format, "conv": torch.channels_last}
+
+
 class Operators(ABC):
     """Linears (rows, in) and channels-last convolutions (N, in, H, W) of uint8 codes."""
 
@@ -125,6 +128,9 @@ class Compiled(Operators):
         self, site: Site, codes: torch.Tensor, zero: int, packed: Any, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         product = packed.product
+        taken = product.groups * product.inputs
+        if codes.shape[1] != taken or not codes.is_contiguous(memory_format=_LAYOUT[site.kind]):
+            raise ValueError(f"site {site.name}: {tuple(codes.shape)} are not contiguous codes of {taken} channels")
         if site.kind == "linear":
             images, rows, columns = 1, 1, len(codes)
             y = torch.empty(columns, len(scale))
