@@ -54,7 +54,13 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
         groups.append({"params": [layer.weight for layer in chosen], "rate": recipe.weight_rate})
     if "biases" in recipe.trains:
         groups.append({"params": [layer.bias for layer in chosen], "rate": recipe.bias_rate})
-    if "weight_scales" in recipe.trains:
+    if "weight_scales" in recipe.trains and recipe.weight_scale_rate_divisor:
+        groups += [
+            {"params": [layer.weight_scale],
+             "rate": layer.weight_scale.mean().item() / recipe.weight_scale_rate_divisor}
+            for layer in chosen
+        ]  # fmt: skip
+    elif "weight_scales" in recipe.trains:
         groups.append({"params": [layer.weight_scale for layer in chosen], "rate": recipe.weight_scale_rate})
     if "activation_scales" in recipe.trains:
         groups.append({"params": list(tables.scale), "rate": recipe.activation_scale_rate})

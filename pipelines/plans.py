@@ -68,6 +68,7 @@ class Recipe:
     lora_rank: int = 32
     lora_rate_divisor: float = 2500.0  # a layer's LoRA learns at mean(weight scale) / divisor: scale-aware optimisation
     weight_scale_rate: float = 1e-6
+    weight_scale_rate_divisor: float = 0.0  # a layer's weight scales learn at their mean / this; 0: at the rate above
     activation_scale_rate: float = 5e-4  # of the scale in orthonormal coordinates
     zero_point_rate: float = 5e-4
     base_weight: Literal["quantised", "float"] = (
@@ -118,7 +119,8 @@ class Recipe:
                 "64 is usual; correction: false is none",
             )
         for name in (
-            "weight_scale_rate", "activation_scale_rate", "zero_point_rate", "bias_rate", "weight_rate", "relation",
+            "weight_scale_rate", "weight_scale_rate_divisor", "activation_scale_rate", "zero_point_rate", "bias_rate",
+            "weight_rate", "relation",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UsageError(

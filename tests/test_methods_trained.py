@@ -32,9 +32,9 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def learned(store, method):
+def learned(store, method, bits="w4a4"):
     """(what was learned, the plan's scales, the teacher's tensors) of a student of some updates."""
-    distilled = tiny_student(store, method, trajectories=2)
+    distilled = tiny_student(store, method, trajectories=2, bits=bits)
     scales = load_file(store.ancestor(distilled, "plan").file("scales.safetensors"))
     teacher = load_file(store.ancestor(distilled, "model").file(WEIGHTS))
     return load_file(distilled.file("student.safetensors")), scales, teacher
@@ -51,6 +51,16 @@ def test_lsq_moves_every_weight_every_step_and_every_activation_scale(store):
         assert not torch.allclose(activation, scales[f"{name}/activation_scale"], rtol=1e-6), name
         assert activation.unique().numel() == 1  # one for all timesteps
         assert not tensors["tables/zero"][:, column].any()
+
+
+def test_lsqs_weight_steps_of_any_width_move_by_a_small_share_of_their_layers_mean(store):
+    """At one rate for all of them the small steps of 8-bit weights fell below zero."""
+    for bits in ("w8a8", "w3a8"):
+        tensors, scales, _ = learned(store, "lsq", bits)
+        for place in scales:
+            if place.endswith("/weight_scale"):
+                moved = (tensors[place] - scales[place]).abs() / scales[place].mean()
+                assert 1e-5 < moved.max() < 5e-3, (bits, place)
 
 
 def test_quest_trains_the_layers_that_low_bits_hurt_and_leaves_other_weights_as_they_were(store):

@@ -76,6 +76,16 @@ def test_the_largest_codes_beside_the_largest_weights_saturate_nothing(largest, 
         check(each, site, weight, codes, 0, largest)
 
 
+@compiled
+def test_sums_that_leave_32_bits_on_the_way_come_back_with_their_zero_point():
+    """Σ u·V and z·ΣV are 3.2e9 each, their difference is small."""
+    site = Site("layer", "linear", "", (3, 100_000))
+    codes = torch.full((2, 100_000), 250, dtype=torch.uint8)
+    codes[1, ::2] = 251
+    weight = torch.full(site.weight, INT8, dtype=torch.int8)
+    check(kernels(), site, weight, codes, 250, 255)
+
+
 def runs_of(weight: torch.Tensor, largest: int) -> list[tuple[int, int]] | None:
     """(First, last) step of what compiled kernels add up in 16 bits; None where they widen the operands."""
     site = Site("layer", "linear", "", tuple(weight.shape))

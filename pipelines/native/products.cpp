@@ -28,9 +28,9 @@ struct Product {  // one layer; pipelines/native/__init__.py has the same fields
   int64_t taps() const { return kernel_y * kernel_x; }
 };
 
-constexpr int64_t BLOCK = 32;  // outputs that are computed together: four vectors of 8 sums
+constexpr int64_t BLOCK = 32;     // outputs that are computed together: four vectors of 8 sums
 constexpr int64_t HALF = BLOCK / 2;
-constexpr int64_t DEPTH = 4;   // inputs of a step
+constexpr int64_t DEPTH = 4;      // inputs of a step
 constexpr int64_t STEP = BLOCK * DEPTH;
 constexpr int64_t LONGEST = 128;  // steps between two widenings: 16 KB of weights, which stay in the first cache
 constexpr int64_t PIXELS = 96;    // whose sums are held at once: 12 KB
@@ -228,14 +228,14 @@ void multiply(const Product& p, const Padded& padded, const Code* codes, int64_t
     block_of(p, segments.data(), pixels, count, p.packed + place * weights, sums);
     const int64_t used = std::min(BLOCK, p.outputs - from), channel = group * p.outputs + from;
     float scales[BLOCK] = {}, biases[BLOCK] = {};
-    int32_t zeros[BLOCK];
+    uint32_t zeros[BLOCK];  // without a sign: either sum may leave 32 bits where their difference does not
     std::copy_n(scale + channel, used, scales);
     if (bias) std::copy_n(bias + channel, used, biases);
-    for (int64_t o = 0; o < BLOCK; ++o) zeros[o] = zero * p.sums[place * BLOCK + o];
+    for (int64_t o = 0; o < BLOCK; ++o) zeros[o] = uint32_t(zero) * uint32_t(p.sums[place * BLOCK + o]);
     for (int64_t i = 0; i < count; ++i) {
       float values[BLOCK], *to = out + (first + i) * p.groups * p.outputs + channel;
       float* into = used == BLOCK ? to : values;
-      for (int64_t o = 0; o < BLOCK; ++o) into[o] = float(sums[i * BLOCK + o] - zeros[o]) * scales[o] + biases[o];
+      for (int64_t o = 0; o < BLOCK; ++o) into[o] = float(int32_t(uint32_t(sums[i * BLOCK + o]) - zeros[o])) * scales[o] + biases[o];
       if (into != to) std::copy_n(values, used, to);
     }
   }
