@@ -118,9 +118,13 @@ class Recipe:
                 f"recipe: correction_images cannot be {self.correction_images}",
                 "64 is usual; correction: false is none",
             )
+        if self.weight_scale_rate_divisor < 0:
+            raise UsageError(
+                f"recipe: weight_scale_rate_divisor cannot be {self.weight_scale_rate_divisor}",
+                "0 lets weight scales learn at weight_scale_rate",
+            )
         for name in (
-            "weight_scale_rate", "weight_scale_rate_divisor", "activation_scale_rate", "zero_point_rate", "bias_rate",
-            "weight_rate", "relation",
+            "weight_scale_rate", "activation_scale_rate", "zero_point_rate", "bias_rate", "weight_rate", "relation",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise UsageError(
@@ -223,8 +227,9 @@ def read_sites(path: Path) -> list[Site]:
 def write_plan(plan: Plan) -> str:
     """The plan as YAML text. A site left in floating point shows its reason and nothing that would not count."""
     sites, recipe = {}, to_dict(plan.recipe)
-    if not plan.recipe.guidance_signal:  # left out where unused, so that older plans made again are the same file
-        del recipe["guidance_signal"]
+    for name in ("guidance_signal", "weight_scale_rate_divisor"):
+        if not recipe[name]:  # left out where unused, so that older plans made again are the same file
+            del recipe[name]
     for site in plan.sites:
         entry: dict[str, Any] = {"role": site.site.role, "quantised": site.quantised, "why": site.why}
         if site.quantised:

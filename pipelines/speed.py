@@ -99,7 +99,7 @@ def multiplies_bfloat16(device: torch.device = CPU) -> bool:
 def peaks(device: torch.device = CPU) -> dict[str, float]:
     """What this machine or a device of it does at best, by the operators that networks are made of: fp32 and bf16
     products in GFLOP/s (0 in bf16 where the processor has no instructions), products of 4-bit codes in 8-bit
-    instructions in GOP/s, and a copy in GB/s, read and written.
+    instructions in GOP/s (0 where there are no operators), and a copy in GB/s, read and written.
     """
     side, clock = DEVICE_SIDE if device.type == "cuda" else SIDE, clock_of(device)
     operations = 2 * side**3 / 1e9
@@ -112,9 +112,9 @@ def peaks(device: torch.device = CPU) -> dict[str, float]:
     if device.type == "cuda":
         left, right = (torch.randint(-7, 8, (side, side), dtype=torch.int8, device=device) for _ in range(2))
         result["int8_gops"] = operations / _best(lambda: torch._int_mm(left, right.T), clock)
-    else:
+    elif found := available():
         codes = torch.randint(0, 16, (SIDE, SIDE), dtype=torch.uint8)
-        site, operators = Site("square", "linear", "", (SIDE, SIDE)), available()[0]
+        site, operators = Site("square", "linear", "", (SIDE, SIDE)), found[0]
         weight = torch.randint(-7, 8, site.weight, dtype=torch.int8)
         packed, ones = operators.pack(site, weight, tuple(codes.shape), 15), torch.ones(SIDE)
         result["int8_gops"] = operations / _best(lambda: operators.run(site, codes, 8, packed, ones, None), clock)

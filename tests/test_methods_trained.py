@@ -14,7 +14,7 @@ from pipelines.events import Report
 from pipelines.methods import apq_dm, find, mpq_dm, quest
 from pipelines.methods.equivalent import by_column
 from pipelines.models.denoiser import WEIGHTS, load_denoiser
-from pipelines.plans import read_plan
+from pipelines.plans import Recipe, read_plan
 from pipelines.quant.affine import choose, dequantise, quantise
 from pipelines.quant.spec import Site, integer_range, site_from_dict
 from pipelines.quant.surroundings import weight_bounds
@@ -61,6 +61,10 @@ def test_lsqs_weight_steps_of_any_width_move_by_a_small_share_of_their_layers_me
             if place.endswith("/weight_scale"):
                 moved = (tensors[place] - scales[place]).abs() / scales[place].mean()
                 assert 1e-5 < moved.max() < 5e-3, (bits, place)
+    published = make(store, "plan", method="efficientdm", bits="w8a8").file("plan.yaml").read_text()
+    assert "weight_scale_rate:" in published and "weight_scale_rate_divisor" not in published
+    with pytest.raises(UsageError, match="weight_scale_rate_divisor cannot be -1"):
+        Recipe(weight_scale_rate_divisor=-1.0)
 
 
 def test_quest_trains_the_layers_that_low_bits_hurt_and_leaves_other_weights_as_they_were(store):

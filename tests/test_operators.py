@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import native
+from pipelines import native, speed
 from pipelines.errors import HqdmError
-from pipelines.kernels import operators, reference
+from pipelines.kernels import cpu, operators, reference
 from pipelines.kernels.forms import INT8
 from pipelines.kernels.operators import Compiled, OneDNN, Operators, available
-from pipelines.quant.spec import Site
+from pipelines.quant.integers import IntegerWeights
+from pipelines.quant.spec import Site, SitePlan
 
 STEPS = 128  # of products.cpp, LONGEST: the most between two widenings
 compiled = pytest.mark.skipif(
@@ -86,6 +87,57 @@ def test_sums_that_leave_32_bits_on_the_way_come_back_with_their_zero_point():
     check(kernels(), site, weight, codes, 250, 255)
 
 
+@pytest.mark.parametrize("kind, largest", [("linear", 15), ("linear", 255), ("conv", 15), ("conv", 255)])
+def test_threads_share_nothing(kind, largest):
+    site = Site("layer", kind, "", (256, 320) if kind == "linear" else (64, 64, 3, 3), padding=(1, 1))
+    shape = (3000, 320) if kind == "linear" else (4, 64, 24, 24)
+    generator, threads = torch.Generator().manual_seed(2), torch.get_num_threads()
+    codes = torch.randint(0, largest + 1, shape, generator=generator, dtype=torch.uint8)
+    try:
+        for each in available():
+            most = min(20, each.largest_weight(largest))
+            weight = torch.randint(-most, most + 1, site.weight, generator=generator, dtype=torch.int8)
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                check(each, site, weight, codes, largest // 2, largest)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (0, 64, 5, 5)])
+def test_nothing_gives_nothing(shape):
+    kind = "linear" if len(shape) == 2 else "conv"
+    site = Site("layer", kind, "", (33, 64) if kind == "linear" else (33, 64, 3, 3), padding=(1, 1))
+    codes, weight = torch.zeros(shape, dtype=torch.uint8), torch.ones(site.weight, dtype=torch.int8)
+    if kind == "conv":
+        codes = codes.contiguous(memory_format=torch.channels_last)
+    for each in available():
+        packed = each.pack(site, weight, (1, *shape[1:]), 15)
+        assert each.run(site, codes, 3, packed, torch.ones(33), None).shape == (0, 33, *shape[2:])
+
+
+@compiled
+def test_what_the_compiled_kernels_would_misread_is_refused_by_the_sites_name():
+    site = Site("layer", "conv", "", (8, 16, 3, 3), stride=(2, 2))
+    packed = kernels().pack(site, torch.ones(site.weight, dtype=torch.int8), (1, 16, 5, 5), 15)
+
+    def run(shape=(1, 16, 5, 5), dtype=torch.uint8, layout=torch.channels_last, scale=None, bias=None):
+        codes = torch.ones(shape, dtype=dtype).contiguous(memory_format=layout)
+        return kernels().run(site, codes, 0, packed, torch.ones(8) if scale is None else scale, bias)
+
+    assert (run() == 144).all()
+    doubled = torch.ones(16)
+    doubled[1::2] = 7
+    assert (run(scale=doubled[::2], bias=doubled[1::2]) == 151).all()
+    for wrong in (
+        dict(shape=(1, 16, 2, 2)), dict(shape=(1, 12, 5, 5)), dict(dtype=torch.float32),
+        dict(layout=torch.contiguous_format), dict(scale=torch.ones(8).double()), dict(scale=torch.ones(1)),
+        dict(bias=torch.ones(8).bfloat16()), dict(bias=torch.ones(7)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="site layer: "):
+            run(**wrong)
+
+
 def runs_of(weight: torch.Tensor, largest: int) -> list[tuple[int, int]] | None:
     """(First, last) step of what compiled kernels add up in 16 bits; None where they widen the operands."""
     site = Site("layer", "linear", "", tuple(weight.shape))
@@ -137,7 +189,17 @@ def test_the_fastest_that_are_exact_here_come_first(monkeypatch):
     assert names()[-1] == OneDNN(vnni=False).name and OneDNN(vnni=True).name not in names()
     monkeypatch.setattr(native, "_built", lambda: (None, native.State(None, why_not="there is no C++ compiler")))
     assert names() == [OneDNN(vnni=False).name]
+
+
+def test_where_there_are_none_layers_are_refused_and_a_float_model_is_still_measured(monkeypatch):
+    monkeypatch.setattr(native, "_built", lambda: (None, native.State(None, why_not="there is no C++ compiler")))
     monkeypatch.setattr(operators, "has_onednn", lambda: False)
+    site, zero = Site("layer", "linear", "", (4, 8)), torch.zeros(4, dtype=torch.int16)
+    weights = IntegerWeights(SitePlan(site), torch.ones(4, 8).short(), zero, torch.ones(4), None).packed()
     with pytest.raises(HqdmError, match="no oneDNN int8 operators") as caught:
-        available()
+        cpu.prepare(weights)
     assert "--backend reference" in caught.value.hint
+    monkeypatch.setattr(speed, "SIDE", 16)
+    monkeypatch.setattr(speed, "multiplies_bfloat16", lambda device: False)
+    found = speed.peaks()
+    assert found["int8_gops"] == 0 and found["fp32_gflops"] > 0

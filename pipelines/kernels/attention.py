@@ -82,7 +82,7 @@ def attend(
             what = f"attention of {keys} keys in heads of {width} is too large for products of 8-bit integers"
             raise HqdmError(what, "leave --attention out")
         return out
-    scratch = torch.empty(kernels.hqdm_attention_scratch(images, keys, heads, width, threads))
+    scratch = torch.empty(kernels.hqdm_attention_scratch(images, queries, keys, heads, width, threads))
     kernels.hqdm_attention(*pointers, *shape, scratch.data_ptr(), threads)
     return out
 

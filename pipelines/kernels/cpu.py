@@ -1,7 +1,7 @@
 """Layers on the CPU: codes as bytes, weights in a form that fits 8 bits, the fastest products that are exact here.
 
-The operators' epilogue is given s_x·s_w[c] as the one scale that it multiplies with, and rounds every operation to fp32,
-which is `quant.layers.epilogue`. Where a form needs several products their accumulators are read back through fp32
+The operators' epilogue is given s_x·s_w[c] as the one scale that it multiplies with, and rounds every operation to
+fp32, which is `quant.layers.epilogue`. Where a form needs several products their accumulators are read back through fp32
 (exact below 2²⁴, checked when the layer is prepared), added as int32, and the epilogue follows in torch.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipelines.errors import NumericalFault
+from pipelines.errors import HqdmError, NumericalFault
 from pipelines.kernels.forms import INT8, PARTIAL_OFFSET, Form, Term, carried, choose_form, low_digit
 from pipelines.kernels.operators import OneDNN, Operators, available
 from pipelines.kernels.prologue import Operand, centred_operand
@@ -178,12 +178,19 @@ class Prepared:
 
 
 def form_of(weights: PackedWeights) -> str:
-    """The exact form in which this back end computes the layer where weights use all of 8 bits, every bound checked; see
-    `forms`.
+    """The exact form in which this back end computes the layer where weights use all of 8 bits, every bound checked;
+    see `forms`.
     """
     return Prepared(weights, OneDNN(vnni=True)).form
 
 
 def prepare(weights: PackedWeights) -> Prepared:
-    """Choose the form that is exact on this processor and check every bound; packing waits for the first input."""
-    return Prepared(weights, available()[0])
+    """Choose the form that is exact on this processor and check every bound; packing waits for the first input.
+    HqdmError where there are no operators.
+    """
+    if not (found := available()):
+        raise HqdmError(
+            "this build of torch has no oneDNN int8 operators, and none could be compiled for AVX2",
+            "sample with --backend reference",
+        )
+    return Prepared(weights, found[0])

@@ -3,8 +3,7 @@
 A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 bits:
 
     one       V fits int8: q' = q, V' = V.
-    columns   |V| ≤ 254: the input channels that hold |V| > 127 are given twice, V split over the two. One product, of
-              layers without groups.
+    columns   |V| ≤ 254: the input channels that hold |V| > 127 are given twice, V split over the two. One product.
     parity    inside one Hadamard block all entries of a row of V = W_int·M have one parity, so V = 2Z + P with P in
     {0, 1}
               constant per (output, block, kernel position). q' = [2q | partial sums of q over the block],
@@ -12,10 +11,10 @@ A *form* rewrites Σ q·V as a sum of products m·Σ q'·V' with q' and V' in 8 
     digits    V = V₀ + 128·V₁, and where q itself exceeds 8 bits (a transform undone on the activation) q = q₀ + 128·q₁:
               one product for every pair of digits.
 
-The choice is made per layer from the integers themselves. Forms with one product keep the fused epilogue. Where an
-operator adds two products in 16 bits before it goes on in 32, V' has to stay below a bound less than 127 beside large
-codes: columns are given twice and digits are taken from there on, and parity, whose bytes use all of 8 bits, is left
-alone.
+The choice is made per layer from the integers themselves (`one` or `digits` where a convolution has groups). Forms with
+one product keep the fused epilogue. Where an operator adds two products in 16 bits before it goes on in 32, V' has to
+stay below a bound less than 127 beside large codes: columns are given twice and digits are taken from there on, and
+parity, whose bytes use all of 8 bits, is left alone.
 
 Codes are stored as bytes u = q + z. Operators that subtract z themselves sum up the weights for it in every call, which
 took three quarters of a convolution of 960 channels at 8×8. `Carried` channels do it in the product: beside u they hold

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 
 from pipelines import native
-from pipelines.errors import HqdmError
 from pipelines.kernels.forms import INT8
 from pipelines.quant.spec import Site
-
 
 _LAYOUT = {"linear": torch.contiguous_format, "conv": torch.channels_last}
 
@@ -128,24 +126,34 @@ class Compiled(Operators):
         self, site: Site, codes: torch.Tensor, zero: int, packed: Any, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         product = packed.product
-        taken = product.groups * product.inputs
-        if codes.shape[1] != taken or not codes.is_contiguous(memory_format=_LAYOUT[site.kind]):
-            raise ValueError(f"site {site.name}: {tuple(codes.shape)} are not contiguous codes of {taken} channels")
-        if site.kind == "linear":
-            images, rows, columns = 1, 1, len(codes)
-            y = torch.empty(columns, len(scale))
+        taken, given = product.groups * product.inputs, product.groups * product.outputs
+        if (
+            codes.dtype != torch.uint8
+            or codes.shape[1] != taken
+            or not codes.is_contiguous(memory_format=_LAYOUT[site.kind])
+        ):
+            raise ValueError(f"site {site.name}: {codes.dtype} {tuple(codes.shape)} are not bytes of {taken} channels")
+        for value in (scale,) if bias is None else (scale, bias):
+            if value.dtype != torch.float32 or value.shape != (given,):
+                raise ValueError(f"site {site.name}: scales and biases are {given} numbers of fp32, not {value.dtype}")
+        scale, bias = scale.contiguous(), None if bias is None else bias.contiguous()
+        if site.kind == "linear":  # rows as images, which threads share where codes are copied
+            images, rows, columns = len(codes), 1, 1
+            y = torch.empty(images, given)
         else:
             images, _, rows, columns = codes.shape
-            sides = (
+            sides = [
                 (extent + 2 * pad - dilation * (taps - 1) - 1) // stride + 1
                 for extent, pad, dilation, taps, stride in zip(
                     (rows, columns), site.padding, site.dilation, site.weight[2:], site.stride, strict=True
                 )
-            )
-            y = torch.empty((images, len(scale), *sides), memory_format=torch.channels_last)
+            ]
+            if min(sides) < 1:
+                raise ValueError(f"site {site.name}: {rows}×{columns} positions are fewer than its kernel takes")
+            y = torch.empty((images, given, *sides), memory_format=torch.channels_last)
         scratch = torch.empty(self.library.hqdm_product_scratch(product, images, rows, columns), dtype=torch.uint8)
         self.library.hqdm_product(
-            product, codes.data_ptr(), images, rows, columns, zero, scale.contiguous().data_ptr(),
+            product, codes.data_ptr(), images, rows, columns, zero, scale.data_ptr(),
             None if bias is None else bias.data_ptr(), y.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -180,11 +188,8 @@ def has_onednn() -> bool:
 
 
 def available() -> list[Operators]:
-    """All that are exact here, the fastest first; HqdmError where there are none."""
+    """All that are exact here, the fastest first; none where neither torch nor a compiler has any."""
     library, onednn = native.library(), has_onednn()
     found: list[Operators] = [OneDNN(vnni=True)] if onednn and has_vnni() else []
     found += [Compiled(library)] if library is not None and library.hqdm_products() else []
-    found += [OneDNN(vnni=False)] if onednn else []
-    if not found:
-        raise HqdmError("this build of torch has no oneDNN int8 operators", "sample with --backend reference")
-    return found
+    return [*found, OneDNN(vnni=False)] if onednn else found

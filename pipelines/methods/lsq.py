@@ -8,8 +8,9 @@ the loss is the distance to the teacher's ε along its trajectories, as for the 
 Otherwise than in the paper: weights have a step for each output channel, not one a layer; both start where the squared
 error is least (there 2·mean|v|/√Q). The paper scales a step's gradient by 1/√(N·Q) to bring its relative updates to
 those of the weights under SGD; AdamW divides every gradient by its own size, so that the factor cancels, and the rates
-say it instead: activation steps learn by their logarithm, weight steps at a share of their layer's mean, 1/3,000 (a
-rate of its own for all drove the small steps of 8-bit weights below zero). Activations are signed (after SiLU),
+say it instead: activation steps learn by their logarithm, `published` weight steps at 1/3,000 of their layer's mean
+(one rate for all layers drove the small steps of 8-bit weights below zero; a step far below its layer's mean still can
+get there in many hundred updates, and training stops and names it). Activations are signed (after SiLU),
 where the paper's are unsigned after ReLU. First, last and time layers at 8 bits; shortcut and downsampling convolutions
 in floating point, as for the other methods here.
 """

@@ -120,13 +120,22 @@ void block_of(const float* q, const float* k, const float* v, float* out, int64_
   }
 }
 
+int64_t blocks_of(int64_t queries) { return (queries + BLOCK - 1) / BLOCK; }
+
+// Threads that have work.
+int parts_of(int64_t heads, int64_t queries, int threads) {
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, heads * blocks_of(queries))));
+}
+
 }  // namespace
 
 extern "C" {
 
 // Floats of scratch memory that hqdm_attention wants.
-int64_t hqdm_attention_scratch(int64_t batch, int64_t keys, int64_t heads, int64_t width, int threads) {
+int64_t hqdm_attention_scratch(int64_t batch, int64_t queries, int64_t keys, int64_t heads, int64_t width,
+                               int threads) {
   const int64_t padded_keys = padded(keys, KEYS);
+  threads = parts_of(batch * heads, queries, threads);
   return batch * heads * padded_keys * (width + padded(width, COLUMNS)) + threads * BLOCK * padded_keys;
 }
 
@@ -153,7 +162,8 @@ void hqdm_attention(const float* q, const float* k, const float* v, float* out, 
           vp[d * shape.padded_keys + key * COLUMNS + i] =
               key < count && d + i < width ? v[from + key * stride + d + i] : 0.0f;
   }
-  const int64_t blocks = (queries + BLOCK - 1) / BLOCK;
+  const int64_t blocks = blocks_of(queries);
+  threads = parts_of(batch * heads, queries, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t part = 0; part < threads; ++part)
     for (int64_t item = part; item < batch * heads * blocks; item += threads) {

@@ -1,9 +1,9 @@
 // Products of bytes with int8 weights for x86-64 processors with AVX2 and no VNNI: convolutions and linears.
 //
 // Their instruction for bytes (vpmaddubsw) adds pairs of products in 16 bits and saturates. Codes of few bits leave room:
-// sums stay in 16 bits over as many steps as the weights themselves prove safe, then go on in 32. Four steps in five of
-// the usual widening are saved by that, which is what makes 4 bits faster than 8 here. Where a single step can overflow
-// (codes of 8 bits), operands are widened to 16 bits first (vpmaddwd), half as fast. Both are exact.
+// sums stay in 16 bits over as many steps as the weights themselves prove safe, then go on in 32. That makes 4 bits
+// faster than 8 here. Where they would end after less than two steps on average, as beside codes of 8 bits, operands are
+// widened to 16 bits first (vpmaddwd), half as fast. Both are exact.
 //
 // Every output is float(Σ u·V − zero·ΣV)·scale + bias, each operation rounded: hence -ffp-contract=off.
 
@@ -339,7 +339,8 @@ int64_t hqdm_product_scratch(const Product* p, int64_t images, int64_t rows, int
 }
 
 // y (images, rows', columns', groups·outputs) of bytes (images, rows, columns, groups·inputs), of which `zero` is 0;
-// scale (groups·outputs,), bias as many or nullptr. 1: this processor has no AVX2.
+// scale (groups·outputs,), bias as many or nullptr. Every output side is 1 or more. 1: compiled without
+// AVX2.
 int hqdm_product(const Product* p, const uint8_t* codes, int64_t images, int64_t rows, int64_t columns, int32_t zero,
                  const float* scale, const float* bias, float* out, void* scratch, int threads) {
 #if defined(__AVX2__)

@@ -22,7 +22,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "distill"
-VERSION = 7
+VERSION = 8
 MOST = 1_000_000  # trajectories, and images of one: their numbers are held at once
 
 

@@ -20,7 +20,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "sample"
-VERSION = 4
+VERSION = 5
 MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
 MOST_IMAGES = 300_000  # whose names and hashes a manifest holds
 FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
