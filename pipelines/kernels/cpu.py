@@ -1,8 +1,8 @@
 """Layers on the CPU: codes as bytes, weights in a form that fits 8 bits, the fastest products that are exact here.
 
 The operators' epilogue is given s_x·s_w[c] as the one scale that it multiplies with, and rounds every operation to
-fp32, which is `quant.layers.epilogue`. Where a form needs several products their accumulators are read back through fp32
-(exact below 2²⁴, checked when the layer is prepared), added as int32, and the epilogue follows in torch.
+fp32, which is `quant.layers.epilogue`. Where a form needs several products their accumulators are read back through
+fp32 (exact below 2²⁴, checked when the layer is prepared), added as int32, and the epilogue follows in torch.
 """
 
 from typing import Any
