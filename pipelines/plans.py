@@ -68,7 +68,6 @@ class Recipe:
     lora_rank: int = 32
     lora_rate_divisor: float = 2500.0  # a layer's LoRA learns at mean(weight scale) / divisor: scale-aware optimisation
     weight_scale_rate: float = 1e-6
-    weight_scale_rate_divisor: float = 0.0  # a layer's weight scales learn at their mean / this; 0: at the rate above
     activation_scale_rate: float = 5e-4  # of the scale in orthonormal coordinates
     zero_point_rate: float = 5e-4
     base_weight: Literal["quantised", "float"] = (
@@ -95,6 +94,7 @@ class Recipe:
     correction: bool = False  # PTQD's, of ε, measured after training
     correction_images: int = 64  # that it is measured on, teacher's trajectories of their own
     reconstruction: Reconstruction | None = None  # where updates is `reconstruct`
+    weight_scale_rate_divisor: float = 0.0  # a layer's weight scales learn at mean / this; 0: at weight_scale_rate
 
     def __post_init__(self):
         for name in self.trains:
