@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.training import HADAMARD, SHAPES
+from pipelines.errors import UsageError
 from pipelines.kernels.cpu import Prepared
 from pipelines.kernels.operators import available
 from pipelines.memory import reuse_freed_memory
@@ -73,16 +74,24 @@ def row_of(site: Site, tokens: int, bits: Bits, turns: int) -> str:
     return f"| {site.name} | {bits} | " + " | ".join(cells) + " |"
 
 
+def widths(text: str) -> list[Bits]:
+    """What --bits names."""
+    try:
+        return [Bits.parse(word) for word in text.split(",")]
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(f"{error.what}; {error.hint}") from error
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bits", default="w4a4,w8a8", help="with commas")
+    parser.add_argument("--bits", type=widths, default="w4a4,w8a8", help="with commas")
     parser.add_argument("--turns", type=int, default=15)
     options = parser.parse_args()
     reuse_freed_memory()
     print(f"{torch.get_num_threads()} threads\n")
     names = "".join(f" {each.name}, ms | times fp32 | GOP/s |" for each in available())
     print(f"| layer | bits | fp32, ms |{names}\n|---|---|--:|" + "--:|" * 3 * len(available()))
-    for bits in (Bits.parse(word) for word in options.bits.split(",")):
+    for bits in options.bits:
         for site, tokens in SHAPES:
             print(row_of(site, tokens, bits, options.turns), flush=True)
 
