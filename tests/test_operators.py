@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import products
 from pipelines import native, speed
 from pipelines.errors import HqdmError
 from pipelines.kernels import cpu, operators, reference
 from pipelines.kernels.forms import INT8
 from pipelines.kernels.operators import Compiled, OneDNN, Operators, available
 from pipelines.quant.integers import IntegerWeights
-from pipelines.quant.spec import Site, SitePlan
+from pipelines.quant.spec import Bits, Site, SitePlan
 
 STEPS = 128  # of products.cpp, LONGEST: the most between two widenings
 compiled = pytest.mark.skipif(
@@ -203,3 +204,15 @@ def test_where_there_are_none_layers_are_refused_and_a_float_model_is_still_meas
     monkeypatch.setattr(speed, "multiplies_bfloat16", lambda device: False)
     found = speed.peaks()
     assert found["int8_gops"] == 0 and found["fp32_gflops"] > 0
+
+
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_benchmark_of_layers_has_figures_of_every_operator(kind, bits):
+    weight = (8, 32) if kind == "linear" else (8, 32, 3, 3)
+    site = Site("small", kind, "", weight, padding=(1, 1) if kind == "conv" else (0, 0), positions=(4, 4))
+    name, width, *figures = (
+        cell.strip() for cell in products.row_of(site, 5, Bits.parse(bits), 2).strip("|").split("|")
+    )
+    assert (name, width, len(figures)) == ("small", bits, 1 + 3 * len(available()))
+    assert all(float(figure) >= 0 for figure in figures)
