@@ -235,7 +235,8 @@ void multiply(const Product& p, const Padded& padded, const Code* codes, int64_t
     for (int64_t i = 0; i < count; ++i) {
       float values[BLOCK], *to = out + (first + i) * p.groups * p.outputs + channel;
       float* into = used == BLOCK ? to : values;
-      for (int64_t o = 0; o < BLOCK; ++o) into[o] = float(int32_t(uint32_t(sums[i * BLOCK + o]) - zeros[o])) * scales[o] + biases[o];
+      for (int64_t o = 0; o < BLOCK; ++o)
+        into[o] = float(int32_t(uint32_t(sums[i * BLOCK + o]) - zeros[o])) * scales[o] + biases[o];
       if (into != to) std::copy_n(values, used, to);
     }
   }
@@ -339,8 +340,8 @@ int64_t hqdm_product_scratch(const Product* p, int64_t images, int64_t rows, int
 }
 
 // y (images, rows', columns', groups·outputs) of bytes (images, rows, columns, groups·inputs), of which `zero` is 0;
-// scale (groups·outputs,), bias as many or nullptr. Every output side is 1 or more. 1: compiled without
-// AVX2.
+// scale (groups·outputs,), bias as many or nullptr. Every output side is 1 or more.
+// 1: compiled without AVX2.
 int hqdm_product(const Product* p, const uint8_t* codes, int64_t images, int64_t rows, int64_t columns, int32_t zero,
                  const float* scale, const float* bias, float* out, void* scratch, int threads) {
 #if defined(__AVX2__)
