@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import everywhere, with_vnni
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.kernels import backend, cpu, forms
 from pipelines.kernels.layers import IntegerLayer, forget_weights
-from pipelines.kernels.operators import OneDNN, available, has_vnni
+from pipelines.kernels.operators import OneDNN
 from pipelines.kernels.prologue import IN_CACHE, Prologue, centred_operand
 from pipelines.quant.affine import centred_codes, choose, dequantise, quantise
 from pipelines.quant.hadamard import hadamard, rotate_activation, rotate_weight
@@ -88,7 +89,7 @@ def check(plan: SitePlan, x: torch.Tensor, seed: int) -> None:
     weights = fake.integers().packed()
     tables = fake._tables[0]
     layers = {"reference": IntegerLayer(weights, tables, 0, fake.span, "reference")}
-    for operators in available():
+    for operators in everywhere():
         layers[operators.name] = IntegerLayer(weights, tables, 0, fake.span, "cpu")
         layers[operators.name].prepared = cpu.Prepared(weights, operators)
     scale, zero = tables.numbers_of(0)
@@ -178,7 +179,7 @@ def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bit
     assert cpu.form_of(weights) == form
     scale = 0.0371
     truth = backend("reference").prepare(weights)(centred, centred_operand(plan), scale, weights.scale)
-    for operators in available():  # in another form where weights have to be smaller
+    for operators in everywhere():  # in another form where weights have to be smaller
         prepared = cpu.Prepared(weights, operators)
         assert torch.equal(prepared.accumulators(centred).long(), by_definition(centred, plan, weights)), operators.name
         operand = prepared.operand(0)
@@ -186,7 +187,6 @@ def test_each_form_is_exact_where_it_is_chosen(kind, form, transform, weight_bit
         assert torch.equal(prepared(codes, operand, scale, weights.scale), truth), operators.name
 
 
-@pytest.mark.skipif(not has_vnni(), reason="constant channels are left out where a processor has no VNNI")
 @pytest.mark.parametrize("bits, quantiser", [(4, "symmetric"), (4, "asymmetric"), (3, "asymmetric"), (8, "symmetric")])
 @pytest.mark.parametrize("value", [-7, 7, 1])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -195,7 +195,7 @@ def test_constant_channels_carry_the_largest_zero_points_and_sums(bits, quantise
     plan = SitePlan(site("conv", channels=256, stride=stride), True, IDENTITY, "none", 4, bits, "symmetric", quantiser)
     centred = torch.full(plan.site.weight, value, dtype=torch.int16)
     weights = IntegerWeights(plan, centred, torch.zeros(6, dtype=torch.int16), torch.rand(6), torch.randn(6)).packed()
-    prepared = cpu.Prepared(weights, OneDNN(vnni=True))
+    prepared = cpu.Prepared(weights, with_vnni())
     assert prepared.carried is not None
     low, high = plan.activation_range
     for zero in (low, high) if quantiser == "asymmetric" else (0,):
@@ -218,7 +218,7 @@ def test_convolutions_in_groups_are_exact_in_every_form(widest, groups):
     weights = IntegerWeights(plan, centred, zero, torch.rand(16), None).packed()
     codes = torch.randint(-30, 226, (2, 32, 8, 8), generator=torch.Generator().manual_seed(1))
     truth = torch.conv2d(codes.double(), weights.folded().double(), None, 1, 1, 1, groups).long()
-    for operators in available():
+    for operators in everywhere():
         prepared = cpu.Prepared(weights, operators)
         assert torch.equal(prepared.accumulators(codes).long(), truth), (operators.name, prepared.form)
 
@@ -472,7 +472,7 @@ def test_an_integer_layer_holds_its_packed_bytes_and_no_wider_weight(plan):
     assert layer.prepared.weights.tensors["weight"].numel() == fake.weight.numel() // 2
 
 
-@pytest.mark.parametrize("operators", available(), ids=lambda each: each.name)
+@pytest.mark.parametrize("operators", everywhere(), ids=lambda each: each.name)
 def test_weights_are_kept_for_the_last_input_shapes_and_unpacked_again_for_another(operators):
     plan = PLANS[0]
     fake = layer_of(plan, input_for(plan.site, 3), 5)

@@ -43,6 +43,12 @@ class Operators(ABC):
         """fp32 of the output's shape; scale (out,), bias (out,) or None."""
 
 
+@lru_cache
+def _zeros(outputs: int) -> torch.Tensor:
+    """Zero-points of weights that have none."""
+    return torch.zeros(outputs, dtype=torch.int8)
+
+
 class OneDNN(Operators):
     """torch.ops.onednn. Without VNNI pairs of products saturate, and |V| is bounded to 64 beside bytes up to 255."""
 
@@ -60,15 +66,14 @@ class OneDNN(Operators):
     def pack(self, site: Site, weight: torch.Tensor, shape: tuple[int, ...], largest_code: int) -> torch.Tensor:
         if site.kind == "linear":
             return torch.ops.onednn.qlinear_prepack(weight, list(shape))
-        ones = torch.ones(site.outputs)
         return torch.ops.onednn.qconv_prepack(
-            weight, ones, 1.0, 0, site.stride, site.padding, site.dilation, site.groups, list(shape)
+            weight, torch.ones(site.outputs), 1.0, 0, site.stride, site.padding, site.dilation, site.groups, list(shape)
         )
 
     def run(
         self, site: Site, codes: torch.Tensor, zero: int, packed: Any, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        zeros = torch.zeros(len(scale), dtype=torch.int8)
+        zeros = _zeros(len(scale))
         if site.kind == "linear":
             return torch.ops.onednn.qlinear_pointwise(
                 codes, 1.0, zero, packed, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], ""

@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
+#ifndef LANES  // given to try on one processor what another computes
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
+#endif
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
