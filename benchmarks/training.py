@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from pipelines import runner
 from pipelines.digits import CHECKPOINT
-from pipelines.distillation import WEIGHT_DECAY
+from pipelines.distillation.rates import WEIGHT_DECAY
 from pipelines.events import Report
 from pipelines.memory import peak_bytes, reuse_freed_memory
 from pipelines.methods import METHODS

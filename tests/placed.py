@@ -14,7 +14,8 @@ from elsewhere import DEVICE, Mixed, Reached
 from roads import STEPS, make
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipelines import distillation, runner
+from pipelines import runner
+from pipelines.distillation import training
 from pipelines.kernels import cuda
 from pipelines.quant import layers
 from pipelines.stages import load
@@ -33,7 +34,7 @@ def on_device(store: Store, stage: str, chosen: dict, **options):
 def mixed(store: Store, plan: str) -> list[str]:
     """What is said where what these functions make is left on the processor."""
     said = []
-    places = [(layers.QuantLayer, "quantised"), (layers, "activation_codes"), (distillation, "noise_of")]
+    places = [(layers.QuantLayer, "quantised"), (layers, "activation_codes"), (training, "noise_of")]
     for owner, name in places:
         usual = getattr(owner, name)
 

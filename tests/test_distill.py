@@ -92,11 +92,11 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bits(store, tmp_
 
 def test_the_loss_falls(store, monkeypatch):
     """On one trajectory that is walked again and again, so that nothing but learning can move the loss."""
-    from pipelines import distillation
+    from pipelines.distillation import training
 
-    noise_of, conditions_of = distillation.noise_of, distillation.conditions_of
-    monkeypatch.setattr(distillation, "noise_of", lambda seed, indices, *rest: noise_of(seed, [0, 1], *rest))
-    monkeypatch.setattr(distillation, "conditions_of", lambda seed, indices, count: conditions_of(seed, [0, 1], count))
+    noise_of, conditions_of = training.noise_of, training.conditions_of
+    monkeypatch.setattr(training, "noise_of", lambda seed, indices, *rest: noise_of(seed, [0, 1], *rest))
+    monkeypatch.setattr(training, "conditions_of", lambda seed, indices, count: conditions_of(seed, [0, 1], count))
     distilled = tiny_student(store, "hqdm", "ours", "w2a8", trajectories=12, eta=0.0)
     assert distilled.figures["last_loss"] < distilled.figures["first_loss"]
 
@@ -145,7 +145,7 @@ def test_a_damaged_state_is_said_and_not_trusted(store, tmp_path):
 def test_a_scale_that_is_not_positive_is_named_by_its_site(store):
     from test_students import plan_of
 
-    from pipelines.distillation import check_finite
+    from pipelines.distillation.checks import check_finite
     from pipelines.students import load_fake
 
     distilled = tiny_student(store)

@@ -7,7 +7,8 @@ from test_students import plan_of, refused_without, students
 from tiny import tiny_denoiser
 
 from pipelines import diffusion
-from pipelines.distillation import _Relation, measure_guidance
+from pipelines.distillation.relation import Relation
+from pipelines.distillation.side_by_side import measure_guidance
 from pipelines.errors import UsageError
 from pipelines.events import Report
 from pipelines.models.denoiser import load_denoiser
@@ -145,7 +146,7 @@ def test_a_plan_says_so_only_where_shares_are_asked_for(store, shared):
 def test_relations_are_compared_of_the_half_that_both_have_computed(store, share):
     model, other = (load_denoiser(store.current("model").path) for _ in range(2))
     other.guidance_shares = of(list(share), (499, 500))
-    relation, x = _Relation(model, other, 100.0), noise(0, 3, 1, 8, 8)
+    relation, x = Relation(model, other, 100.0), noise(0, 3, 1, 8, 8)
     with torch.no_grad():
         for step, timestep in enumerate((500, 499)):
             for each in (model, other):

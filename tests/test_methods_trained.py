@@ -210,7 +210,7 @@ def test_mpqs_constants_keep_the_mean_width_and_change_no_product(bits):
 
 def test_the_term_of_relations_draws_the_students_towards_the_teachers(store):
     """And its two steps survive an interruption between them."""
-    from pipelines.distillation import _Relation
+    from pipelines.distillation.relation import Relation
 
     model = load_denoiser(store.current("model").path)
     other = load_denoiser(store.current("model").path)
@@ -225,7 +225,7 @@ def test_the_term_of_relations_draws_the_students_towards_the_teachers(store):
         other.predict(x, torch.tensor(500 - step), classes, 1.5)
         return relation.term(step)
 
-    relation = _Relation(model, other, 100.0)
+    relation = Relation(model, other, 100.0)
     losses = []
     for _ in range(6):
         assert term(relation, 0) == 0
@@ -236,7 +236,7 @@ def test_the_term_of_relations_draws_the_students_towards_the_teachers(store):
             other.network.conv_in.weight -= 2e-3 * grad / grad.abs().max()
     assert 0 < losses[-1] < losses[0]
     relation.remove()
-    same = _Relation(model, model, 100.0)
+    same = Relation(model, model, 100.0)
     assert term(same, 0) == 0 and abs(term(same, 1).item()) < 1e-3
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_denoiser
 
 from pipelines import diffusion, runner
-from pipelines.distillation import distill
+from pipelines.distillation.training import distill
 from pipelines.errors import HqdmError, NumericalFault
 from pipelines.events import Report
 from pipelines.metrics import scores
@@ -305,7 +305,7 @@ def test_what_is_no_number_in_distillation_is_named_and_the_run_goes_on_from_its
 
 @pytest.mark.parametrize("measure", ["guidance", "correction"])
 def test_what_is_measured_of_a_student_that_predicts_no_numbers_is_not_kept(store, tmp_path, measure):
-    from pipelines.distillation import measure_correction, measure_guidance
+    from pipelines.distillation.side_by_side import measure_correction, measure_guidance
 
     teacher, student, _ = teacher_and_student(store)
     with torch.no_grad():

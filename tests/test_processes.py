@@ -20,7 +20,7 @@ from roads import STEPS, make, tiny_store, tiny_student
 from safetensors.torch import load_file
 
 from pipelines import processes, runner
-from pipelines.distillation import _rows_of, _whole
+from pipelines.distillation.relation import rows_of, whole_batch
 from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.stages import load
@@ -218,8 +218,8 @@ def test_parts_of_a_batch_go_together_and_apart_again(halves):
         crew = processes.Processes()
         crew.rank, crew.count = rank, 3
         crews.append(crew)
-    parts = [_rows_of(crew.part(5), whole, 5) for crew in crews]
-    assert sum(map(len, parts)) == len(whole) and torch.equal(_whole(parts, 5), whole)
+    parts = [rows_of(crew.part(5), whole, 5) for crew in crews]
+    assert sum(map(len, parts)) == len(whole) and torch.equal(whole_batch(parts, 5), whole)
     assert sorted(item for crew in crews for item in crew.dealt(range(7))) == list(range(7))
 
 

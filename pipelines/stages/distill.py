@@ -70,7 +70,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     from pipelines import processes
     from pipelines.diffusion import eta_or, timesteps_of, walker
-    from pipelines.distillation import distill, measure_correction, measure_guidance
+    from pipelines.distillation.side_by_side import measure_correction, measure_guidance
+    from pipelines.distillation.training import distill
     from pipelines.kernels import cuda
     from pipelines.models.denoiser import load_denoiser, place
     from pipelines.models.families.base import CLASSIFIER_FREE

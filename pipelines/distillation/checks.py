@@ -1,0 +1,65 @@
+"""What ends a distillation: numbers that are none, named by their cause."""
+
+import math
+
+import torch
+
+from pipelines.errors import NumericalFault
+from pipelines.models.denoiser import Denoiser
+from pipelines.quant.absent import Absent
+from pipelines.quant.layers import quant_layers
+from pipelines.quant.tables import TimestepTables
+
+
+def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
+    """NumericalFault that names the timestep and, where a parameter is the cause, its site."""
+    layers = quant_layers(student.network)
+    tables: TimestepTables = student.network.timestep_tables
+    way_out = "distill with lower rates (the recipe in a plan edited by hand); the last good state is kept in the draft"
+    bad = [
+        f"{what} of site {name}"
+        for name, layer in layers.items()
+        for what, values, positive in (
+            # Its backward pass carries NaN from an adapter or a weight to the scale: the cause comes first.
+            ("an adapter", layer.lora_a, False),
+            ("an adapter", layer.lora_b, False),
+            ("a weight", layer.weight if layer.weight.requires_grad else None, False),
+            ("a bias", layer.bias, False),
+            ("the weight scale", layer.weight_scale, True),
+        )
+        if values is not None
+        and not isinstance(values, Absent)  # divided among processes, and not gathered now
+        and not bool(((values > 0) & (values < math.inf)).all() if positive else torch.isfinite(values).all())
+    ]
+    known_tensors = tables.raw()
+    scale, names = known_tensors["scale"], list(layers)
+    for what, good in (("scale", (scale > 0) & scale.isfinite()), ("zero-point", known_tensors["zero"].isfinite())):
+        bad += [
+            f"the activation {what} of site {names[column]} at timestep {tables.timesteps[row]:g}"
+            for row, column in (~good).nonzero().tolist()
+        ]
+    factor = known_tensors.get("factor")
+    if factor is not None and not bool(((factor > 0) & factor.isfinite()).all()):
+        bad.append("a weight factor")
+    if bad:
+        what = f"{bad[0]} is not a positive number or not finite, found at timestep {timestep:g}"
+        raise NumericalFault(what, way_out)
+    if not math.isfinite(loss):
+        raise NumericalFault(f"the loss is {loss} at timestep {timestep:g}", way_out)
+
+
+def check_teacher(target: torch.Tensor, timestep: float) -> None:
+    """NumericalFault where it is the teacher that goes wrong."""
+    if not target.isfinite().all():
+        raise NumericalFault(
+            f"the teacher's prediction holds NaN or Inf at timestep {timestep:g}",
+            "profile with as many --steps, --guidance and --eta as this run has: it names the site",
+        )
+
+
+def check_student(predicted: torch.Tensor, timestep: float, purpose: str) -> None:
+    if not predicted.isfinite().all():
+        raise NumericalFault(
+            f"{purpose}: the student's prediction holds NaN or Inf at timestep {timestep:g}",
+            "distill again at lower rates (the recipe in a plan edited by hand)",
+        )

@@ -1,0 +1,44 @@
+"""What a recipe trains, and at which rates."""
+
+from pipelines.models.denoiser import Denoiser
+from pipelines.plans import Recipe
+from pipelines.quant.layers import quant_layers
+from pipelines.quant.tables import TimestepTables
+
+WEIGHT_DECAY = 0.01  # of the adapters; scales have none
+
+
+def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
+    """Trained parameters with their peak learning rates (facts of the recipe; `rate` is what the decay multiplies).
+
+    A layer's adapters learn at mean(weight scale)/divisor: scale-aware optimisation, EfficientDM.
+    """
+    layers = quant_layers(student.network)
+    tables: TimestepTables = student.network.timestep_tables
+    chosen = [layer for layer in layers.values() if not recipe.roles or layer.plan.site.role in recipe.roles]
+    groups: list[dict] = []
+    if "adapters" in recipe.trains:
+        groups += [
+            {"params": [layer.lora_a, layer.lora_b], "weight_decay": WEIGHT_DECAY,
+             "rate": layer.weight_scale.mean().item() / recipe.lora_rate_divisor}
+            for layer in chosen
+        ]  # fmt: skip
+    if "weights" in recipe.trains:
+        groups.append({"params": [layer.weight for layer in chosen], "rate": recipe.weight_rate})
+    if "biases" in recipe.trains:
+        groups.append({"params": [layer.bias for layer in chosen], "rate": recipe.bias_rate})
+    if "weight_scales" in recipe.trains and recipe.weight_scale_rate_divisor:
+        groups += [
+            {"params": [layer.weight_scale],
+             "rate": layer.weight_scale.mean().item() / recipe.weight_scale_rate_divisor}
+            for layer in chosen
+        ]  # fmt: skip
+    elif "weight_scales" in recipe.trains:
+        groups.append({"params": [layer.weight_scale for layer in chosen], "rate": recipe.weight_scale_rate})
+    if "activation_scales" in recipe.trains:
+        groups.append({"params": list(tables.scale), "rate": recipe.activation_scale_rate})
+    if "zero_points" in recipe.trains:
+        groups.append({"params": list(tables.zero), "rate": recipe.zero_point_rate})
+    if tables.factor is not None:
+        groups.append({"params": list(tables.factor), "rate": recipe.activation_scale_rate})
+    return [{"weight_decay": 0.0, "lr": 0.0} | group for group in groups if group["rate"] > 0 and group["params"]]
