@@ -41,6 +41,7 @@ FLOORS = {
     "pipelines.replay": 4,
     "pipelines.students": 4,  # quantised denoisers: of models, kernels and quant together
     "pipelines.distillation": 4,
+    "pipelines.sampling": 4,
     "pipelines.sharding": 4,
     "pipelines.reconstruction": 4,
     "pipelines.digits.train": 4,
