@@ -11,12 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from pipelines.config import read_yaml
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
-from pipelines.plans import Course, read_plan, read_sites, write_plan
+from pipelines.plans import Course, Plan, read_plan, read_sites, write_plan
 from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
@@ -66,7 +67,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     blocks reconstructed, mean share of the guidance that is kept.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from pipelines import processes
     from pipelines.diffusion import eta_or, timesteps_of, walker
@@ -75,24 +76,15 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines.kernels import cuda
     from pipelines.models.denoiser import load_denoiser, place
     from pipelines.models.families.base import CLASSIFIER_FREE
-    from pipelines.quant.layers import quant_layers
     from pipelines.reconstruction.calibration import calibration, rescaled
     from pipelines.reconstruction.learning import reconstruct
-    from pipelines.report.curves import loss_curve
-    from pipelines.students import groups_at, new_student, set_base, student_tensors
+    from pipelines.students import groups_at, new_student
 
     crew = processes.here()
-    sites = read_sites(inputs["model"].file("sites.json"))
-    plan = read_plan(inputs["plan"].file("plan.yaml"), sites)
+    plan = read_plan(inputs["plan"].file("plan.yaml"), read_sites(inputs["model"].file("sites.json")))
     scales = load_file(inputs["plan"].file("scales.safetensors"))
     anew = plan.recipe.reconstruction
-    if plan.recipe.updates != "distill" and processes.divides_weights():
-        raise UsageError(
-            f"{processes.FSDP} asks for weights that are divided among processes, and {plan.method} learns at one",
-            "leave FSDP out, or take a method that distills",
-        )
-    if plan.recipe.updates == "reconstruct" and config.device != "cpu":
-        raise UsageError(f"{plan.method} reconstructs blocks on the processor alone", "leave --device out")
+    _check_place(plan, config)
     divided, device = processes.divide_weights(), cuda.place_of(config.device)
     teacher = load_denoiser(inputs["model"].path, mapped=divided)
     steps = config.steps or len(plan.timesteps)
@@ -109,16 +101,9 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             groups, by = groups_at(plan, scales["timesteps"].tolist()), plan.recipe.activation_scale_by
             scales = rescaled(teacher, plan.quantised, scales, groups, calls, course, by, plan.recipe.headroom)
     student = new_student(teacher, plan, scales, config.seed, based=not divided)
-    sharded = None
-    if divided:
-        from pipelines.sharding import ShardedWeights, settings
-
-        sharded = ShardedWeights(
-            teacher, student, settings(), device,
-            lambda name, layer: set_base(name, layer, plan, scales),
-        )  # fmt: skip
-        report.note(sharded.told())
+    sharded = _divide(teacher, student, plan, scales, device, report) if divided else None
     place(device, teacher.network, student.network, teacher.conditions, student.conditions)
+
     losses, blocks, learned = [], [], 0
     signal = plan.recipe.guidance_signal if teacher.info.guidance == CLASSIFIER_FREE else 0.0
     if signal and plan.recipe.updates == "distill":  # before, so that it learns to predict as it will sample
@@ -139,28 +124,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     if signal and plan.recipe.updates != "distill":
         student.guidance_shares = measure_guidance(teacher, student, course, signal, out.work, report)
-    if student.guidance_shares is not None:
-        student.guidance_shares.save(out.path)
-
-    save_file(student_tensors(student, plan, scales), out.path / "student.safetensors")
-    (out.path / "plan.yaml").write_text(write_plan(plan))
     if plan.recipe.correction:
         (correction or correct()).save(out.path)
-    layers = quant_layers(student.network)
-    if any(layer.lora_a is not None for layer in layers.values()):
-        write_adapters(layers, plan.recipe.lora_rank, out.path / "adapters")
-    with open(out.path / "losses.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["update", "trajectory", "timestep", "loss_per_image"])
-        for update, loss in enumerate(losses):
-            rows.writerow([update + 1, update // steps + 1, f"{timesteps[update % steps]:g}", repr(loss)])
-    if blocks:
-        with open(out.path / "reconstruction.csv", "w", newline="") as file:
-            rows = csv.DictWriter(file, list(blocks[0]))
-            rows.writeheader()
-            rows.writerows(blocks)
-    if losses:
-        loss_curve({"student": losses}, timesteps, out.path / "loss.png")
+    _write_student(student, plan, scales, out.path)
+    _write_story(losses, timesteps, blocks, out.path)
     return {
         "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "updates": len(losses),
         "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": learned,
@@ -168,6 +135,66 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         "guidance_share": _mean(student.guidance_shares.share.tolist()) if student.guidance_shares else None,
         "threads": torch.get_num_threads(), "device": cuda.name_of(device),
     } | (sharded.figures() if sharded else {})  # fmt: skip
+
+
+def _check_place(plan: Plan, config: Config) -> None:
+    """Refuse to reconstruct where that cannot be: on a device, and with divided weights."""
+    from pipelines import processes
+
+    if plan.recipe.updates != "distill" and processes.divides_weights():
+        raise UsageError(
+            f"{processes.FSDP} asks for weights that are divided among processes, and {plan.method} learns at one",
+            "leave FSDP out, or take a method that distills",
+        )
+    if plan.recipe.updates == "reconstruct" and config.device != "cpu":
+        raise UsageError(f"{plan.method} reconstructs blocks on the processor alone", "leave --device out")
+
+
+def _divide(teacher, student, plan: Plan, scales: dict, device, report: Report):
+    """Divide the frozen weights of both among the processes of the job; the student's are taken from its teacher's."""
+    from pipelines.sharding import ShardedWeights, settings
+    from pipelines.students import set_base
+
+    sharded = ShardedWeights(
+        teacher, student, settings(), device, lambda name, layer: set_base(name, layer, plan, scales)
+    )
+    report.note(sharded.told())
+    return sharded
+
+
+def _write_student(student, plan: Plan, scales: dict, folder: Path) -> None:
+    """What export and sampling read, and the adapters as others do."""
+    from safetensors.torch import save_file
+
+    from pipelines.quant.layers import quant_layers
+    from pipelines.students import student_tensors
+
+    if student.guidance_shares is not None:
+        student.guidance_shares.save(folder)
+    save_file(student_tensors(student, plan, scales), folder / "student.safetensors")
+    (folder / "plan.yaml").write_text(write_plan(plan))
+    layers = quant_layers(student.network)
+    if any(layer.lora_a is not None for layer in layers.values()):
+        write_adapters(layers, plan.recipe.lora_rank, folder / "adapters")
+
+
+def _write_story(losses: list[float], timesteps: list[float], blocks: list[dict], folder: Path) -> None:
+    """Losses by update, with their picture, and the errors of blocks."""
+    from pipelines.report.curves import loss_curve
+
+    steps = len(timesteps)
+    with open(folder / "losses.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["update", "trajectory", "timestep", "loss_per_image"])
+        for update, loss in enumerate(losses):
+            rows.writerow([update + 1, update // steps + 1, f"{timesteps[update % steps]:g}", repr(loss)])
+    if blocks:
+        with open(folder / "reconstruction.csv", "w", newline="") as file:
+            rows = csv.DictWriter(file, list(blocks[0]))
+            rows.writeheader()
+            rows.writerows(blocks)
+    if losses:
+        loss_curve({"student": losses}, timesteps, folder / "loss.png")
 
 
 def at_timesteps(scales: dict, timesteps: list[float], grouped: bool = False) -> dict:
@@ -196,7 +223,7 @@ def at_timesteps(scales: dict, timesteps: list[float], grouped: bool = False) ->
     return result
 
 
-def write_adapters(layers: Mapping, rank: int, folder) -> None:
+def write_adapters(layers: Mapping, rank: int, folder: Path) -> None:
     """The adapters as peft writes them: merged into the base weight they give W + BA exactly (alpha = rank)."""
     from peft import LoraConfig
     from safetensors.torch import save_file
