@@ -2,26 +2,30 @@
 
 A cell is plan → distill → export → sample → score with its inputs named, so that what exists is found and what was
 interrupted goes on. The profile is made once, the teacher's samples once a seed. A cell that fails is recorded, and the
-others go on.
+others go on. Processes that compare in one workspace divide the cells: what another one is at is put aside, and found
+when it is made.
 """
 
 import dataclasses
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines import processes, runner, stages
 from pipelines.config import from_dict, read_yaml, replace
-from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
+from pipelines.errors import Busy, FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.quant.spec import Bits
 from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.store import Store
 
+T = TypeVar("T")
 TEACHER, FLOAT = "teacher", "fp32"
+WAIT = 5.0  # seconds until what another process is at is looked at again
 ROAD = ("plan", "distill", "export", "sample", "score")
 FROM = {"plan": "profile", "distill": "plan", "export": "distill", "sample": "source", "score": "samples"}
 # Stages that take options for all cells, and what they may not say because the comparison does.
@@ -240,10 +244,12 @@ class _Run:
     def result(self) -> Result:
         cells = self.asked.cells()
         if self.model is not None:
-            config = self._config("profile")
-            made = runner.make(
-                self.store, "profile", config, {"model": self.model.id}, self.report, dry_run=self.dry_run
-            )
+            made = self._patiently(
+                lambda: runner.make(
+                    self.store, "profile", self._config("profile"), {"model": self.model.id}, self.report,
+                    dry_run=self.dry_run,
+                )
+            )  # fmt: skip
             self.profile = made.artifact
         for cell in cells:
             self._look(cell)
@@ -257,14 +263,38 @@ class _Run:
         done = len(cells) - len(wanted)
         report = _Depth(self.report)
         report.begin("cells", len(cells), done, unit="cells")
-        for number, cell in enumerate(wanted, done + 1):
-            left = pace.left(wanted[number - done - 1 :])
-            about = f" (about {_words(left)} for all that is left)" if left else ""
-            report.note(f"cell {number} of {len(cells)}: {cell.name}{about}")
-            self._make(cell, report, pace)
-            report.advance(number)
+        while wanted:
+            aside: list[Cell] = []
+            for place, cell in enumerate(wanted):
+                left = pace.left([*wanted[place:], *aside])
+                about = f" (about {_words(left)} for all that is left)" if left else ""
+                report.note(f"cell {done + 1} of {len(cells)}: {cell.name}{about}")
+                make = partial(self._make, cell, report, pace)
+                try:
+                    make() if cell.spec else self._patiently(make)  # every student is measured against its teacher
+                except Busy as fault:
+                    report.note(f"{fault.what}: {cell.name} is put aside")
+                    aside.append(cell)
+                    continue
+                done += 1
+                report.advance(done)
+            if len(aside) == len(wanted):
+                time.sleep(WAIT)
+            wanted = aside
         report.end()
-        return Result(self._conclude(cells), cells, 0.0)
+        return Result(self._patiently(lambda: self._conclude(cells)), cells, 0.0)
+
+    def _patiently(self, make: Callable[[], T]) -> T:
+        """What `make` gives, as soon as no other process is at it."""
+        told = False
+        while True:
+            try:
+                return make()
+            except Busy as fault:
+                if not told:
+                    self.report.note(f"waits: {fault.what}")
+                told = True
+                time.sleep(WAIT)
 
     def _config(self, stage: str, cell: Cell | None = None) -> Any:
         """A stage's configuration for a cell: the comparison's options, then what the cell is."""
@@ -347,6 +377,9 @@ class _Run:
                 if outcome.ran:
                     pace.add(stage, cell, time.monotonic() - begun)
             cell.ended = True
+        except Busy:
+            report.unwind(depth)
+            raise
         except processes.PeerLost:  # so are the cells after it
             raise
         except Exception as fault:  # whatever it is, the cells after it do not hang on it

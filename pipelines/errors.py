@@ -32,6 +32,10 @@ class FileFault(HqdmError):
     """A file that is missing, unreadable, damaged or of the wrong kind; names the file."""
 
 
+class Busy(HqdmError):
+    """Another process is making the very same thing, or stands in its way; later it will not be."""
+
+
 class NumericalFault(HqdmError):
     """NaN, Inf or an integer bound that would be exceeded; names the site and, where there is one, the timestep."""
 

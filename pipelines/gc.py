@@ -4,7 +4,6 @@ Removed is only what hqdm itself writes, known by its place and form, and never 
 holds. Never imports torch.
 """
 
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -17,11 +16,12 @@ from pipelines import runner
 from pipelines.errors import HqdmError
 from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.drafts import DRAFT, GONE, remove, state_of
+from pipelines.workspace.locks import OWNER
 from pipelines.workspace.store import CURRENT, Store
 
 _DRAFT_NAME = re.compile(re.escape(DRAFT) + r"[0-9a-f]{1,16}\Z")
 _GONE_NAME = re.compile(re.escape(GONE) + r"([0-9a-f]{1,16}|\d{4,})\Z")
-_IN_DRAFT = {"draft.json", "draft.json.part", "out", "work"}
+_IN_DRAFT = {OWNER, "draft.json", "draft.json.part", "out", "work"}
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,8 @@ def _holding(store: Store, stage: str) -> Any:
 @contextmanager
 def _reading(store: Store, stage: str) -> Iterator[None]:
     """The same question asked of a workspace in which nothing can be or is written."""
-    with open(store.root / stage / ".lock", encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as fault:
-            holder = file.read(32).strip() or "unknown"
-            raise HqdmError(f"process {holder} is working on {stage} in {store.root}") from fault
+    if holder := store.worker(stage):
+        raise HqdmError(f"process {holder} is working on {stage} in {store.root}")
     yield
 
 

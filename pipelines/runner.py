@@ -58,6 +58,7 @@ def make(
     module = stages.load(stage)
     inputs = module.inputs(config, store, dict(chosen or {}))
     key = key_of(stage, module.VERSION, key_dict(config), inputs)
+    before = store.find(stage, key)  # beside an interrupted run, damaged, or to be made again
     runs, reason, found = _decide(store, stage, module, config, inputs, key, force)
     recorded = to_dict(config)
     report.note(f"{stage}: {reason}" if not (runs and dry_run) else f"{stage}: would run ({reason})")
@@ -81,12 +82,18 @@ def make(
     reuse_freed_memory()
     reset_peak()
     with store.begin(stage, key, request, afresh=force) as draft, stops.unmasked():
-        if draft.warning:
-            report.warn(draft.warning)
-        figures = _run(store, stage, module, config, inputs, draft, report)
-        artifact = draft.commit(figures | {"peak_memory_bytes": peak_bytes()})
+        artifact = store.find(stage, key)
+        if runs := force or artifact in (None, before):
+            if draft.warning:
+                report.warn(draft.warning)
+            figures = _run(store, stage, module, config, inputs, draft, report)
+            artifact = draft.commit(figures | {"peak_memory_bytes": peak_bytes()})
+        else:
+            draft.drop()
+            reason = f"up to date: another process has just made {artifact.id}"
+            report.note(f"{stage}: {reason}")
     store.mark_current(artifact)
-    outcome = Outcome(stage, artifact, True, reason, recorded)
+    outcome = Outcome(stage, artifact, runs, reason, recorded)
     report.made(outcome)
     return outcome
 

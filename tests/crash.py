@@ -310,7 +310,7 @@ def _held(workspace: Path) -> str | None:
     for lock in sorted(workspace.glob("*/.lock")):
         with open(lock) as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # runs share it
             except BlockingIOError:
                 return lock.parent.name
     return None

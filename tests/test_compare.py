@@ -5,7 +5,10 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shlex
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from fake_stages import PlanConfig, checkpoint, install
 from hqdm_cli.app import main
 from pipelines import compare, runner
 from pipelines.config import to_dict
-from pipelines.errors import FileFault, HqdmError, NumericalFault, UsageError
+from pipelines.errors import Busy, FileFault, HqdmError, NumericalFault, UsageError
+from pipelines.events import Report
 from pipelines.report import comparison, comparison_pictures
 from pipelines.stages import compare as stage
 from pipelines.workspace.store import Store
@@ -563,3 +567,91 @@ def test_the_configuration_reads_back_from_its_manifest(store, fakes):
     artifact = made(store, ("hqdm",), ("w4a4",), (0,)).outcome.artifact
     cls = runner.stages.load("compare").Config
     assert to_dict(compare.from_dict(cls, artifact.config, "manifest")) == artifact.config
+
+
+# Side by side
+
+
+class Heard(Report):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        self.notes.append(message)
+
+
+def test_processes_that_compare_in_one_workspace_divide_the_cells_and_make_none_twice(store, fakes, monkeypatch):
+    monkeypatch.setattr(compare, "WAIT", 0.01)
+    run = fakes["distill"].run
+    fakes["distill"].run = lambda *given: time.sleep(0.1) or run(*given)
+    children = []
+    for child in range(3):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                heard = Heard()
+                compare.compare(store, asked(), store.current("model"), heard)
+                made = sum("distill: runs" in note or "distill: goes on" in note for note in heard.notes)
+                aside = sum("is put aside" in note for note in heard.notes)
+                (store.root.parent / f"child-{child}").write_text(f"{made} {aside}")
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 3
+    made, aside = zip(*((int(word) for word in (store.root.parent / f"child-{child}").read_text().split())
+                        for child in range(3)), strict=True)  # fmt: skip
+    assert min(made) >= 1 and sum(aside) >= 1
+    assert len({artifact.key for artifact in store.artifacts()}) == len(store.artifacts())
+    assert len(store.artifacts("distill")) == 8 and len(store.artifacts("compare")) == 1 and not store.drafts()
+    table = made_alone(store)
+    assert len(table["cells"]) == 10 and table["failed"] == []
+
+
+def made_alone(store):
+    before = ids(store)
+    result = made(store)
+    assert ids(store) == before
+    return table_of(result)
+
+
+def test_the_cell_of_a_process_that_is_killed_is_gone_on_with_by_another(store, fakes, monkeypatch):
+    monkeypatch.setattr(compare, "WAIT", 0.05)
+    work, ready = asked(("hqdm",), ("w4a4",), (0, 1)), store.root.parent / "ready"
+    pid = os.fork()
+    if pid == 0:
+
+        def killed(config, inputs, out, report):
+            (out.work / "1").write_text("done")
+            ready.touch()
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        fakes["distill"].run = killed
+        compare.compare(store, work, store.current("model"))
+    while not ready.exists():
+        time.sleep(0.01)
+    heard = Heard()
+    result = compare.compare(store, work, store.current("model"), heard)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    what = f"process {pid} is making the same distill artifact in {store.root}"
+    assert f"{what}: hqdm w4a4 seed 0 is put aside" in heard.notes
+    assert any(note.startswith("distill: goes on") for note in heard.notes)
+    assert not result.failed and not store.drafts() and len(store.artifacts("distill")) == 2
+
+
+def test_the_teacher_that_another_process_draws_is_waited_for(store, fakes, monkeypatch):
+    monkeypatch.setattr(compare, "WAIT", 0.01)
+    make, busy = runner.make, iter([True, True, False])
+
+    def at_it(store, stage, config, chosen, report, force=False, dry_run=False):
+        if stage == "sample" and not dry_run and next(busy, False):
+            raise Busy("process 7 is making the same sample artifact in ws", "wait until it is done, or stop it")
+        return make(store, stage, config, chosen, report, force, dry_run)
+
+    monkeypatch.setattr(runner, "make", at_it)
+    heard = Heard()
+    result = compare.compare(store, asked(("hqdm",), ("w4a4",), (0,)), store.current("model"), heard)
+    assert heard.notes.count("waits: process 7 is making the same sample artifact in ws") == 1
+    assert not result.failed and all(cell.ended for cell in result.cells)

@@ -29,7 +29,8 @@ from pipelines import runner
 from pipelines.errors import FileFault, HqdmError
 from pipelines.events import Report
 from pipelines.gc import collect
-from pipelines.stages import ROAD, load, sample
+from pipelines.sampling import Batches
+from pipelines.stages import ROAD, load
 from pipelines.states import read_state, write_state
 from pipelines.workspace import drafts
 from pipelines.workspace.artifacts import MANIFEST
@@ -506,20 +507,22 @@ def test_a_byte_of_a_saved_state_that_changed_is_noticed_and_its_work_done_again
 
 
 def test_a_byte_of_sampled_latents_that_changed_is_noticed_and_they_are_sampled_again(tmp_path):
-    path, latents = tmp_path / "latents.npz", np.arange(200, dtype=np.float32).reshape(2, 1, 10, 10)
-    sample._keep(path, latents=latents, seconds=0.5)
+    latents, told = np.arange(200, dtype=np.float32).reshape(2, 1, 10, 10), Told()
+    batches = Batches(tmp_path, 2, 2, told)
+    batches.keep("latents", 0, latents=latents, seconds=0.5)
+    path, shape = batches.path("latents", 0), latents.shape[1:]
     data = path.read_bytes()
     for position in range(0, len(data), 4):
         flipped(path, position)
-        told = Told()
-        if sample._is_kept(path, latents.shape, told):
-            assert np.array_equal(np.load(path)["latents"], latents)
+        told.warnings.clear()
+        if batches.missing("latents", shape):
+            assert path.name in told.warnings[0]
         else:
-            assert "latents.npz" in told.warnings[0]
+            assert np.array_equal(batches.read("latents", 0), latents)
         path.write_bytes(data[:position])
-        assert not sample._is_kept(path, latents.shape, Told())
+        assert batches.missing("latents", shape) == [0]
         path.write_bytes(data)
-    assert sample._is_kept(path, latents.shape, Report())
+    assert batches.missing("latents", shape) == []
 
 
 def test_damaged_latents_of_an_interrupted_run_do_not_stop_it(road, tmp_path, capsys):
@@ -624,18 +627,25 @@ def test_commits_of_many_processes_never_get_the_same_number(store):
     assert len({artifact.digest for artifact in made}) == 20 and not any(artifact.verify() for artifact in made)
 
 
-def test_what_another_process_is_at_is_left_alone_and_other_stages_are_not(hqdm, fakes, tmp_path):
+def test_what_another_process_is_at_is_left_alone_and_nothing_else_is(hqdm, fakes, tmp_path):
     hqdm("profile", "model.ckpt")
+    fakes["plan"].interrupt_at = 2
+    assert hqdm("plan")[0] == 130
+    fakes["plan"].interrupt_at = None
     store = Store(tmp_path / "workspace")
-    with store.begin("plan", "d" * 64, {}) as draft:
-        (draft.work / "state").write_text("x")
+    ((_, request),) = store.drafts()
+    (folder,) = (store.root / "plan").glob(".draft-*")
+    key = json.loads((folder / "draft.json").read_text())["key"]
+    with store.begin("plan", key, request) as draft:
         code, _, err = hqdm("plan")
-        assert code == 1 and f"process {os.getpid()} is working on plan" in err and "hint: wait until" in err
+        assert code == 1 and f"process {os.getpid()} is making the same plan artifact" in err and "hint: wait" in err
+        assert f"under way: a run of plan, by process {os.getpid()}" in hqdm("status")[2]
+        assert hqdm("plan", "--bits", "w4a3")[0] == 0
         assert hqdm("profile", "--steps", "9", "model.ckpt")[0] == 0
         assert f"plan stays as it is: process {os.getpid()}" in hqdm("gc")[2]
         assert f"plan stays as it is: process {os.getpid()}" in hqdm("gc", "--stale", "--dry-run")[2]
-        assert (draft.work / "state").exists()
-    assert hqdm("plan")[0] == 0
+        assert (draft.work / "1").exists()
+    assert hqdm("profile", "model.ckpt")[0] == 0 and "goes on" in hqdm("plan")[2]
 
 
 # Formats

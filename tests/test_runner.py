@@ -145,6 +145,20 @@ def test_an_interrupted_forced_run_goes_on_without_force(store, fakes):
     assert make(store, fakes, "profile").reason.startswith("up to date: profile/0002")
 
 
+def test_what_another_process_has_made_meanwhile_is_taken_and_not_made_again(store, fakes, monkeypatch):
+    begin = Store.begin
+
+    def overtaken(self, *asked, **options):
+        monkeypatch.setattr(Store, "begin", begin)
+        make(Store(self.root), fakes, "profile")
+        return begin(self, *asked, **options)
+
+    monkeypatch.setattr(Store, "begin", overtaken)
+    outcome = make(store, fakes, "profile")
+    assert not outcome.ran and outcome.reason == "up to date: another process has just made profile/0001"
+    assert [artifact.id for artifact in store.artifacts("profile")] == ["profile/0001"] and not store.drafts()
+
+
 def test_a_dry_run_leaves_nothing_behind(tmp_path, fakes):
     store = Store(tmp_path / "ws")
     config = runner.model_config(checkpoint(tmp_path))

@@ -1,5 +1,6 @@
 """The workspace: what is committed is whole, what is interrupted goes on, what is changed is noticed."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.errors import FileFault, HqdmError, UsageError
+from pipelines.errors import Busy, FileFault, HqdmError, UsageError
+from pipelines.workspace import locks
 from pipelines.workspace.artifacts import key_of, links
+from pipelines.workspace.drafts import remove
 from pipelines.workspace.store import Store
 
 
@@ -128,13 +131,45 @@ def run_child(store, body):
 def test_a_second_process_is_told_which_one_is_at_work(store):
     child = run_child(store, "sys.stdin.read(); time.sleep(30)")
     try:
-        with pytest.raises(HqdmError) as fault:
-            store.begin("distill", "other", {})
-        assert f"process {child.pid} is working on distill" in fault.value.what
-        put(store, "plan", {"a": "1"})  # another stage is free
+        for _ in range(2):  # who looks takes nothing
+            with pytest.raises(Busy) as fault:
+                store.begin("distill", "k", {})
+            assert f"process {child.pid} is making the same distill artifact" in fault.value.what
+        with pytest.raises(Busy, match=f"process {child.pid} is working on distill"):
+            store.lock("distill")  # as what removes artifacts asks
+        assert put(store, "distill", {"a": "1"}, key="other").id == "distill/0001"  # beside it
     finally:
         child.kill()
         child.wait()
+
+
+def test_while_artifacts_are_removed_nobody_begins(store):
+    put(store, "plan", {"a": "1"})
+    held = store.lock("plan")
+    with pytest.raises(Busy, match="a process is cleaning up plan"):
+        store.begin("plan", "k", {})
+    os.close(held)
+    with store.begin("plan", "k", {}) as draft:
+        draft.drop()
+    assert not list((store.root / "plan").glob(".draft-*"))
+
+
+def test_a_lock_of_a_draft_that_is_gone_is_not_taken_for_that_of_the_next(tmp_path, monkeypatch):
+    draft, flock = tmp_path / ".draft-k", fcntl.flock
+    held = locks.own(draft)
+
+    def ended_meanwhile(file, kind):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        remove(draft)
+        os.close(held)
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", ended_meanwhile)
+    again = locks.own(draft)
+    assert os.path.samestat(os.fstat(again), (draft / locks.OWNER).stat())
+    with pytest.raises(Busy, match=f"process {os.getpid()} is making"):
+        locks.own(draft)
+    os.close(again)
 
 
 def test_the_lock_dies_with_its_process_and_the_draft_outlives_it(store):

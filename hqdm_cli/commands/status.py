@@ -9,7 +9,7 @@ EXAMPLE = "hqdm status"
 def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug = False) -> None:
     """List what exists, what is stale and why, what comes next.
 
-    Unfinished runs are named too; the command that began one goes on with it.
+    Unfinished runs are named too, with the process that is at one; the command that began one goes on with it.
     """
     from pipelines import runner
     from pipelines.workspace.store import Store
@@ -32,8 +32,11 @@ def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug
             console.out(line)
     else:
         console.say(f"{workspace} holds no artifacts yet")
-    for stage in unfinished:
-        console.say(f"unfinished: a run of {stage}; the command that began it goes on")
+    for stage, owner in store.workers():
+        if owner:
+            console.say(f"under way: a run of {stage}, by process {owner}")
+        else:
+            console.say(f"unfinished: a run of {stage}; the command that began it goes on")
     console.next_step(following, workspace)
 
 

@@ -1,15 +1,15 @@
 """Runs under way or interrupted: what they keep, what the next one goes on from, and how they become artifacts."""
 
 import contextlib
+import errno
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.config import strict_json
-from pipelines.errors import FileFault
 from pipelines.workspace.artifacts import FORMAT, KIND, MANIFEST, Artifact, digest_of, files_under, numbered
 from pipelines.workspace.disks import raise_disk_fault
 from pipelines.workspace.machine import LIBRARIES, libraries, machine, utc
@@ -24,8 +24,8 @@ def holds_files(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> bool:
-    """Delete a folder of the workspace: out of its place in one step, then file by file. Its stage has to be locked.
-    False where something of it could not be deleted.
+    """Delete a folder of the workspace: out of its place in one step, then file by file. Its stage has to be locked, or
+    the draft owned. False where something of it could not be deleted.
     """
     gone = folder.with_name(GONE + folder.name.removeprefix(DRAFT).removeprefix(GONE))
     if gone != folder:
@@ -60,22 +60,17 @@ class Draft:
     """A run under way. `path` takes the final files, `work` the state to resume from; `work` goes at the commit.
 
     A run that goes on finds `work` as it was and `path` empty: libraries write through temporary files, which a kill
-    leaves there. Use it as a context manager: whatever happens inside, the lock goes; without a commit the draft stays.
+    leaves there. Use it as a context manager: whatever happens inside, its locks go; without a commit the draft stays.
     """
 
-    def __init__(self, folder: Path, key: str, request: Mapping[str, Any], lock: int, resumed: bool):
-        self._folder, self._key, self._lock = folder, key, lock
-        self._stage = folder.parent.name
+    def __init__(self, folder: Path, key: str, request: Mapping[str, Any], locks: Sequence[int], resumed: bool):
+        """locks: descriptors that are held for it and closed with it."""
+        self._folder, self._key, self._locks = folder, key, locks
+        self._stage, self._ended = folder.parent.name, False
         self.path = self._folder / "out"
         self.work = self._folder / "work"
-        if links := [path for path in (self._folder, *self._folder.rglob("*")) if path.is_symlink()]:
-            raise FileFault(
-                f"{links[0]} is a link, through which a run would write elsewhere", f"remove {self._folder}"
-            )
         self.resumed = resumed
-        if not self.resumed and self._folder.exists():
-            remove(self._folder)
-        state = state_of(self._folder)
+        state = state_of(self._folder) if resumed else {}
         #: What the user should know of a run that goes on.
         self.warning = ""
         if self.resumed and not state:
@@ -117,14 +112,20 @@ class Draft:
 
     def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
         try:
-            if self._folder.exists():
+            if not self._ended:
                 write_sealed(self._folder / "draft.json", self._state | {"seconds": self.seconds, "session": None})
         except OSError:
             if fault is None:
                 raise
         finally:
-            os.close(self._lock)
+            for lock in self._locks:
+                os.close(lock)
         raise_disk_fault(fault, self._folder)
+
+    def drop(self) -> None:
+        """Leave nothing of the run."""
+        self._ended = True
+        remove(self._folder)
 
     def commit(self, figures: Mapping[str, Any]) -> Artifact:
         """Seal the files in `path` as the stage's next artifact."""
@@ -160,11 +161,15 @@ class Draft:
             "figures": finite(dict(figures)),
         }
         manifest = write_sealed(self.path / MANIFEST, manifest)
-        parent = self._folder.parent
-        number = 1 + max((int(path.name) for path in numbered(parent)), default=0)
-        home = parent / f"{number:04d}"
-        self.path.rename(home)
+        parent, home = self._folder.parent, None
+        while home is None:
+            number = 1 + max((int(path.name) for path in numbered(parent)), default=0)
+            try:
+                home = self.path.rename(parent / f"{number:04d}")
+            except OSError as fault:  # another process's commit was as quick
+                if fault.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
         sync(parent)
         with contextlib.suppress(OSError):  # the artifact is there: what is left, the next run or hqdm gc removes
-            remove(self._folder)
+            self.drop()
         return Artifact(f"{self._stage}/{home.name}", self._stage, home, manifest)

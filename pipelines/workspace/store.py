@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import FileFault, HqdmError, UsageError, did_you_mean
+from pipelines.errors import Busy, FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.workspace.artifacts import MANIFEST, STAGE, Artifact, in_order, numbered, read_artifact
 from pipelines.workspace.disks import raise_disk_fault
 from pipelines.workspace.drafts import DRAFT, GONE, Draft, holds_files, remove, state_of
+from pipelines.workspace.locks import OWNER, own, owner_of, refuse_links, take_lock
 
 CURRENT = ".current"
 
@@ -186,14 +187,21 @@ class Store:
 
     def drafts(self) -> list[tuple[str, dict[str, Any]]]:
         """(stage, recorded request) of every unfinished run, under way or interrupted; {} where its record is lost."""
+        return [(folder.parent.name, state_of(folder).get("request", {})) for folder in self._unfinished()]
+
+    def workers(self) -> list[tuple[str, str | None]]:
+        """(stage, number of the process that is at it) of every unfinished run; None where it was interrupted."""
+        return [(folder.parent.name, owner_of(folder)) for folder in self._unfinished()]
+
+    def _unfinished(self) -> list[Path]:
         folders = sorted(self.root.glob(f"*/{DRAFT}*")) if self.root.is_dir() else []
-        return [(f.parent.name, state_of(f).get("request", {})) for f in folders if self.is_unfinished(f)]
+        return [folder for folder in folders if self.is_unfinished(folder)]
 
     def begin(self, stage: str, key: str, request: Mapping[str, Any], afresh: bool = False) -> Draft:
         """A run of `stage` with that key; an unfinished one goes on, unless it is to be made `afresh`.
 
-        `request` goes into the manifest: stage_version, config, inputs (as `links` gives them), seed. HqdmError where
-        another process is at this stage.
+        `request` goes into the manifest: stage_version, config, inputs (as `links` gives them), seed. Runs of other
+        keys may be under way beside it. Busy where another process is at this one, or cleans the stage up.
         """
         folder = self.root / stage
         try:
@@ -202,43 +210,48 @@ class Store:
             raise FileFault(
                 f"{folder} cannot be a folder: a file is in its way", "choose another --workspace"
             ) from fault
-        lock = self.lock(stage)
+        locks = [self.lock(stage, shared=True)]
         try:
             for left in folder.glob(f"{GONE}*"):
                 remove(left)
             draft = self._draft_folder(stage, key)
-            return Draft(draft, key, request, lock, resumed=not afresh and self.is_unfinished(draft))
+            locks.append(own(draft))
+            refuse_links(draft.rglob("*"), draft)
+            resumed = not afresh and self.is_unfinished(draft)
+            if not resumed and any(entry.name != OWNER for entry in draft.iterdir()):
+                remove(draft)  # in one step, and the lock with it
+                os.close(locks.pop())
+                locks.append(own(draft))
+            return Draft(draft, key, request, locks, resumed)
         except BaseException as fault:
-            os.close(lock)
+            for lock in locks:
+                os.close(lock)
             raise_disk_fault(fault, folder)
             raise
 
-    def lock(self, stage: str) -> int:
-        """The descriptor that holds a stage, to be closed; its folder has to be there. HqdmError where another process
-        is at work, FileFault for a folder that lies elsewhere.
+    def worker(self, stage: str) -> str | None:
+        """The number of a process that is at a stage; None where there is none."""
+        owners = (owner_of(draft) for draft in sorted((self.root / stage).glob(f"{DRAFT}*")))
+        return next((owner for owner in owners if owner), None)
+
+    def lock(self, stage: str, shared: bool = False) -> int:
+        """The descriptor that holds a stage, alone or beside others who share it, to be closed; its folder has to be
+        there. Busy where another process is in the way, FileFault for a folder that lies elsewhere.
         """
         if (self.root / stage).is_symlink():
             raise FileFault(
                 f"{self.root / stage} is a link, through which a run would write elsewhere",
                 "put a folder in its place; --workspace may be on any disk",
             )
-        lock = os.open(self.root / stage / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(OSError):  # a full disk takes no name, and holds the lock all the same
-                os.ftruncate(lock, 0)
-                os.write(lock, f"{os.getpid()}\n".encode())
-        except BlockingIOError as fault:
-            holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
-            os.close(lock)
-            raise HqdmError(
-                f"process {holder} is working on {stage} in {self.root}",
-                "wait until it is done, stop it, or use another --workspace",
-            ) from fault
-        except BaseException:
-            os.close(lock)
-            raise
-        return lock
+        lock = take_lock(self.root / stage / ".lock", fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        if lock is not None:
+            return lock
+        if shared:
+            raise Busy(f"a process is cleaning up {stage} in {self.root}", "wait until it is done, or stop it")
+        raise Busy(
+            f"process {self.worker(stage) or 'unknown'} is working on {stage} in {self.root}",
+            "wait until it is done, or stop it",
+        )
 
 
 def _check_of(stage: str, number: str) -> str:
