@@ -21,6 +21,7 @@ from pipelines.errors import Busy, FileFault, HqdmError, UsageError, did_you_mea
 from pipelines.events import Report
 from pipelines.quant.spec import Bits
 from pipelines.workspace.artifacts import Artifact
+from pipelines.workspace.locks import owner_of
 from pipelines.workspace.store import Store
 
 T = TypeVar("T")
@@ -174,6 +175,7 @@ class Cell:
     road: tuple[str, ...] = ROAD  # the stages of its chain
     chain: dict[str, Artifact] = field(default_factory=dict)  # stage -> artifact, as far as it is made
     ended: bool = False  # whether the chain is whole
+    waits_for: Path | None = None  # the draft that another process is at
     failed: str | None = None  # the stage that failed
     error: str = ""
 
@@ -213,7 +215,20 @@ def model_of(store: Store, text: str | None, report: Report | None = None, dry_r
         raise FileFault(
             f"--model {text}: neither a file or folder nor a model artifact", "hqdm compare --model model.ckpt"
         )
-    return runner.make(store, "model", runner.model_config(text), {}, report, dry_run=dry_run)
+    config, report = runner.model_config(text), report or Report()
+    return _patiently(report, lambda: runner.make(store, "model", config, {}, report, dry_run=dry_run))
+
+
+def _patiently(report: Report, make: Callable[[], T]) -> T:
+    """What `make` gives, as soon as no other process is at it."""
+    while True:
+        try:
+            return make()
+        except Busy as fault:
+            report.note(f"waits: {fault.what}")
+            time.sleep(WAIT)
+            while fault.draft is not None and owner_of(fault.draft):
+                time.sleep(WAIT)
 
 
 def compare(
@@ -244,13 +259,11 @@ class _Run:
     def result(self) -> Result:
         cells = self.asked.cells()
         if self.model is not None:
-            made = self._patiently(
-                lambda: runner.make(
-                    self.store, "profile", self._config("profile"), {"model": self.model.id}, self.report,
-                    dry_run=self.dry_run,
-                )
+            make = partial(
+                runner.make, self.store, "profile", self._config("profile"), {"model": self.model.id}, self.report,
+                dry_run=self.dry_run,
             )  # fmt: skip
-            self.profile = made.artifact
+            self.profile = _patiently(self.report, make).artifact
         for cell in cells:
             self._look(cell)
         pace = _Pace(self.store, self.model, self.asked, self._units)
@@ -266,14 +279,17 @@ class _Run:
         while wanted:
             aside: list[Cell] = []
             for place, cell in enumerate(wanted):
+                if cell.waits_for is not None and owner_of(cell.waits_for):
+                    aside.append(cell)
+                    continue
                 left = pace.left([*wanted[place:], *aside])
                 about = f" (about {_words(left)} for all that is left)" if left else ""
                 report.note(f"cell {done + 1} of {len(cells)}: {cell.name}{about}")
-                make = partial(self._make, cell, report, pace)
                 try:
-                    make() if cell.spec else self._patiently(make)  # every student is measured against its teacher
+                    self._make(cell, report, pace)
                 except Busy as fault:
                     report.note(f"{fault.what}: {cell.name} is put aside")
+                    cell.waits_for = fault.draft
                     aside.append(cell)
                     continue
                 done += 1
@@ -282,19 +298,7 @@ class _Run:
                 time.sleep(WAIT)
             wanted = aside
         report.end()
-        return Result(self._patiently(lambda: self._conclude(cells)), cells, 0.0)
-
-    def _patiently(self, make: Callable[[], T]) -> T:
-        """What `make` gives, as soon as no other process is at it."""
-        told = False
-        while True:
-            try:
-                return make()
-            except Busy as fault:
-                if not told:
-                    self.report.note(f"waits: {fault.what}")
-                told = True
-                time.sleep(WAIT)
+        return Result(_patiently(self.report, lambda: self._conclude(cells)), cells, 0.0)
 
     def _config(self, stage: str, cell: Cell | None = None) -> Any:
         """A stage's configuration for a cell: the comparison's options, then what the cell is."""
@@ -316,7 +320,10 @@ class _Run:
         chosen = {FROM[stage]: above.id}
         if stage == "score":
             if cell.spec is not None:
-                chosen["pair"] = self.teachers[cell.seed].chain["sample"].id
+                teacher = self.teachers[cell.seed]
+                if "sample" not in teacher.chain:
+                    raise Busy(f"the teacher's images of seed {cell.seed} are still made", draft=teacher.waits_for)
+                chosen["pair"] = teacher.chain["sample"].id
             if self.asked.reference:
                 chosen["reference"] = self.asked.reference
         return chosen
@@ -329,8 +336,9 @@ class _Run:
                 cell.road = ("sample",)
                 return
             yield stage, None
+            again = force and stage not in cell.chain  # not once more where the cell was put aside
             outcome = runner.make(
-                self.store, stage, self._config(stage, cell), self._chosen(stage, cell, above), report, force, dry_run
+                self.store, stage, self._config(stage, cell), self._chosen(stage, cell, above), report, again, dry_run
             )
             yield stage, outcome
             if outcome.artifact is None:

@@ -9,6 +9,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class HqdmError(Exception):
@@ -33,7 +34,11 @@ class FileFault(HqdmError):
 
 
 class Busy(HqdmError):
-    """Another process is making the very same thing, or stands in its way; later it will not be."""
+    """Another process is making the very same thing, or stands in its way; later it will not. draft: where it works."""
+
+    def __init__(self, what: str, hint: str = "wait until it is done, or stop it", draft: Path | None = None):
+        super().__init__(what, hint)
+        self.draft = draft
 
 
 class NumericalFault(HqdmError):

@@ -92,7 +92,7 @@ def _holding(store: Store, stage: str) -> Any:
 
 @contextmanager
 def _reading(store: Store, stage: str) -> Iterator[None]:
-    """The same question asked of a workspace in which nothing can be or is written."""
+    """Whether a run is at the stage, asked of a workspace in which nothing can be or is written."""
     if holder := store.worker(stage):
         raise HqdmError(f"process {holder} is working on {stage} in {store.root}")
     yield

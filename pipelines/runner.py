@@ -58,7 +58,7 @@ def make(
     module = stages.load(stage)
     inputs = module.inputs(config, store, dict(chosen or {}))
     key = key_of(stage, module.VERSION, key_dict(config), inputs)
-    before = store.find(stage, key)  # beside an interrupted run, damaged, or to be made again
+    before = None if force else store.find(stage, key)  # damaged, or beside an interrupted run
     runs, reason, found = _decide(store, stage, module, config, inputs, key, force)
     recorded = to_dict(config)
     report.note(f"{stage}: {reason}" if not (runs and dry_run) else f"{stage}: would run ({reason})")
@@ -82,8 +82,8 @@ def make(
     reuse_freed_memory()
     reset_peak()
     with store.begin(stage, key, request, afresh=force) as draft, stops.unmasked():
-        artifact = store.find(stage, key)
-        if runs := force or artifact in (None, before):
+        artifact = before if force else store.find(stage, key)
+        if runs := artifact in (None, before):
             if draft.warning:
                 report.warn(draft.warning)
             figures = _run(store, stage, module, config, inputs, draft, report)
@@ -92,7 +92,7 @@ def make(
             draft.drop()
             reason = f"up to date: another process has just made {artifact.id}"
             report.note(f"{stage}: {reason}")
-    store.mark_current(artifact)
+        store.mark_current(artifact)  # while none can ask for the same: what is current is found first
     outcome = Outcome(stage, artifact, runs, reason, recorded)
     report.made(outcome)
     return outcome
@@ -168,6 +168,8 @@ def _decide(
     if force:
         return True, "runs: forced", None
     # Before the complete ones: a draft beside a complete artifact of its key is a forced run that was interrupted.
+    if owner := store.owner(stage, key):
+        return True, f"process {owner} is at it", None
     if store.interrupted(stage, key):
         return True, "goes on: an interrupted run with this configuration is there", None
     if found := store.find(stage, key):

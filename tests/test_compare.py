@@ -574,46 +574,58 @@ def test_the_configuration_reads_back_from_its_manifest(store, fakes):
 
 class Heard(Report):
     def __init__(self):
-        self.notes = []
+        self.notes, self.ran = [], []
 
     def note(self, message):
         self.notes.append(message)
 
+    def made(self, outcome):
+        if outcome.ran:
+            self.ran.append(outcome.stage)
 
-def test_processes_that_compare_in_one_workspace_divide_the_cells_and_make_none_twice(store, fakes, monkeypatch):
+
+def until(there, seconds=60):
+    """Wait for a file that another process makes."""
+    end = time.monotonic() + seconds
+    while not there.exists():
+        assert time.monotonic() < end, f"{there} did not come"
+        time.sleep(0.01)
+
+
+def test_processes_that_compare_in_one_workspace_divide_the_cells_and_make_none_twice(tmp_path, fakes, monkeypatch):
+    """From nothing: the model, the profile and the teacher's images are made once as well."""
     monkeypatch.setattr(compare, "WAIT", 0.01)
+    store, path = Store(tmp_path / "ws"), str(checkpoint(tmp_path))
     run = fakes["distill"].run
-    fakes["distill"].run = lambda *given: time.sleep(0.1) or run(*given)
+    fakes["distill"].run = lambda *given: time.sleep(0.2) or run(*given)
     children = []
     for child in range(3):
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
+                until(tmp_path / "go")
                 heard = Heard()
-                compare.compare(store, asked(), store.current("model"), heard)
-                made = sum("distill: runs" in note or "distill: goes on" in note for note in heard.notes)
-                aside = sum("is put aside" in note for note in heard.notes)
-                (store.root.parent / f"child-{child}").write_text(f"{made} {aside}")
+                model = compare.model_of(store, path, heard).artifact
+                result = compare.compare(store, asked(), model, heard)
+                made = heard.ran.count("distill")
+                aside = sum(note.endswith("is put aside") for note in heard.notes)
+                (tmp_path / f"child-{child}").write_text(f"{made} {aside} {len(heard.notes)} {len(result.failed)}")
                 code = 0
             finally:
                 os._exit(code)
         children.append(pid)
+    (tmp_path / "go").touch()
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 3
-    made, aside = zip(*((int(word) for word in (store.root.parent / f"child-{child}").read_text().split())
-                        for child in range(3)), strict=True)  # fmt: skip
-    assert min(made) >= 1 and sum(aside) >= 1
+    told = [[int(word) for word in (tmp_path / f"child-{child}").read_text().split()] for child in range(3)]
+    made, aside, notes, failed = zip(*told, strict=True)
+    assert sum(made) == 8 and sum(map(bool, made)) >= 2 and sum(aside) >= 1 and not any(failed)
+    assert max(notes) < 200  # who waits says so once
     assert len({artifact.key for artifact in store.artifacts()}) == len(store.artifacts())
     assert len(store.artifacts("distill")) == 8 and len(store.artifacts("compare")) == 1 and not store.drafts()
-    table = made_alone(store)
-    assert len(table["cells"]) == 10 and table["failed"] == []
-
-
-def made_alone(store):
     before = ids(store)
-    result = made(store)
-    assert ids(store) == before
-    return table_of(result)
+    table = table_of(compare.compare(store, asked(), store.current("model")))
+    assert ids(store) == before and len(table["cells"]) == 10 and table["failed"] == []
 
 
 def test_the_cell_of_a_process_that_is_killed_is_gone_on_with_by_another(store, fakes, monkeypatch):
@@ -629,9 +641,11 @@ def test_the_cell_of_a_process_that_is_killed_is_gone_on_with_by_another(store, 
             os.kill(os.getpid(), signal.SIGKILL)
 
         fakes["distill"].run = killed
-        compare.compare(store, work, store.current("model"))
-    while not ready.exists():
-        time.sleep(0.01)
+        try:
+            compare.compare(store, work, store.current("model"))
+        finally:
+            os._exit(1)
+    until(ready)
     heard = Heard()
     result = compare.compare(store, work, store.current("model"), heard)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
@@ -641,17 +655,40 @@ def test_the_cell_of_a_process_that_is_killed_is_gone_on_with_by_another(store, 
     assert not result.failed and not store.drafts() and len(store.artifacts("distill")) == 2
 
 
-def test_the_teacher_that_another_process_draws_is_waited_for(store, fakes, monkeypatch):
+def test_students_are_made_while_another_process_draws_their_teachers_images(store, fakes, monkeypatch):
     monkeypatch.setattr(compare, "WAIT", 0.01)
-    make, busy = runner.make, iter([True, True, False])
+    make, times = runner.make, iter(range(2))
 
     def at_it(store, stage, config, chosen, report, force=False, dry_run=False):
-        if stage == "sample" and not dry_run and next(busy, False):
-            raise Busy("process 7 is making the same sample artifact in ws", "wait until it is done, or stop it")
+        if stage == "sample" and config.source == "teacher" and config.seed == 0 and not dry_run:
+            if next(times, None) is not None:
+                raise Busy("process 7 is making the same sample artifact in ws")
         return make(store, stage, config, chosen, report, force, dry_run)
 
     monkeypatch.setattr(runner, "make", at_it)
     heard = Heard()
-    result = compare.compare(store, asked(("hqdm",), ("w4a4",), (0,)), store.current("model"), heard)
-    assert heard.notes.count("waits: process 7 is making the same sample artifact in ws") == 1
+    result = compare.compare(store, asked(("hqdm",), ("w4a4",)), store.current("model"), heard)
+    aside = [note for note in heard.notes if note.endswith("is put aside")]
+    assert aside == [
+        "process 7 is making the same sample artifact in ws: teacher seed 0 is put aside",
+        "the teacher's images of seed 0 are still made: hqdm w4a4 seed 0 is put aside",
+        "process 7 is making the same sample artifact in ws: teacher seed 0 is put aside",
+        "the teacher's images of seed 0 are still made: hqdm w4a4 seed 0 is put aside",
+    ]
     assert not result.failed and all(cell.ended for cell in result.cells)
+
+
+def test_what_was_made_again_by_force_is_not_made_once_more_after_it_was_put_aside(store, fakes, monkeypatch):
+    monkeypatch.setattr(compare, "WAIT", 0.01)
+    made(store, ("hqdm",), ("w4a4",), (0,))
+    make, times = runner.make, iter(range(3))
+
+    def at_it(store, stage, *given, **options):
+        if stage == "distill" and next(times, None) is not None:
+            raise Busy("process 7 is making the same distill artifact in ws")
+        return make(store, stage, *given, **options)
+
+    monkeypatch.setattr(runner, "make", at_it)
+    work = asked(("hqdm",), ("w4a4",), (0,))
+    assert not compare.compare(store, work, store.current("model"), force=True).failed
+    assert [len(store.artifacts(name)) for name in ("plan", "distill", "export")] == [2, 2, 2]

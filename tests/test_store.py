@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -137,6 +138,7 @@ def test_a_second_process_is_told_which_one_is_at_work(store):
             assert f"process {child.pid} is making the same distill artifact" in fault.value.what
         with pytest.raises(Busy, match=f"process {child.pid} is working on distill"):
             store.lock("distill")  # as what removes artifacts asks
+        assert store.workers() == [("distill", str(child.pid))]
         assert put(store, "distill", {"a": "1"}, key="other").id == "distill/0001"  # beside it
     finally:
         child.kill()
@@ -145,10 +147,14 @@ def test_a_second_process_is_told_which_one_is_at_work(store):
 
 def test_while_artifacts_are_removed_nobody_begins(store):
     put(store, "plan", {"a": "1"})
-    held = store.lock("plan")
-    with pytest.raises(Busy, match="a process is cleaning up plan"):
-        store.begin("plan", "k", {})
+    held, plan = store.lock("plan"), {"inputs": {"plan": {"id": "plan/0001"}}}
+    for stage, request in ("plan", {}), ("distill", plan):
+        with pytest.raises(Busy, match=f"process {os.getpid()} is removing what is not needed of plan"):
+            store.begin(stage, "k", request)
     os.close(held)
+    shutil.rmtree(store.root / "plan" / "0001")
+    with pytest.raises(HqdmError, match="plan/0001 has gone"):
+        store.begin("distill", "k", plan)
     with store.begin("plan", "k", {}) as draft:
         draft.drop()
     assert not list((store.root / "plan").glob(".draft-*"))
@@ -170,6 +176,20 @@ def test_a_lock_of_a_draft_that_is_gone_is_not_taken_for_that_of_the_next(tmp_pa
     with pytest.raises(Busy, match=f"process {os.getpid()} is making"):
         locks.own(draft)
     os.close(again)
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder as owner", "a pipe as owner", "a link as owner"])
+def test_what_is_no_draft_in_a_drafts_place_is_refused_by_its_name(tmp_path, what):
+    draft = tmp_path / ".draft-k"
+    if what == "a file":
+        draft.write_text("mine")
+    else:
+        draft.mkdir()
+        make = {"a folder": os.mkdir, "a pipe": os.mkfifo, "a link": lambda path: path.symlink_to(tmp_path)}
+        make[what.removesuffix(" as owner")](draft / "owner")
+    with pytest.raises(FileFault, match="draft-k") as fault:
+        locks.own(draft)
+    assert fault.value.hint == f"remove {draft}" and locks.owner_of(draft) is None
 
 
 def test_the_lock_dies_with_its_process_and_the_draft_outlives_it(store):

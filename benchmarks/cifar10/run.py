@@ -11,6 +11,7 @@ the machine and the versions go to RESULTS.
 """
 
 import argparse
+import fcntl
 import json
 import shlex
 import shutil
@@ -55,6 +56,12 @@ def write_results(table: dict, artifact: Artifact, folder: Path, options: argpar
     as they are typed in the project's folder, and commands name the teacher and the workspace.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with open(artifact.file("table.json")) as held:  # processes that divided the cells end at the same moment
+        fcntl.flock(held, fcntl.LOCK_EX)
+        _write_results(table, artifact, folder, options)
+
+
+def _write_results(table: dict, artifact: Artifact, folder: Path, options: argparse.Namespace) -> None:
     shutil.rmtree(folder / "pictures", ignore_errors=True)
     shutil.copytree(artifact.path / "pictures", folder / "pictures")
     about, teacher = table["about"], table["about"]["model_path"]

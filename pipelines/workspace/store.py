@@ -13,7 +13,7 @@ from pipelines.errors import Busy, FileFault, HqdmError, UsageError, did_you_mea
 from pipelines.workspace.artifacts import MANIFEST, STAGE, Artifact, in_order, numbered, read_artifact
 from pipelines.workspace.disks import raise_disk_fault
 from pipelines.workspace.drafts import DRAFT, GONE, Draft, holds_files, remove, state_of
-from pipelines.workspace.locks import OWNER, own, owner_of, refuse_links, take_lock
+from pipelines.workspace.locks import OWNER, holder_of, own, owner_of, refuse_links, take_lock
 
 CURRENT = ".current"
 
@@ -195,13 +195,14 @@ class Store:
 
     def _unfinished(self) -> list[Path]:
         folders = sorted(self.root.glob(f"*/{DRAFT}*")) if self.root.is_dir() else []
-        return [folder for folder in folders if self.is_unfinished(folder)]
+        return [folder for folder in folders if self.is_unfinished(folder) or owner_of(folder)]
 
     def begin(self, stage: str, key: str, request: Mapping[str, Any], afresh: bool = False) -> Draft:
         """A run of `stage` with that key; an unfinished one goes on, unless it is to be made `afresh`.
 
         `request` goes into the manifest: stage_version, config, inputs (as `links` gives them), seed. Runs of other
-        keys may be under way beside it. Busy where another process is at this one, or cleans the stage up.
+        keys may be under way beside it. Busy where another process is at this one, or removes artifacts of the stage or
+        of those of its inputs; HqdmError where an input has gone.
         """
         folder = self.root / stage
         try:
@@ -210,8 +211,13 @@ class Store:
             raise FileFault(
                 f"{folder} cannot be a folder: a file is in its way", "choose another --workspace"
             ) from fault
-        locks = [self.lock(stage, shared=True)]
+        inputs = [link["id"] for link in request.get("inputs", {}).values()]
+        locks, asked = [self.lock(stage, shared=True)], []
         try:
+            # Until the draft says what it needs, nobody may remove that.
+            asked += [self.lock(name, shared=True) for name in sorted({ident.partition("/")[0] for ident in inputs})]
+            if gone := [ident for ident in inputs if not (self.root / ident / MANIFEST).is_file()]:
+                raise HqdmError(f"{gone[0]} has gone from {self.root}", "give the command again, which makes it")
             for left in folder.glob(f"{GONE}*"):
                 remove(left)
             draft = self._draft_folder(stage, key)
@@ -228,6 +234,13 @@ class Store:
                 os.close(lock)
             raise_disk_fault(fault, folder)
             raise
+        finally:
+            for lock in asked:
+                os.close(lock)
+
+    def owner(self, stage: str, key: str) -> str | None:
+        """The number of the process that is at the run of that key; None where there is none."""
+        return owner_of(self._draft_folder(stage, key))
 
     def worker(self, stage: str) -> str | None:
         """The number of a process that is at a stage; None where there is none."""
@@ -246,12 +259,10 @@ class Store:
         lock = take_lock(self.root / stage / ".lock", fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         if lock is not None:
             return lock
+        removes = holder_of(self.root / stage / ".lock")
         if shared:
-            raise Busy(f"a process is cleaning up {stage} in {self.root}", "wait until it is done, or stop it")
-        raise Busy(
-            f"process {self.worker(stage) or 'unknown'} is working on {stage} in {self.root}",
-            "wait until it is done, or stop it",
-        )
+            raise Busy(f"process {removes or 'unknown'} is removing what is not needed of {stage} in {self.root}")
+        raise Busy(f"process {self.worker(stage) or removes or 'unknown'} is working on {stage} in {self.root}")
 
 
 def _check_of(stage: str, number: str) -> str:
