@@ -214,8 +214,8 @@ class Store:
         inputs = [link["id"] for link in request.get("inputs", {}).values()]
         locks, asked = [self.lock(stage, shared=True)], []
         try:
-            # Until the draft says what it needs, nobody may remove that.
-            asked += [self.lock(name, shared=True) for name in sorted({ident.partition("/")[0] for ident in inputs})]
+            for name in sorted({ident.partition("/")[0] for ident in inputs}):
+                asked.append(self.lock(name, shared=True))  # until the draft says what it needs, nobody may remove that
             if gone := [ident for ident in inputs if not (self.root / ident / MANIFEST).is_file()]:
                 raise HqdmError(f"{gone[0]} has gone from {self.root}", "give the command again, which makes it")
             for left in folder.glob(f"{GONE}*"):
