@@ -8,6 +8,7 @@ import torch
 
 from pipelines.kernels import reference
 from pipelines.kernels.operators import OneDNN, Operators, available, has_vnni
+from pipelines.quant.layers import epilogue
 
 
 class Definition(OneDNN):
@@ -15,8 +16,6 @@ class Definition(OneDNN):
 
     float(sum) is taken from int32, as the processor takes it.
     """
-
-    by_shape = True
 
     def __init__(self):
         super().__init__(vnni=True)
@@ -29,9 +28,7 @@ class Definition(OneDNN):
     def run(self, site, codes, zero, packed, scale, bias):
         assert codes.dtype == torch.uint8
         sums = reference.accumulate(codes.int() - zero, packed.int(), site).float()
-        across = (1, -1, 1, 1) if site.kind == "conv" else (1, -1)
-        scaled = sums * scale.view(across)
-        return scaled if bias is None else scaled + bias.view(across)
+        return epilogue(sums, torch.tensor(1.0), scale, bias)
 
 
 def with_vnni() -> Operators:

@@ -23,16 +23,16 @@ def status(workspace: Workspace = WORKSPACE, as_json: Json = False, debug: Debug
          "state": reasons[artifact.id] or "current"}
         for artifact in store.artifacts()
     ]  # fmt: skip
-    unfinished = [stage for stage, _ in store.drafts()]
+    unfinished = store.workers()
     following = runner.next_command(store)
     if as_json:
-        console.print_json({"artifacts": rows, "unfinished": unfinished, "next": following})
+        console.print_json({"artifacts": rows, "unfinished": [stage for stage, _ in unfinished], "next": following})
     elif rows:
         for line in console.table(rows):
             console.out(line)
     else:
         console.say(f"{workspace} holds no artifacts yet")
-    for stage, owner in store.workers():
+    for stage, owner in unfinished:
         if owner:
             console.say(f"under way: a run of {stage}, by process {owner}")
         else:
