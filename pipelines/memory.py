@@ -5,11 +5,16 @@ import gc
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names for them in glibc's malloc.h
+_REUSED = 1 << 25  # bytes: larger blocks are mapped and returned
+_APART = 1 << 17  # glibc's own bound at first
 _WORTH = 1 << 21  # values, 8 MB in fp32
 _scarce = False  # whether memory is scarcer than time
+_reusing = False  # whether `reuse_freed_memory` is in force
 _PAGEOUT = 21  # madvise's MADV_PAGEOUT in Linux's mman.h
 
 
@@ -21,12 +26,30 @@ def reuse_freed_memory() -> bool:
     mapped and returned: they come from large models, whose operators take far longer than the faults, and kept ones
     would make up most of the process. Returns False, and changes nothing, on a C library without mallopt.
     """
-    global _scarce
+    global _scarce, _reusing
     _scarce = False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, 1 << 25)) and bool(mallopt(_TRIM_THRESHOLD, 1 << 28))
+    _reusing = bool(mallopt(_MMAP_THRESHOLD, _REUSED)) and bool(mallopt(_TRIM_THRESHOLD, 1 << 28))
+    return _reusing
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """For making what is kept beside temporaries that are not: large blocks are mapped one by one, so that the small
+    ones that are kept do not lie between holes. What was allocated in these later held a twentieth of a large model's
+    memory.
+    """
+    if not _reusing:
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_MMAP_THRESHOLD, _APART)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, _REUSED)
 
 
 def return_freed_memory() -> None:

@@ -35,7 +35,7 @@ from pipelines.errors import FileFault, NumericalFault, UsageError, did_you_mean
 from pipelines.events import Report
 from pipelines.kernels import ON_DEVICE, cpu, cuda, reference
 from pipelines.kernels import layers as integer_layers
-from pipelines.memory import give_back, let_go
+from pipelines.memory import give_back, lasting, let_go
 from pipelines.models.checkpoint import first_line
 from pipelines.models.denoiser import Denoiser, info_from_dict, load_conditions, ready, save_beside
 from pipelines.models.families import FAMILIES
@@ -357,6 +357,7 @@ def _site_entry(site: SitePlan) -> dict:
     return {key: value for key, value in entry.items() if key not in ("why", "sqnr")}
 
 
+@lasting()
 def load_integer(folder: Path, backend: str) -> Denoiser:
     """An exported integer model, ready to sample on a back end, from its own files alone. Where that is a device's,
     network and conditions lie there.

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.memory import (
     give_back,
+    lasting,
     let_go,
     peak_bytes,
     reset_peak,
@@ -50,6 +51,23 @@ def test_large_blocks_go_back_to_the_system_although_small_ones_are_kept():
     assert resident("VmRSS") >= kept - 0.1 * BLOCK
     give_back(BLOCK)
     assert resident("VmRSS") <= kept - 0.4 * BLOCK and last.sum() == 1 << 10
+
+
+@linux
+def test_temporaries_beside_what_lasts_leave_no_holes():
+    def kept_after():
+        blocks, small = [], []
+        for _ in range(BLOCK >> 21):
+            blocks.append(torch.ones(1 << 18))
+            small.append(torch.ones(1 << 10))
+        full = resident("VmRSS")
+        del blocks
+        return resident("VmRSS") >= full - 0.1 * BLOCK and len(small)
+
+    assert reuse_freed_memory()
+    with lasting():
+        assert not kept_after()
+    assert kept_after()
 
 
 @linux

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from pipelines import native
 from pipelines.errors import NumericalFault
-from pipelines.kernels.norms import Normed, ShortNorm, ShortResidual, shorten_norms
+from pipelines.kernels.norms import ShortNorm, ShortResidual, shorten_norms
+from pipelines.kernels.pending import Normed
 from pipelines.kernels.prologue import Operand, Prologue
 from pipelines.quant.spec import IDENTITY, Transform
 

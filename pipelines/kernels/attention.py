@@ -12,7 +12,8 @@ from torch import nn
 
 from pipelines import native
 from pipelines.errors import HqdmError, NumericalFault
-from pipelines.kernels.norms import Normed, ShortNorm, given_to
+from pipelines.kernels.norms import ShortNorm
+from pipelines.kernels.pending import Normed, given_to
 
 PRODUCTS = ("fp32", "int8")
 NOT_FINITE = 2  # what hqdm_attention8 returns where it saw NaN or Inf

@@ -9,7 +9,9 @@ from pipelines.errors import NumericalFault
 from pipelines.kernels import ON_DEVICE, backend
 from pipelines.kernels.attention import shorten_attention
 from pipelines.kernels.cuda import DevicePrologue
-from pipelines.kernels.norms import Normed, shorten_norms
+from pipelines.kernels.gates import shorten_gates
+from pipelines.kernels.norms import shorten_norms
+from pipelines.kernels.pending import Pending
 from pipelines.kernels.prologue import Prologue
 from pipelines.memory import give_back
 from pipelines.quant.integers import PackedWeights
@@ -24,7 +26,7 @@ LARGE = 2**18  # values of an input before whose layer free pages are returned, 
 class IntegerLayer(nn.Module):
     """A linear or convolution in integer arithmetic, for inference: x fp32 to y fp32, integers in between."""
 
-    takes_pending = True  # Normed, of the shape that x would have
+    takes_pending = True  # in the place of x, which would have its shape
 
     def __init__(self, weights: PackedWeights, tables: TimestepTables, index: int, span: slice, backend_name: str):
         super().__init__()
@@ -36,13 +38,13 @@ class IntegerLayer(nn.Module):
         self.register_buffer("weight_scale", weights.scale, persistent=False)
         self._tables = [tables]
 
-    def forward(self, x: torch.Tensor | Normed) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Pending) -> torch.Tensor:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(x)
         return self._tables[0].each(x, self._at_one_timestep, self.plan.site.name)
 
-    def _at_one_timestep(self, x: torch.Tensor | Normed) -> torch.Tensor:
+    def _at_one_timestep(self, x: torch.Tensor | Pending) -> torch.Tensor:
         if x.shape.numel() >= LARGE:
             give_back()
         tables = self._tables[0]
@@ -104,6 +106,7 @@ def shorten(network: nn.Module) -> None:
     """Give what lies between a student's quantised layers, fake or integer, the ways that inference alone can take."""
     shorten_attention(network)
     shorten_norms(network)
+    shorten_gates(network)
 
 
 def check_inputs(network: nn.Module) -> None:

@@ -1,52 +1,13 @@
 """Group norms for inference: one pass for an image's moments, and the norm itself, with the SiLU after it, in the pass
-that quantises.
-
-Fake and integer students take the same, so that their bits agree: a fake one as fp32 (`Normed.tensor`), an integer one
-within its prologue, by the same lines of C++. Where there are no compiled kernels, or they do not take the shape, torch
-computes both.
+that quantises (`pending.Normed`). Where there are no compiled kernels, or they do not take the shape, torch computes
+both.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from pipelines import native
-
-
-@dataclass(frozen=True)
-class Normed:
-    """An activation that is still to be normed: x·factor + term by image and channel, then SiLU where `silu` says so.
-
-    x: (N, C, H, W) fp32, channels-last, or (N, tokens, C). factors, terms: (N, C) fp32.
-    """
-
-    x: torch.Tensor
-    factors: torch.Tensor
-    terms: torch.Tensor
-    silu: bool = False
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.x.shape
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, images: torch.Tensor) -> "Normed":
-        x = self.x[images]
-        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
-        return Normed(x, self.factors[images], self.terms[images], self.silu)
-
-    def tensor(self) -> torch.Tensor:
-        """The values, fp32 in the layout of x."""
-        y, (images, channels) = torch.empty_like(self.x), self.factors.shape
-        rows = self.x.numel() // channels
-        native.library().hqdm_normed(
-            self.x.data_ptr(), y.data_ptr(), rows, channels, self.factors.data_ptr(), self.terms.data_ptr(),
-            rows // images, self.silu, torch.get_num_threads(),
-        )  # fmt: skip
-        return y
+from pipelines.kernels.pending import Normed, can_pend, given_to
 
 
 class ShortNorm:
@@ -57,9 +18,7 @@ class ShortNorm:
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether `pending` can be asked for x."""
-        channels = self.norm.num_channels
-        fits = x.device.type == "cpu" and x.dtype == torch.float32 and channels % native.LANES == 0 and x.numel()
-        return bool(fits) and not torch.is_grad_enabled() and native.library() is not None
+        return can_pend(x, self.norm.num_channels)
 
     def __call__(self, x: torch.Tensor, pending: bool = False, **given) -> torch.Tensor | Normed:
         """The norm of x (N, C, H, W), in torch wherever a shorter way does not apply; `pending` as `Normed`, of what
@@ -110,13 +69,6 @@ class ShortResidual:
             x = block.conv_shortcut(x)
         hidden = hidden.add_(x)
         return hidden if block.output_scale_factor == 1 else hidden / block.output_scale_factor
-
-
-def given_to(layer: nn.Module, x: torch.Tensor | Normed) -> torch.Tensor:
-    """The layer's output, which takes what is pending as it is if it can."""
-    if isinstance(x, Normed) and not getattr(layer, "takes_pending", False):
-        x = x.tensor()
-    return layer(x)
 
 
 def shorten_norms(network: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipelines.errors import NumericalFault
-from pipelines.kernels.norms import Normed
+from pipelines.kernels.pending import Pending
 from pipelines.quant.affine import quantise
 from pipelines.quant.hadamard import compiled_for, rotate_activation, rotate_last, signs_of
 from pipelines.quant.layers import row_spans
@@ -18,6 +18,7 @@ from pipelines.quant.spec import SitePlan
 from pipelines.quant.surroundings import Surroundings
 
 NAN = 2  # what hqdm_codes returns where it saw one
+NOTHING = (None, None, 1, False, False)  # pending before it
 IN_CACHE = 2**18  # values that a pass takes in torch: 1 MB in fp32, and no temporary of the input's size
 
 
@@ -57,7 +58,7 @@ class Prologue(nn.Module):
         self.surroundings, self.plan = surroundings, surroundings.plan
 
     def forward(
-        self, x: torch.Tensor | Normed, scale: float, zero: int, operand: Operand
+        self, x: torch.Tensor | Pending, scale: float, zero: int, operand: Operand
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The codes of x in its own shape, channels-last for a convolution, and the mean that a dynamic centre
         subtracted.
@@ -73,7 +74,7 @@ class Prologue(nn.Module):
         layout = torch.channels_last if spatial else torch.contiguous_format
         channels, order = x.shape[1 if spatial else -1], plan.transform.order
         bytes_fit = plan.transform.axis != "width" and operand.dtype in (torch.int8, torch.uint8)
-        pending = x if isinstance(x, Normed) else None
+        pending = x if isinstance(x, Pending) else None
         if pending is not None:
             x = pending.x
         compiled = compiled_for(x, channels, order) if bytes_fit else None
@@ -89,12 +90,14 @@ class Prologue(nn.Module):
             return _in_torch(moved.contiguous(memory_format=layout), plan, scale, bounds, operand), mean
         x, mean = surroundings.without_mean(x)
         x = x.contiguous(memory_format=layout)
-        codes = _room_for(x, operand, channels)
+        shape = x.shape if pending is None else pending.shape
+        codes = _room_for(shape, operand, spatial)
         carried = bytes(operand.carried)
         fault = compiled.hqdm_codes(
-            x.data_ptr(), codes.data_ptr(), x.numel() // channels, channels, order,
+            x.data_ptr(), codes.data_ptr(), shape.numel() // channels, channels, order,
             *(None if value is None else value.data_ptr() for value in self._constants()), scale, *bounds,
-            operand.offset, carried, len(carried), *_norm_of(pending, x), torch.get_num_threads(),
+            operand.offset, carried, len(carried), *(NOTHING if pending is None else pending.arguments()),
+            torch.get_num_threads(),
         )  # fmt: skip
         if fault == NAN:
             raise NumericalFault(f"site {plan.site.name}: its input holds NaN", "distill again at lower rates")
@@ -104,30 +107,19 @@ class Prologue(nn.Module):
         return signs_of(self.plan.transform), self.surroundings.centre, self.surroundings.gain
 
 
-def _norm_of(pending: Normed | None, x: torch.Tensor) -> tuple[int | None, int | None, int, bool]:
-    """How hqdm_codes is told of a norm before it: factors, terms, rows of an image, and whether SiLU follows."""
-    if pending is None:
-        return None, None, 1, False
-    rows = x.numel() // pending.factors.numel()
-    return pending.factors.data_ptr(), pending.terms.data_ptr(), rows, pending.silu
-
-
-def _room_for(x: torch.Tensor, operand: Operand, channels: int) -> torch.Tensor:
-    """An empty tensor for the codes of x and the carried channels after them, in the memory order of x."""
-    if not operand.carried:
-        return torch.empty_like(x, dtype=operand.dtype)
-    wide = channels + len(operand.carried)
-    if x.ndim == 4:
-        shape = len(x), wide, *x.shape[2:]
-        return torch.empty(shape, dtype=operand.dtype, memory_format=torch.channels_last)
-    return torch.empty((*x.shape[:-1], wide), dtype=operand.dtype)
+def _room_for(shape: torch.Size, operand: Operand, spatial: bool) -> torch.Tensor:
+    """An empty tensor for the codes of an input of `shape` and the carried channels after them, channels last."""
+    if spatial:
+        wide = shape[0], shape[1] + len(operand.carried), *shape[2:]
+        return torch.empty(wide, dtype=operand.dtype, memory_format=torch.channels_last)
+    return torch.empty((*shape[:-1], shape[-1] + len(operand.carried)), dtype=operand.dtype)
 
 
 def _in_torch(x: torch.Tensor, plan: SitePlan, scale: float, bounds: tuple[int, int], operand: Operand) -> torch.Tensor:
     step = torch.tensor(scale)  # fp32: a number might be turned into its reciprocal
     spatial = plan.site.kind == "conv"
     channels = x.shape[1 if spatial else -1]
-    codes = _room_for(x, operand, channels)
+    codes = _room_for(x.shape, operand, spatial)
     rows, out = (value.movedim(1, -1) if spatial else value for value in (x, codes))
     rows, out = rows.reshape(-1, channels), out.flatten(0, -2)
     out[:, channels:] = torch.tensor(operand.carried, dtype=operand.dtype)

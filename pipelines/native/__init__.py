@@ -185,9 +185,9 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     found.hqdm_rotate.argtypes = [address, address, count, number, address, number, number]
     found.hqdm_codes.argtypes = [
         address, address, count, count, number, address, address, address, real, real, real, ctypes.c_int32,
-        ctypes.c_char_p, count, address, address, count, number, number,
+        ctypes.c_char_p, count, address, address, count, number, number, number,
     ]  # fmt: skip
-    found.hqdm_normed.argtypes = [address, address, count, count, address, address, count, number, number]
+    found.hqdm_made.argtypes = [address, address, count, count, address, address, count, number, number, number]
     found.hqdm_group_norm_scratch.argtypes = [count, count, count]
     found.hqdm_group_norm_scratch.restype = count
     found.hqdm_group_norm.argtypes = [

@@ -12,17 +12,12 @@
 
 namespace {
 
-inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += v[i];
-  return total;
-}
-
 struct Shape {
   int64_t queries, keys, heads, width;  // width: of a head
   int64_t padded_keys, padded_width;    // to KEYS and COLUMNS
 
   int64_t stride() const { return heads * width; }
+  int64_t score_stride() const { return score_stride_of(padded_keys); }
 };
 
 constexpr int64_t COLUMNS = 2 * LANES;  // of v that are taken together: they lie side by side, key after key
@@ -37,7 +32,7 @@ inline void by_rows(int64_t rows, const What& what) {
   for (; row < rows; ++row) what(row, std::integral_constant<int, 1>());
 }
 
-// Scores of COUNT queries and KEYS keys. k: (width, KEYS).
+// Scores of COUNT queries and KEYS keys, as powers of two. k: (width, KEYS).
 template <int COUNT>
 inline void scored(const float* q, const float* k, const Shape& shape, float scale, float* scores) {
   Floats s[COUNT][2];
@@ -52,8 +47,8 @@ inline void scored(const float* q, const float* k, const Shape& shape, float sca
     }
   }
   UNROLLED for (int r = 0; r < COUNT; ++r) {
-    store(scores + r * shape.padded_keys, s[r][0] * scale);
-    store(scores + r * shape.padded_keys + LANES, s[r][1] * scale);
+    store(scores + r * shape.score_stride(), s[r][0] * scale);
+    store(scores + r * shape.score_stride() + LANES, s[r][1] * scale);
   }
 }
 
@@ -65,7 +60,7 @@ inline void weighted(const float* weights, const float* v, int64_t count, const 
     s[r][0] = load(sums + r * COLUMNS);
     s[r][1] = load(sums + r * COLUMNS + LANES);
   }
-  const int64_t stride = shape.padded_keys;
+  const int64_t stride = shape.score_stride();
   for (int64_t key = 0; key < count; ++key) {
     const Floats a = load(v + key * COLUMNS), b = load(v + key * COLUMNS + LANES);
     UNROLLED for (int r = 0; r < COUNT; ++r) {
@@ -82,34 +77,34 @@ inline void weighted(const float* weights, const float* v, int64_t count, const 
 
 // Scores to weights, in place; returns one over their sum.
 inline float softened(float* row, const Shape& shape) {
-  for (int64_t key = shape.keys; key < shape.padded_keys; ++key) row[key] = -1e30f;  // adds e^-87, less than a bit
+  for (int64_t key = shape.keys; key < shape.padded_keys; ++key) row[key] = -1e30f;  // adds 2^-126, less than a bit
   const float top = largest_of(row, shape.padded_keys);
   Floats total = {};
   for (int64_t key = 0; key < shape.padded_keys; key += LANES) {
-    const Floats e = exponential(load(row + key) - top);
+    const Floats e = power_of_two(load(row + key) - top);
     total += e;
     store(row + key, e);
   }
-  return 1.0f / sum(total);
+  return 1.0f / sum_of(total);
 }
 
 // `rows` queries of one head, up to BLOCK. k: (padded_keys / KEYS, width, KEYS), v: (padded_width / COLUMNS,
-// padded_keys, COLUMNS), scores: (rows, padded_keys).
+// padded_keys, COLUMNS), scores: (rows, score_stride).
 void block_of(const float* q, const float* k, const float* v, float* out, int64_t rows, const Shape& shape, float scale,
               float* scores) {
   for (int64_t key = 0; key < shape.padded_keys; key += KEYS)
     by_rows(rows, [&](int64_t row, auto count) {
       scored<count>(q + row * shape.stride(), k + key * shape.width, shape, scale,
-                    scores + row * shape.padded_keys + key);
+                    scores + row * shape.score_stride() + key);
     });
   float inverse[BLOCK];
-  for (int64_t row = 0; row < rows; ++row) inverse[row] = softened(scores + row * shape.padded_keys, shape);
+  for (int64_t row = 0; row < rows; ++row) inverse[row] = softened(scores + row * shape.score_stride(), shape);
   for (int64_t d = 0; d < shape.width; d += COLUMNS) {
     float sums[BLOCK * COLUMNS] = {};
     for (int64_t key = 0; key < shape.keys; key += CHUNK) {
       const int64_t taken = std::min(CHUNK, shape.keys - key);
       by_rows(rows, [&](int64_t row, auto count) {
-        weighted<count>(scores + row * shape.padded_keys + key, v + d * shape.padded_keys + key * COLUMNS, taken, shape,
+        weighted<count>(scores + row * shape.score_stride() + key, v + d * shape.padded_keys + key * COLUMNS, taken, shape,
                         sums + row * COLUMNS);
       });
     }
@@ -136,7 +131,7 @@ int64_t hqdm_attention_scratch(int64_t batch, int64_t queries, int64_t keys, int
                                int threads) {
   const int64_t padded_keys = padded(keys, KEYS);
   threads = parts_of(batch * heads, queries, threads);
-  return batch * heads * padded_keys * (width + padded(width, COLUMNS)) + threads * BLOCK * padded_keys;
+  return batch * heads * padded_keys * (width + padded(width, COLUMNS)) + threads * BLOCK * score_stride_of(padded_keys);
 }
 
 // out (batch, queries, heads·width) = attention of q (…queries…), k and v (…keys…), contiguous fp32.
@@ -164,14 +159,14 @@ void hqdm_attention(const float* q, const float* k, const float* v, float* out, 
   }
   const int64_t blocks = blocks_of(queries);
   threads = parts_of(batch * heads, queries, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < threads; ++part)
-    for (int64_t item = part; item < batch * heads * blocks; item += threads) {
-      const int64_t each = item / blocks, first = item % blocks * BLOCK;
-      const int64_t from = (each / heads * queries + first) * stride + each % heads * width;
-      block_of(q + from, turned + each * of_keys, values + each * of_values, out + from,
-               std::min(BLOCK, queries - first), shape, scale, scores + part * BLOCK * shape.padded_keys);
-    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t item = 0; item < batch * heads * blocks; ++item) {
+    const int64_t each = item / blocks, first = item % blocks * BLOCK;
+    const int64_t from = (each / heads * queries + first) * stride + each % heads * width;
+    block_of(q + from, turned + each * of_keys, values + each * of_values, out + from,
+             std::min(BLOCK, queries - first), shape, scale * LOG2_E,
+             scores + this_thread() * BLOCK * shape.score_stride());
+  }
 }
 
 }

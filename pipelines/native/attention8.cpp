@@ -54,12 +54,25 @@ inline Floats larger(Floats a, Floats b) { return (Integers)a > (Integers)b ? a 
 
 // The largest lane, if all are finite numbers; else what is none.
 inline float top_of(Floats sizes) {
-  float found = 0;
-  for (int i = 0; i < LANES; ++i) {
-    if (!(sizes[i] < INFINITY)) return NAN;
-    found = sizes[i] > found ? sizes[i] : found;
+  const float found = over_lanes(sizes, larger)[0];
+  return found < INFINITY ? found : NAN;
+}
+
+// The high and the low bytes of two vectors of weights of 16 bits.
+inline void split(const Integers (&weights)[2], uint8_t* high, uint8_t* low) {
+#if defined(__AVX512BW__) && LANES == 16
+  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
+                                        22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i words = _mm512_permutex2var_epi16((__m512i)weights[0], even, (__m512i)weights[1]);
+  _mm256_storeu_si256((__m256i*)low, _mm512_cvtepi16_epi8(words));
+  _mm256_storeu_si256((__m256i*)high, _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
+#else
+  for (int i = 0; i < 2; ++i) {
+    const Bytes of_high = low_bytes(weights[i] >> 8), of_low = low_bytes(weights[i]);
+    std::memcpy(high + i * LANES, &of_high, LANES);
+    std::memcpy(low + i * LANES, &of_low, LANES);
   }
-  return found;
+#endif
 }
 
 constexpr int MOST = 1024;  // of a head's width
@@ -128,7 +141,7 @@ void prepare(const float* k, const float* v, int64_t keys, int64_t stride, int64
       for (int64_t i = 0; i < LANES && d + i < width; i += 4)
         std::memcpy(head.keys.data() + place_of(key, d + i, wide), (const char*)&bytes + i, 4);
     }
-    for (int i = 0; i < LANES; ++i) head.sums[key] += total[i] * OFFSET;
+    head.sums[key] = over_lanes(total, [](Integers a, Integers b) { return a + b; })[0] * OFFSET;
   }
   for (int64_t key = 0; key < keys; key += 4)
     for (int64_t d = 0; d < columns; d += LANES) {
@@ -147,77 +160,104 @@ struct Room {  // of one thread
   bool finite = true;
 };
 
-template <int COUNT>
-void rows_of(const float* q, float* out, const Head& head, int64_t keys, int64_t stride, int64_t width, float scale,
-             Room& room) {
-  const int64_t wide = padded(width, 4), columns = padded(width, LANES), all = padded(keys, KEYS);
-  int32_t codes[COUNT][MOST / 4];
-  float factor[COUNT];
-  for (int r = 0; r < COUNT; ++r) {
-    const Row row(q + r * stride, width, columns);
-    Floats largest = {};
-    for (int64_t d = 0; d < columns; d += LANES) largest = larger(largest, size_of(load(row.values + d)));
-    const float top = top_of(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
-    room.finite &= top == top;
-    factor[r] = top / 127.0f * scale;
-    for (int64_t d = 0; d < columns; d += LANES) {
-      const Bytes bytes = low_bytes(nearest(load(row.values + d) * inverse) + OFFSET);
-      std::memcpy((char*)codes[r] + d, &bytes, LANES);
-    }
+struct Shape {
+  int64_t keys, stride, width;  // stride: from a row to the next; width: of a head
+  int64_t wide, columns, all;   // the width in fours and in vectors, the keys in KEYS
+
+  Shape(int64_t keys, int64_t stride, int64_t width)
+      : keys(keys), stride(stride), width(width), wide(padded(width, 4)), columns(padded(width, LANES)),
+        all(padded(keys, KEYS)) {}
+
+  int64_t score_stride() const { return score_stride_of(all); }
+};
+
+// Bytes of a query, unsigned; returns its scale.
+inline float coded(const float* q, const Shape& shape, int32_t* codes) {
+  const Row row(q, shape.width, shape.columns);
+  Floats largest = {};
+  for (int64_t d = 0; d < shape.columns; d += LANES) largest = larger(largest, size_of(load(row.values + d)));
+  const float top = top_of(largest), inverse = top > 0 ? 127.0f / top : 0.0f;
+  for (int64_t d = 0; d < shape.columns; d += LANES) {
+    const Bytes bytes = low_bytes(nearest(load(row.values + d) * inverse) + OFFSET);
+    std::memcpy((char*)codes + d, &bytes, LANES);
   }
-  for (int64_t key = 0; key < all; key += KEYS) {
+  return top / 127.0f;
+}
+
+// Scores of COUNT queries and all keys, as powers of two: (COUNT, score stride).
+template <int COUNT>
+inline void scored(const int32_t (&codes)[COUNT][MOST / 4], const float* factor, const Head& head, const Shape& shape,
+                   float* scores) {
+  for (int64_t key = 0; key < shape.all; key += KEYS) {
     Integers sums[COUNT][2] = {};
-    for (int64_t d = 0; d < wide / 4; ++d)
-      for (int r = 0; r < COUNT; ++r)
-        for (int i = 0; i < 2; ++i)
-          sums[r][i] = dot(sums[r][i], codes[r][d], head.keys.data() + place_of(key + i * LANES, d * 4, wide));
-    for (int i = 0; i < 2; ++i) {
+    const int8_t* keys = head.keys.data() + key * shape.wide;
+    for (int64_t d = 0; d < shape.wide / 4; ++d)
+      UNROLLED for (int r = 0; r < COUNT; ++r)
+        UNROLLED for (int i = 0; i < 2; ++i)
+          sums[r][i] = dot(sums[r][i], codes[r][d], keys + (d * KEYS + i * LANES) * 4);
+    UNROLLED for (int i = 0; i < 2; ++i) {
       Integers offset;
       std::memcpy(&offset, head.sums.data() + key + i * LANES, sizeof offset);
       const Floats by_key = load(head.scale.data() + key + i * LANES);
-      for (int r = 0; r < COUNT; ++r) {
-        const Floats score = as_floats(sums[r][i] - offset) * (by_key * factor[r]);
-        std::memcpy(room.scores.data() + r * all + key + i * LANES, &score, sizeof score);
-      }
+      UNROLLED for (int r = 0; r < COUNT; ++r)
+        store(scores + r * shape.score_stride() + key + i * LANES, as_floats(sums[r][i] - offset) * (by_key * factor[r]));
     }
   }
-  float inverse[COUNT];
+}
+
+// Scores of a query to weights of 16 bits in two bytes; returns one over their sum.
+inline float softened(float* scores, const Shape& shape, uint8_t* high, uint8_t* low) {
+  for (int64_t key = shape.keys; key < shape.all; ++key) scores[key] = -1e30f;
+  const float top = largest_of(scores, shape.all);
+  Integers total = {};
+  for (int64_t key = 0; key < shape.all; key += 2 * LANES) {
+    Integers weights[2];
+    UNROLLED for (int i = 0; i < 2; ++i) {
+      weights[i] = nearest(power_of_two(load(scores + key + i * LANES) - top) * TOP);
+      total += weights[i];
+    }
+    split(weights, high + key, low + key);
+  }
+  return 1.0f / sum_of(as_floats(total));
+}
+
+// LANES columns of COUNT queries' results, those from `d` on.
+template <int COUNT>
+inline void weighted(const Room& room, const float* inverse, const Head& head, const Shape& shape, int64_t d,
+                     float* out) {
+  Integers high[COUNT] = {}, low[COUNT] = {};
+  const uint8_t *highs = room.high.data(), *lows = room.low.data();
+  const int8_t* values = head.values.data() + d * 4;
+  for (int64_t key = 0; key < padded(shape.keys, 4); key += 4, values += shape.columns * 4)
+    UNROLLED for (int r = 0; r < COUNT; ++r) {
+      int32_t four;
+      std::memcpy(&four, highs + r * shape.all + key, 4);
+      high[r] = dot(high[r], four, values);
+      std::memcpy(&four, lows + r * shape.all + key, 4);
+      low[r] = dot(low[r], four, values);
+    }
+  const int64_t left = shape.width - d < LANES ? shape.width - d : LANES;
+  const Floats by_column = load(head.by_column.data() + d);
   for (int r = 0; r < COUNT; ++r) {
-    float* row = room.scores.data() + r * all;
-    for (int64_t key = keys; key < all; ++key) row[key] = -1e30f;
-    const float top = largest_of(row, all);
-    Integers total = {};
-    for (int64_t key = 0; key < all; key += LANES) {
-      // Rounded by the addition, whose low bits then hold the integer.
-      const Integers weight = (Integers)(exponential(load(row + key) - top) * TOP + MAGIC) - MAGIC_BITS;
-      total += weight;
-      const Bytes high = low_bytes(weight >> 8), low = low_bytes(weight);
-      std::memcpy(room.high.data() + r * all + key, &high, LANES);
-      std::memcpy(room.low.data() + r * all + key, &low, LANES);
-    }
-    float whole = 0;
-    for (int i = 0; i < LANES; ++i) whole += float(total[i]);
-    inverse[r] = 1.0f / whole;
+    const Floats result = (as_floats(high[r]) * 256.0f + as_floats(low[r])) * (by_column * inverse[r]);
+    std::memcpy(out + r * shape.stride + d, &result, left * sizeof(float));
   }
-  for (int64_t d = 0; d < columns; d += LANES) {
-    Integers high[COUNT] = {}, low[COUNT] = {};
-    for (int64_t key = 0; key < padded(keys, 4); key += 4) {
-      const int8_t* values = head.values.data() + (key / 4 * columns + d) * 4;
-      for (int r = 0; r < COUNT; ++r) {
-        int32_t four;
-        std::memcpy(&four, room.high.data() + r * all + key, 4);
-        high[r] = dot(high[r], four, values);
-        std::memcpy(&four, room.low.data() + r * all + key, 4);
-        low[r] = dot(low[r], four, values);
-      }
-    }
-    const int64_t left = width - d < LANES ? width - d : LANES;
-    const Floats by_column = load(head.by_column.data() + d);
-    for (int r = 0; r < COUNT; ++r) {
-      const Floats result = (as_floats(high[r]) * 256.0f + as_floats(low[r])) * (by_column * inverse[r]);
-      std::memcpy(out + r * stride + d, &result, left * sizeof(float));
-    }
+}
+
+template <int COUNT>
+void rows_of(const float* q, float* out, const Head& head, const Shape& shape, float scale, Room& room) {
+  int32_t codes[COUNT][MOST / 4];
+  float factor[COUNT], inverse[COUNT];
+  for (int r = 0; r < COUNT; ++r) {
+    const float by_row = coded(q + r * shape.stride, shape, codes[r]);
+    room.finite &= by_row == by_row;
+    factor[r] = by_row * scale * LOG2_E;
   }
+  scored<COUNT>(codes, factor, head, shape, room.scores.data());
+  for (int r = 0; r < COUNT; ++r)
+    inverse[r] = softened(room.scores.data() + r * shape.score_stride(), shape, room.high.data() + r * shape.all,
+                          room.low.data() + r * shape.all);
+  for (int64_t d = 0; d < shape.columns; d += LANES) weighted<COUNT>(room, inverse, head, shape, d, out);
 }
 
 }  // namespace
@@ -229,7 +269,8 @@ extern "C" {
 int hqdm_attention8(const float* q, const float* k, const float* v, float* out, int64_t batch, int64_t queries,
                     int64_t keys, int64_t heads, int64_t width, float scale, int threads) {
   if (width > MOST || keys > 65536) return 1;
-  const int64_t stride = heads * width, all = padded(keys, KEYS);
+  const Shape shape(keys, heads * width, width);
+  const int64_t stride = shape.stride;
   std::vector<Head> prepared(batch * heads);
   std::vector<Room> rooms(threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -238,24 +279,20 @@ int hqdm_attention8(const float* q, const float* k, const float* v, float* out, 
     prepare(k + from, v + from, keys, stride, width, prepared[each]);
   }
   const int64_t blocks = (queries + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t part = 0; part < threads; ++part) {
-    Room& room = rooms[part];
-    room.scores.resize(ROWS * all);
-    room.high.resize(ROWS * all);
-    room.low.resize(ROWS * all);
-    for (int64_t item = part; item < batch * heads * blocks; item += threads) {
-      const int64_t each = item / blocks, first = item % blocks * BLOCK;
-      const int64_t last = first + BLOCK < queries ? first + BLOCK : queries;
-      const int64_t from = (each / heads) * queries * stride + (each % heads) * width;
-      int64_t row = first;
-      for (; row + ROWS <= last; row += ROWS)
-        rows_of<ROWS>(q + from + row * stride, out + from + row * stride, prepared[each], keys, stride, width, scale,
-                      room);
-      for (; row < last; ++row)
-        rows_of<1>(q + from + row * stride, out + from + row * stride, prepared[each], keys, stride, width, scale,
-                   room);
-    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t item = 0; item < batch * heads * blocks; ++item) {
+    Room& room = rooms[this_thread()];
+    room.scores.resize(ROWS * shape.score_stride());
+    room.high.resize(ROWS * shape.all);
+    room.low.resize(ROWS * shape.all);
+    const int64_t each = item / blocks, first = item % blocks * BLOCK;
+    const int64_t last = first + BLOCK < queries ? first + BLOCK : queries;
+    const int64_t from = (each / heads) * queries * stride + (each % heads) * width;
+    int64_t row = first;
+    for (; row + ROWS <= last; row += ROWS)
+      rows_of<ROWS>(q + from + row * stride, out + from + row * stride, prepared[each], shape, scale, room);
+    for (; row < last; ++row)
+      rows_of<1>(q + from + row * stride, out + from + row * stride, prepared[each], shape, scale, room);
   }
   for (const Head& head : prepared)
     if (!head.finite) return 2;

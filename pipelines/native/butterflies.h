@@ -7,19 +7,6 @@
 
 namespace {
 
-template <int HALF>
-inline Floats exchanged(Floats v) {  // lane i gets lane i ^ HALF
-#if defined(__clang__)
-  Floats result;
-  for (int i = 0; i < LANES; ++i) result[i] = v[i ^ HALF];
-  return result;
-#else
-  Integers index;
-  for (int i = 0; i < LANES; ++i) index[i] = i ^ HALF;
-  return __builtin_shuffle(v, index);
-#endif
-}
-
 // Lanes a, b that lie HALF apart become a + b and a - b; a - b as a + (-b), which has the same bits.
 template <int HALF>
 inline Floats in_lanes(Floats v) {

@@ -1,9 +1,9 @@
-// What torch has no operator for: block-wise Hadamard transforms, alone and together with quantisation and with the
-// group norm and SiLU before it.
+// What torch has no operator for: block-wise Hadamard transforms, alone and together with quantisation and with what is
+// before it, a group norm and SiLU or a gate.
 //
 // Rotations and quantisers compute the very bits of their counterparts in torch (pipelines/quant): the same additions in
-// the same order, true division, rounding to the nearest even. Hence -ffp-contract=off, and nothing of -ffast-math. A
-// norm is floating point and not torch's to the bit; alone and before a quantiser it has the same bits.
+// the same order, true division, rounding to the nearest even. Hence -ffp-contract=off, and nothing of -ffast-math.
+// Norms and gates are floating point and not torch's to the bit; alone and before a quantiser they have the same bits.
 // Plain C interface, addresses and numbers only; pipelines/native/__init__.py calls it.
 
 #include <cmath>
@@ -15,27 +15,44 @@
 
 namespace {
 
-// What a group norm and an activation function make of a value before anything else: x·factor + term, then SiLU.
-struct Norm {
-  const float *factors, *terms;  // (images, channels); nullptr: values are taken as they are
-  int64_t rows;                  // of an image
-  bool silu;
-
-  int64_t of(int64_t row, int64_t channels) const { return factors ? row / rows * channels : 0; }
-};
+inline Floats size_of(Floats v) { return (Floats)((Integers)v & INT32_MAX); }
 
 inline Floats silu(Floats v) {
-  const Floats e = exponential((Floats)((Integers)v | INT32_MIN));  // exp(-|v|)
+  const Floats e = exponential(-size_of(v));
   return v * (v < 0 ? e : Floats{} + 1.0f) / (1.0f + e);
 }
 
-// LANES values at `at` of a row, normed; `place` is that of the image's factors for them.
-inline Floats normed(const float* at, const Norm& norm, int64_t place) {
+// v·Φ(v), by the error function of Abramowitz and Stegun's 7.1.26: to 8e-8 of |v|.
+inline Floats gelu(Floats v) {
+  const Floats t = 1.0f / (1.0f + size_of(v) * 0.23164190f);  // 0.3275911 / √2
+  Floats p = Floats{} + 0.5307027145f;  // halves of the polynomial's: of ½·erfc
+  p = p * t - 0.7265760135f;
+  p = p * t + 0.7107068705f;
+  p = p * t - 0.142248368f;
+  p = p * t + 0.127414796f;
+  const Floats beyond = p * t * exponential(v * v * -0.5f);  // Φ(-|v|)
+  return v * (v < 0 ? beyond : 1.0f - beyond);
+}
+
+// What is made of a value before anything else.
+struct Before {
+  const float *factors, *terms;  // of a norm, (images, channels): x·factor + term; nullptr: there is none
+  int64_t rows;                  // of an image
+  bool silu;                     // after the norm
+  bool gated;                    // a row's gates lie after its values: x·gelu(gate)
+
+  int64_t stride(int64_t channels) const { return gated ? 2 * channels : channels; }
+  int64_t of(int64_t row, int64_t channels) const { return factors ? row / rows * channels : 0; }
+};
+
+// LANES values at `at` of a row; `place` is that of the image's factors for them.
+inline Floats made_of(const float* at, const Before& before, int64_t channels, int64_t place) {
   Floats v = load(at);
-  if (norm.factors) {
-    v = v * load(norm.factors + place) + load(norm.terms + place);
-    if (norm.silu) v = silu(v);
+  if (before.factors) {
+    v = v * load(before.factors + place) + load(before.terms + place);
+    if (before.silu) v = silu(v);
   }
+  if (before.gated) v *= gelu(load(at + channels));
   return v;
 }
 
@@ -79,7 +96,7 @@ void rotate(const float* x, float* y, int64_t values, const float* signs, bool i
 template <int ORDER>
 bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, const float* signs, const float* centre,
               const float* gain, const Codes& given_codes, const uint8_t* carried, int64_t extra,
-              const Norm& given_norm, int threads) {
+              const Before& given_before, int threads) {
   constexpr int WIDTH = width<ORDER>(), COUNT = WIDTH / LANES;
   Floats sign[COUNT];
   diagonal<ORDER>(signs, sign);
@@ -87,15 +104,16 @@ bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, cons
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : found)
   for (int64_t row = 0; row < rows; ++row) {
     const Codes codes = given_codes;  // bytes that are written might be these, as far as a compiler knows
-    const Norm norm = given_norm;
+    const Before before = given_before;
     Integers bad = {};
     uint8_t* to = out + row * (channels + extra);
-    const int64_t image = norm.of(row, channels);
+    const int64_t image = before.of(row, channels);
+    const float* from = x + row * before.stride(channels);
     for (int64_t c = 0; c < channels; c += WIDTH) {
       Floats v[COUNT];
       for (int k = 0; k < COUNT; ++k) {
         const int64_t at = c + k * LANES;
-        v[k] = normed(x + row * channels + at, norm, image + at);
+        v[k] = made_of(from + at, before, channels, image + at);
         if (centre) v[k] -= load(centre + at);
         if (gain) v[k] *= load(gain + at);
         if (signs) v[k] *= sign[k];
@@ -161,36 +179,38 @@ int hqdm_rotate(const float* x, float* y, int64_t values, int order, const float
 }
 
 // Bytes of rows × channels: clamp(⌊((x − centre)·gain)·blockdiag(M, …)/scale⌉, low, high) + offset, modulo 256, and
-// after each row the `extra` bytes `carried`. With factors and terms x is first normed as hqdm_normed does.
+// after each row the `extra` bytes `carried`. What x is comes of what is given, as hqdm_made makes it.
 // 1: no such order or channels are no multiple of max(order, lanes). 2: NaN among what was to be quantised.
 int hqdm_codes(const float* x, uint8_t* out, int64_t rows, int64_t channels, int order, const float* signs,
                const float* centre, const float* gain, float scale, float low, float high, int32_t offset,
                const uint8_t* carried, int64_t extra, const float* factors, const float* terms, int64_t rows_of_image,
-               int silu, int threads) {
+               int silu, int gated, int threads) {
   const Codes codes{scale, Floats{} + low, Floats{} + high, offset};
-  const Norm norm{factors, terms, rows_of_image, silu != 0};
+  const Before before{factors, terms, rows_of_image, silu != 0, gated != 0};
   switch (order) {
 #define CASE(N) \
   case N:       \
     if (channels % width<N>()) return 1; \
-    return quantise<N>(x, out, rows, channels, signs, centre, gain, codes, carried, extra, norm, threads) ? 2 : 0;
+    return quantise<N>(x, out, rows, channels, signs, centre, gain, codes, carried, extra, before, threads) ? 2 : 0;
     ORDERS(CASE)
 #undef CASE
   }
   return 1;
 }
 
-// y = x·factor + term of every image and channel, then SiLU if asked for; rows × channels, channels a multiple of LANES.
-// 1: they are not.
-int hqdm_normed(const float* x, float* y, int64_t rows, int64_t channels, const float* factors, const float* terms,
-                int64_t rows_of_image, int silu, int threads) {
+// y (rows, channels) = x·factor + term of every image and channel, then SiLU if asked for, where there are factors; x is
+// as many values, or with `gated` (rows, 2·channels), of which the second half are gates: x·gelu(gate). 1: channels are
+// no multiple of LANES.
+int hqdm_made(const float* x, float* y, int64_t rows, int64_t channels, const float* factors, const float* terms,
+              int64_t rows_of_image, int silu, int gated, int threads) {
   if (channels % LANES) return 1;
-  const Norm norm{factors, terms, rows_of_image, silu != 0};
+  const Before before{factors, terms, rows_of_image, silu != 0, gated != 0};
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t image = norm.of(row, channels);
+    const int64_t image = before.of(row, channels);
+    const float* from = x + row * before.stride(channels);
     for (int64_t c = 0; c < channels; c += LANES)
-      store(y + row * channels + c, normed(x + row * channels + c, norm, image + c));
+      store(y + row * channels + c, made_of(from + c, before, channels, image + c));
   }
   return 0;
 }

@@ -39,6 +39,32 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
+template <int HALF, typename Vector>
+inline Vector exchanged(Vector v) {  // lane i gets lane i ^ HALF
+#if defined(__clang__)
+  Vector result;
+  for (int i = 0; i < LANES; ++i) result[i] = v[i ^ HALF];
+  return result;
+#else
+  Integers index;
+  for (int i = 0; i < LANES; ++i) index[i] = i ^ HALF;
+  return __builtin_shuffle(v, index);
+#endif
+}
+
+// what(…) of all lanes, in every lane: of halves, of quarters, and so on.
+template <typename Vector, typename What>
+inline Vector over_lanes(Vector v, const What& what) {
+  if constexpr (LANES >= 16) v = what(v, exchanged<8>(v));
+  if constexpr (LANES >= 8) v = what(v, exchanged<4>(v));
+  v = what(v, exchanged<2>(v));
+  return what(v, exchanged<1>(v));
+}
+
+inline float sum_of(Floats v) {
+  return over_lanes(v, [](Floats a, Floats b) { return a + b; })[0];
+}
+
 // The lowest byte of every lane.
 inline Bytes low_bytes(Integers v) {
 #if LANES == 8 && defined(__AVX2__)  // which compilers do lane by lane
