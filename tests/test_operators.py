@@ -78,6 +78,17 @@ def test_the_largest_codes_beside_the_largest_weights_saturate_nothing(largest, 
         check(each, site, weight, codes, 0, largest)
 
 
+@pytest.mark.parametrize("groups, outputs", [(2, 33), (3, 48), (4, 70), (4, 1)])
+def test_groups_of_one_input_have_all_their_zero_points(groups, outputs):
+    """Which oneDNN leaves out of later groups that have many outputs."""
+    site = Site("layer", "conv", "", (groups * outputs, 1, 3, 3), padding=(1, 1), groups=groups)
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (2, groups, 6, 6), generator=generator, dtype=torch.uint8)
+    for each in available():
+        weight = torch.randint(-7, 8, site.weight, generator=generator, dtype=torch.int8)
+        check(each, site, weight, codes, 3, 15)
+
+
 @compiled
 def test_sums_that_leave_32_bits_on_the_way_come_back_with_their_zero_point():
     """Σ u·V and z·ΣV are 3.2e9 each, their difference is small."""

@@ -49,6 +49,13 @@ def _zeros(outputs: int) -> torch.Tensor:
     return torch.zeros(outputs, dtype=torch.int8)
 
 
+def _is_thin(site: Site, channels: int) -> bool:
+    """Whether groups of a convolution have several outputs of one input channel each, of so many in all. oneDNN's sums
+    of these leave out zero-points of later groups where a group has 33 outputs or more (torch 2.13, AVX-512).
+    """
+    return site.kind == "conv" and 1 < site.groups == channels < site.outputs
+
+
 class OneDNN(Operators):
     """torch.ops.onednn. Without VNNI pairs of products saturate, and |V| is bounded to 64 beside bytes up to 255."""
 
@@ -66,6 +73,8 @@ class OneDNN(Operators):
     def pack(self, site: Site, weight: torch.Tensor, shape: tuple[int, ...], largest_code: int) -> torch.Tensor:
         if site.kind == "linear":
             return torch.ops.onednn.qlinear_prepack(weight, list(shape))
+        if _is_thin(site, shape[1]):  # a second input for every group, which adds nothing
+            weight, shape = torch.cat([weight, torch.zeros_like(weight)], 1), (shape[0], 2 * shape[1], *shape[2:])
         return torch.ops.onednn.qconv_prepack(
             weight, torch.ones(site.outputs), 1.0, 0, site.stride, site.padding, site.dilation, site.groups, list(shape)
         )
@@ -78,6 +87,8 @@ class OneDNN(Operators):
             return torch.ops.onednn.qlinear_pointwise(
                 codes, 1.0, zero, packed, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
             )
+        if _is_thin(site, codes.shape[1]):
+            codes = codes.repeat_interleave(2, 1).contiguous(memory_format=torch.channels_last)
         return torch.ops.onednn.qconv_pointwise(
             codes, 1.0, zero, packed, scale, zeros, bias, site.stride, site.padding, site.dilation, site.groups, 1.0, 0,
             torch.float32, "none", [], None,
