@@ -1,6 +1,6 @@
 """Feed-forwards with gates for inference: x·gelu(g) is made in the pass that quantises it for the layer after it
-(`pending.Gated`), and is not written anywhere. Where there are no compiled kernels, or they do not take the shape, torch
-computes it.
+(`pending.Gated`), and is not written anywhere. Where there are no compiled kernels, or they do not take the shape,
+torch computes it.
 """
 
 import torch

@@ -15,7 +15,7 @@ inline Floats in_lanes(Floats v) {
   return exchanged<HALF>(v) + (Floats)((Integers)v ^ sign);
 }
 
-// Butterflies of blocks of ORDER over WIDTH = max(ORDER, LANES) values, halves 1, 2, 4, … apart in this order.
+// Butterflies of blocks of ORDER over COUNT vectors, halves 1, 2, 4, … apart in this order.
 template <int ORDER, int COUNT>
 inline void butterflies(Floats (&v)[COUNT]) {
   for (int k = 0; k < COUNT; ++k) {
@@ -24,7 +24,7 @@ inline void butterflies(Floats (&v)[COUNT]) {
     if constexpr (ORDER >= 8 && LANES >= 8) v[k] = in_lanes<4>(v[k]);
     if constexpr (ORDER >= 16 && LANES >= 16) v[k] = in_lanes<8>(v[k]);
   }
-  for (int half = 1; half < COUNT; half *= 2)
+  for (int half = 1; half < ORDER / LANES; half *= 2)
     for (int i = 0; i < COUNT; i += 2 * half)
       for (int j = i; j < i + half; ++j) {
         const Floats a = v[j], b = v[j + half];

@@ -17,21 +17,28 @@ namespace {
 
 inline Floats size_of(Floats v) { return (Floats)((Integers)v & INT32_MAX); }
 
-inline Floats silu(Floats v) {
-  const Floats e = exponential(-size_of(v));
-  return v * (v < 0 ? e : Floats{} + 1.0f) / (1.0f + e);
+template <int COUNT>
+inline void silu(Floats (&v)[COUNT]) {
+  Floats e[COUNT];
+  EACH e[k] = size_of(v[k]) * -LOG2_E;
+  powers_of_two(e);  // e^-|v|
+  EACH v[k] = v[k] * (v[k] < 0 ? e[k] : Floats{} + 1.0f);
+  EACH v[k] = v[k] / (1.0f + e[k]);
 }
 
-// v·Φ(v), by the error function of Abramowitz and Stegun's 7.1.26: to 8e-8 of |v|.
-inline Floats gelu(Floats v) {
-  const Floats t = 1.0f / (1.0f + size_of(v) * 0.23164190f);  // 0.3275911 / √2
-  Floats p = Floats{} + 0.5307027145f;  // halves of the polynomial's: of ½·erfc
-  p = p * t - 0.7265760135f;
-  p = p * t + 0.7107068705f;
-  p = p * t - 0.142248368f;
-  p = p * t + 0.127414796f;
-  const Floats beyond = p * t * exponential(v * v * -0.5f);  // Φ(-|v|)
-  return v * (v < 0 ? beyond : 1.0f - beyond);
+// v·Φ(v), by the error function of Abramowitz and Stegun's 7.1.26: to 3e-7 of |v|.
+template <int COUNT>
+inline void gelu(Floats (&v)[COUNT]) {
+  Floats t[COUNT], p[COUNT], e[COUNT];
+  EACH t[k] = 1.0f / (1.0f + size_of(v[k]) * 0.23164190f);  // 0.3275911 / √2
+  EACH e[k] = v[k] * v[k] * (-0.5f * LOG2_E);
+  powers_of_two(e);                                   // e^(-v²/2)
+  EACH p[k] = t[k] * 0.5307027145f - 0.7265760135f;   // of ½·erfc
+  EACH p[k] = p[k] * t[k] + 0.7107068705f;
+  EACH p[k] = p[k] * t[k] - 0.142248368f;
+  EACH p[k] = p[k] * t[k] + 0.127414796f;
+  EACH p[k] = p[k] * t[k] * e[k];                     // Φ(-|v|)
+  EACH v[k] = v[k] * (v[k] < 0 ? p[k] : 1.0f - p[k]);
 }
 
 // What is made of a value before anything else.
@@ -45,38 +52,40 @@ struct Before {
   int64_t of(int64_t row, int64_t channels) const { return factors ? row / rows * channels : 0; }
 };
 
-// LANES values at `at` of a row; `place` is that of the image's factors for them.
-inline Floats made_of(const float* at, const Before& before, int64_t channels, int64_t place) {
-  Floats v = load(at);
+// COUNT vectors of values, those from `at` of a row; `place` is that of the image's factors for them.
+template <int COUNT>
+inline void make(const float* at, const Before& before, int64_t channels, int64_t place, Floats (&v)[COUNT]) {
+  EACH v[k] = load(at + k * LANES);
   if (before.factors) {
-    v = v * load(before.factors + place) + load(before.terms + place);
-    if (before.silu) v = silu(v);
+    EACH v[k] = v[k] * load(before.factors + place + k * LANES) + load(before.terms + place + k * LANES);
+    if (before.silu) silu(v);
   }
-  if (before.gated) v *= gelu(load(at + channels));
-  return v;
+  if (before.gated) {
+    Floats gate[COUNT];
+    EACH gate[k] = load(at + channels + k * LANES);
+    gelu(gate);
+    EACH v[k] *= gate[k];
+  }
 }
 
 struct Codes {  // how values become bytes; the bounds in every lane
   float scale;
   Floats low, high;
   int32_t offset;
+
+  // Clamping first is the same where the bounds are integers. NaN passes the comparisons, and `bad` remembers it.
+  template <int COUNT>
+  void write(Floats (&v)[COUNT], Integers& bad, uint8_t* to) const {
+    EACH v[k] = v[k] / scale;
+    EACH bad |= v[k] != v[k];
+    EACH v[k] = v[k] < low ? low : v[k];
+    EACH v[k] = v[k] > high ? high : v[k];
+    EACH {
+      const Bytes b = low_bytes((Integers)(v[k] + MAGIC) + (offset - MAGIC_BITS));
+      std::memcpy(to + k * LANES, &b, LANES);
+    }
+  }
 };
-
-// Clamping first is the same where the bounds are integers. NaN passes the comparisons, and `bad` remembers it.
-inline Bytes bytes_of(Floats v, const Codes& codes, Integers& bad) {
-  v = v / codes.scale;
-  bad |= v != v;
-  v = v < codes.low ? codes.low : v;
-  v = v > codes.high ? codes.high : v;
-  const Integers n = (Integers)(v + MAGIC) + (codes.offset - MAGIC_BITS);
-  return low_bytes(n);
-}
-
-bool any(Integers v) {
-  int32_t found = 0;
-  for (int i = 0; i < LANES; ++i) found |= v[i];
-  return found != 0;
-}
 
 template <int ORDER>
 void rotate(const float* x, float* y, int64_t values, const float* signs, bool inverse, int threads) {
@@ -93,37 +102,50 @@ void rotate(const float* x, float* y, int64_t values, const float* signs, bool i
   }
 }
 
+constexpr int SIDE_BY_SIDE = LANES == 16 ? 4 : 2;  // vectors, with what is made of them in registers
+
+// What lies around a rotation, a value for each channel or nullptr; the diagonal that `signs` repeats, in lanes.
 template <int ORDER>
-bool quantise(const float* x, uint8_t* out, int64_t rows, int64_t channels, const float* signs, const float* centre,
-              const float* gain, const Codes& given_codes, const uint8_t* carried, int64_t extra,
-              const Before& given_before, int threads) {
-  constexpr int WIDTH = width<ORDER>(), COUNT = WIDTH / LANES;
-  Floats sign[COUNT];
-  diagonal<ORDER>(signs, sign);
+struct Around {
+  const float *signs, *centre, *gain;
+  Floats sign[width<ORDER>() / LANES];
+};
+
+// COUNT vectors of a row to their bytes, those from channel c on.
+template <int ORDER, int COUNT>
+inline void quantise(const float* from, uint8_t* to, int64_t c, int64_t channels, int64_t image, const Before& before,
+                     const Around<ORDER>& around, const Codes& codes, Integers& bad) {
+  Floats v[COUNT];
+  make(from + c, before, channels, image + c, v);
+  if (around.centre) EACH v[k] -= load(around.centre + c + k * LANES);
+  if (around.gain) EACH v[k] *= load(around.gain + c + k * LANES);
+  if (around.signs) EACH v[k] *= around.sign[k % (width<ORDER>() / LANES)];
+  butterflies<ORDER>(v);
+  codes.write(v, bad, to + c);
+}
+
+template <int ORDER>
+bool quantise_rows(const float* x, uint8_t* out, int64_t rows, int64_t channels, const float* signs,
+                   const float* centre, const float* gain, const Codes& given_codes, const uint8_t* carried,
+                   int64_t extra, const Before& given_before, int threads) {
+  constexpr int LEAST = width<ORDER>() / LANES, MOST = LEAST < SIDE_BY_SIDE ? SIDE_BY_SIDE : LEAST;
+  Around<ORDER> given_around{signs, centre, gain, {}};
+  diagonal<ORDER>(signs, given_around.sign);
   int found = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : found)
   for (int64_t row = 0; row < rows; ++row) {
     const Codes codes = given_codes;  // bytes that are written might be these, as far as a compiler knows
     const Before before = given_before;
+    const Around<ORDER> around = given_around;
     Integers bad = {};
     uint8_t* to = out + row * (channels + extra);
-    const int64_t image = before.of(row, channels);
     const float* from = x + row * before.stride(channels);
-    for (int64_t c = 0; c < channels; c += WIDTH) {
-      Floats v[COUNT];
-      for (int k = 0; k < COUNT; ++k) {
-        const int64_t at = c + k * LANES;
-        v[k] = made_of(from + at, before, channels, image + at);
-        if (centre) v[k] -= load(centre + at);
-        if (gain) v[k] *= load(gain + at);
-        if (signs) v[k] *= sign[k];
-      }
-      butterflies<ORDER>(v);
-      for (int k = 0; k < COUNT; ++k) {
-        const Bytes b = bytes_of(v[k], codes, bad);
-        std::memcpy(to + c + k * LANES, &b, LANES);
-      }
-    }
+    const int64_t image = before.of(row, channels);
+    int64_t c = 0;
+    for (; c + MOST * LANES <= channels; c += MOST * LANES)
+      quantise<ORDER, MOST>(from, to, c, channels, image, before, around, codes, bad);
+    for (; c < channels; c += LEAST * LANES)
+      quantise<ORDER, LEAST>(from, to, c, channels, image, before, around, codes, bad);
     std::memcpy(to + channels, carried, extra);
     found |= any(bad);
   }
@@ -191,7 +213,7 @@ int hqdm_codes(const float* x, uint8_t* out, int64_t rows, int64_t channels, int
 #define CASE(N) \
   case N:       \
     if (channels % width<N>()) return 1; \
-    return quantise<N>(x, out, rows, channels, signs, centre, gain, codes, carried, extra, before, threads) ? 2 : 0;
+    return quantise_rows<N>(x, out, rows, channels, signs, centre, gain, codes, carried, extra, before, threads) ? 2 : 0;
     ORDERS(CASE)
 #undef CASE
   }
@@ -209,8 +231,11 @@ int hqdm_made(const float* x, float* y, int64_t rows, int64_t channels, const fl
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t image = before.of(row, channels);
     const float* from = x + row * before.stride(channels);
-    for (int64_t c = 0; c < channels; c += LANES)
-      store(y + row * channels + c, made_of(from + c, before, channels, image + c));
+    for (int64_t c = 0; c < channels; c += LANES) {
+      Floats v[1];
+      make(from + c, before, channels, image + c, v);
+      store(y + row * channels + c, v[0]);
+    }
   }
   return 0;
 }

@@ -19,7 +19,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
-#if LANES == 8 && defined(__AVX2__)
+#if (LANES == 8 && defined(__AVX2__)) || (LANES == 16 && defined(__AVX512F__))
 #include <immintrin.h>
 #endif
 
@@ -63,6 +63,19 @@ inline Vector over_lanes(Vector v, const What& what) {
 
 inline float sum_of(Floats v) {
   return over_lanes(v, [](Floats a, Floats b) { return a + b; })[0];
+}
+
+// Whether any bit of any lane is set.
+inline bool any(Integers v) {
+#if LANES == 16 && defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif LANES == 8 && defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < LANES; ++i) found |= v[i];
+  return found != 0;
+#endif
 }
 
 // The lowest byte of every lane.
