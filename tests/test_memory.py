@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.memory import (
     give_back,
-    lasting,
     let_go,
     peak_bytes,
     reset_peak,

@@ -1,6 +1,5 @@
-"""Feed-forwards with gates for inference: x·gelu(g) is made in the pass that quantises it for the layer after it
-(`pending.Gated`), and is not written anywhere. Where there are no compiled kernels, or they do not take the shape,
-torch computes it.
+"""Feed-forwards with gates for inference: an integer layer makes x·gelu(g) in the pass that quantises it, and writes it
+nowhere (`pending.Gated`). Where there are no compiled kernels, or they do not take the shape, torch computes it.
 """
 
 import torch

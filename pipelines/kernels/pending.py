@@ -75,10 +75,12 @@ Pending = Normed | Gated
 
 
 def _made(pending: Pending, y: torch.Tensor, channels: int) -> torch.Tensor:
-    native.library().hqdm_made(
+    fault = native.library().hqdm_made(
         pending.x.data_ptr(), y.data_ptr(), y.numel() // channels, channels, *pending.arguments(),
         torch.get_num_threads(),
     )  # fmt: skip
+    if fault:
+        raise ValueError(f"compiled kernels make no activations of {channels} channels, which can_pend tells")
     return y
 
 

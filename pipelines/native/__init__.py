@@ -1,8 +1,8 @@
 """Kernels in C++, built once for this machine by the compiler that is there and kept in a cache folder.
 
 Rotations, quantisers and integer products (exact.cpp, training.cpp, products.cpp) are defined in torch, elsewhere, and
-have the same bits here; attention and norms are floating point, and take the place of torch's. Here is only how they
-are built and called. Where there is no compiler `library` is None, and torch computes: slower, the same integers.
+have the same bits here; attention, norms and gates are floating point, and take the place of torch's. Here is only how
+they are built and called. Where there is no compiler `library` is None, and torch computes: slower, the same integers.
 `state` says which it is and why. HQDM_NATIVE=0 leaves them out.
 
 This is floor 0: numbers and addresses, no torch.

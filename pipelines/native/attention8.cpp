@@ -47,8 +47,6 @@ inline Floats as_floats(Integers v) { return __builtin_convertvector(v, Floats);
 
 inline Integers nearest(Floats v) { return (Integers)(v + MAGIC) - MAGIC_BITS; }
 
-inline Floats size_of(Floats v) { return (Floats)((Integers)v & 0x7FFFFFFF); }
-
 // Of sizes: as integers these are in the same order, and Inf and NaN above all others.
 inline Floats larger(Floats a, Floats b) { return (Integers)a > (Integers)b ? a : b; }
 

@@ -15,8 +15,6 @@
 
 namespace {
 
-inline Floats size_of(Floats v) { return (Floats)((Integers)v & INT32_MAX); }
-
 template <int COUNT>
 inline void silu(Floats (&v)[COUNT]) {
   Floats e[COUNT];

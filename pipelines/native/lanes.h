@@ -39,6 +39,8 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 
+inline Floats size_of(Floats v) { return (Floats)((Integers)v & INT32_MAX); }
+
 template <int HALF, typename Vector>
 inline Vector exchanged(Vector v) {  // lane i gets lane i ^ HALF
 #if defined(__clang__)

@@ -19,7 +19,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "sample"
-VERSION = 5
+VERSION = 6
 MAKERS = {"teacher": "model", "fake": "distill", "int": "export"}  # source -> stage
 MOST_IMAGES = 300_000  # whose names and hashes a manifest holds
 FIRST = {"teacher": "hqdm profile model.ckpt", "fake": "hqdm distill --bits w4a4", "int": "hqdm export --format int"}
