@@ -58,7 +58,6 @@ def make(
     module = stages.load(stage)
     inputs = module.inputs(config, store, dict(chosen or {}))
     key = key_of(stage, module.VERSION, key_dict(config), inputs)
-    before = None if force else store.find(stage, key)  # damaged, or beside an interrupted run
     runs, reason, found = _decide(store, stage, module, config, inputs, key, force)
     recorded = to_dict(config)
     report.note(f"{stage}: {reason}" if not (runs and dry_run) else f"{stage}: would run ({reason})")
@@ -82,8 +81,9 @@ def make(
     reuse_freed_memory()
     reset_peak()
     with store.begin(stage, key, request, afresh=force) as draft, stops.unmasked():
-        artifact = before if force else store.find(stage, key)
-        if runs := artifact in (None, before):
+        # Asked again where none else can make it: another process may have, since the first time.
+        artifact = store.find(stage, key)
+        if runs := force or draft.resumed or artifact is None or bool(artifact.damage()):
             if draft.warning:
                 report.warn(draft.warning)
             figures = _run(store, stage, module, config, inputs, draft, report)

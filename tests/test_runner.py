@@ -156,6 +156,14 @@ def test_what_another_process_has_made_meanwhile_is_taken_and_not_made_again(sto
     monkeypatch.setattr(Store, "begin", overtaken)
     outcome = make(store, fakes, "profile")
     assert not outcome.ran and outcome.reason == "up to date: another process has just made profile/0001"
+
+
+def test_what_was_there_is_taken_where_another_process_only_found_it_too(store, fakes, monkeypatch):
+    """One that begins finds the artifact and drops its draft; until then it seems to be making it."""
+    made = make(store, fakes, "profile").artifact
+    monkeypatch.setattr(Store, "owner", lambda *asked: "4711")
+    outcome = make(store, fakes, "profile")
+    assert not outcome.ran and outcome.artifact.id == made.id and len(store.artifacts("profile")) == 1
     assert [artifact.id for artifact in store.artifacts("profile")] == ["profile/0001"] and not store.drafts()
 
 
