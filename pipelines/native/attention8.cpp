@@ -271,6 +271,11 @@ int hqdm_attention8(const float* q, const float* k, const float* v, float* out, 
   const int64_t stride = shape.stride;
   std::vector<Head> prepared(batch * heads);
   std::vector<Room> rooms(threads);
+  for (Room& room : rooms) {
+    room.scores.resize(ROWS * shape.score_stride());
+    room.high.resize(ROWS * shape.all);
+    room.low.resize(ROWS * shape.all);
+  }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t each = 0; each < batch * heads; ++each) {
     const int64_t from = (each / heads) * keys * stride + (each % heads) * width;
@@ -280,9 +285,6 @@ int hqdm_attention8(const float* q, const float* k, const float* v, float* out, 
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t item = 0; item < batch * heads * blocks; ++item) {
     Room& room = rooms[this_thread()];
-    room.scores.resize(ROWS * shape.score_stride());
-    room.high.resize(ROWS * shape.all);
-    room.low.resize(ROWS * shape.all);
     const int64_t each = item / blocks, first = item % blocks * BLOCK;
     const int64_t last = first + BLOCK < queries ? first + BLOCK : queries;
     const int64_t from = (each / heads) * queries * stride + (each % heads) * width;
