@@ -12,7 +12,7 @@ from PIL import Image
 from roads import make
 from torch.nn import functional as F
 
-from benchmarks.cifar10 import reference, run, teacher
+from benchmarks.cifar10 import contrast, reference, run, teacher
 from pipelines import cifar10, diffusion, runner
 from pipelines.cifar10.data import find_split, load_split
 from pipelines.errors import FileFault, HqdmError, UsageError
@@ -349,6 +349,35 @@ def test_samples_are_scored_against_an_archive_by_the_judge_with_their_classes(t
     for name in ("fd_cifar10", "sfd_cifar10", "precision", "recall", "class_accuracy"):
         assert np.isfinite(found["tar"][name]) and found["tar"][name] == found["npz"][name]
     assert found["npz"]["reference_n"] == 12
+
+
+def test_contrast_is_about_an_images_own_mean_and_measured_as_its_deviation():
+    images = photographs(3) // 4 + 96  # so that nothing is clipped
+    stronger = contrast.with_contrast(images, 1.5)
+    assert np.array_equal(contrast.with_contrast(images, 1), images)
+    assert np.allclose(stronger.mean(axis=(1, 2, 3)), images.mean(axis=(1, 2, 3)), atol=0.25)
+    assert contrast.deviation(stronger) == pytest.approx(1.5 * contrast.deviation(images), rel=2e-3)
+
+
+def test_figures_at_the_contrast_that_is_there_are_the_scores_of_the_images(tmp_path, capsys):
+    images = photographs(24)
+    as_folder(tmp_path / "test", images[12:])
+    np.savez(tmp_path / "samples.npz", arr_0=images[:12], arr_1=np.arange(12) % 10)
+    words = [str(tmp_path / "samples.npz"), "--contrast", "1,0.5", "--data", str(tmp_path), "--work", str(tmp_path)]
+    contrast.main(words)
+    same, paler = (row.split(" | ") for row in capsys.readouterr().out.splitlines()[-2:])
+    stage = load("score")
+    asked = stage.Config(
+        samples_path=str(tmp_path / "samples.npz"), extractor="cifar10",
+        reference_path=str(reference.written(None, "test", tmp_path)),
+    )  # fmt: skip
+    score = runner.make(Store(tmp_path / "workspace"), "score", stage.with_hashes(asked), {}).artifact.figures
+    keys = {2: "fd_cifar10", 3: "sfd_cifar10", 5: "precision", 6: "recall", 7: "class_accuracy"}
+    assert {place: float(same[place]) for place in keys} == pytest.approx(
+        {place: score[key] for place, key in keys.items()}, abs=6e-3
+    )
+    assert same[8].strip(" |") == "" and float(paler[8].strip(" |")) > 0
+    assert float(paler[1]) < float(same[1])
 
 
 def test_a_classifier_is_not_taken_for_images_just_because_of_their_size(tmp_path):

@@ -83,7 +83,7 @@ def test_ptq4dm_learns_nothing_unless_asked_to_and_is_symmetric():
 
 
 def test_scales_are_static_but_for_tfmq():
-    for name in ("q_diffusion", "ptq4dm"):
+    for name in ("q_diffusion", "ptq4dm", "ptqd"):
         method, _, variant = find(name, None)
         assert set(method.groups(Measures(), variant)) == {0}
     assert find("tfmq", None)[0].groups is None

@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 from pipelines.errors import UsageError
 from pipelines.measures import Measures as RealMeasures
-from pipelines.methods import METHODS, dmq, find
+from pipelines.methods import METHODS, auto, dmq, find
 from pipelines.methods.equivalent import extremes, few, outputs
 from pipelines.quant.affine import choose, cover, dequantise, quantise
 from pipelines.quant.candidates import rotated_rows
 from pipelines.quant.hadamard import rotate_activation, rotate_weight
-from pipelines.quant.spec import Bits, Site, SitePlan, Transform
+from pipelines.quant.spec import HALVES, Bits, Site, SitePlan, Transform
 from pipelines.quant.surroundings import Surroundings, taps_of
 
 TOKENS = Site("tokens", "linear", "attention", (48, 64), rank=3)
@@ -19,7 +19,6 @@ VECTORS = Site("vectors", "linear", "time-projection", (48, 64))
 CONV = Site("conv", "conv", "residual", (24, 32, 3, 3), padding=(1, 1), rank=4, positions=(8, 8))
 STRIDED = Site("strided", "conv", "residual", (24, 20, 3, 3), (2, 2), (1, 1), rank=4, positions=(8, 8))
 SHORTCUT = Site("shortcut", "conv", "skip", (24, 48, 1, 1), rank=4, positions=(8, 8), joint=16)
-MINE = ("rtn", "smoothquant", "outlier_suppression", "dmq", "hadanorm", "double_hadamard")
 QUICK = {"dmq": {"steps": "30"}, "outlier_suppression": {"thresholds": "20"}}
 
 
@@ -29,26 +28,37 @@ def seeded():
 
 
 class Sampled:
-    """A profile of one site whose sample is all that was ever seen: (T, rows, C) or (T, rows, C, W)."""
+    """A profile of one site whose sample is all that was ever seen: (T, rows, C) or (T, rows, C, W). Signs help."""
 
-    def __init__(self, sample):
-        self._sample, self.timesteps = sample, list(range(len(sample), 0, -1))
+    def __init__(self, sample, weight=None):
+        self._sample, self._weight, self.timesteps = sample, weight, list(range(len(sample), 0, -1))
+
+    def _part(self, site):
+        """The channels of a half, of what is the whole's."""
+        channels = self._sample.shape[2]
+        return slice(channels - site.channels, None) if site.name.endswith(HALVES[1]) else slice(site.channels)
 
     def sample(self, site):
-        return self._sample
+        return self._sample[:, :, self._part(site)]
+
+    def weight(self, site):
+        return self._weight[:, self._part(site)]
 
     def statistic(self, site, name):
-        values = self._sample.transpose(1, 2).flatten(2)
+        values = self.sample(site).transpose(1, 2).flatten(2)
         return values.abs().amax(2) if name == "absmax" else values.mean(2)
 
     def sqnrs(self, site, quantiser, bits):
         return {"none": 20.0}
 
     def sqnr(self, site, transform, quantiser, bits):
-        return 20.0
+        return 20.0 + (transform.signs is not None)
 
     def transforms(self, site):
-        return [Transform()]
+        return [Transform(), *(each for each in [Transform("channels", 16, 1)] if site.admits(each))]
+
+    def record(self, plan):
+        return {"none": 20.0}
 
     moved = RealMeasures.moved
 
@@ -63,12 +73,18 @@ def drawn(site, timesteps=3, rows=40, seed=0):
     return torch.randn(shape, generator=generator) * size + mean, torch.randn(site.weight, generator=generator)
 
 
+def decided(name, site, sample, weight, bits="w4a4", variant=None, **options):
+    """(plans, profile, variant) of a site by a method: one plan, or those of its halves."""
+    method, _, chosen = find(name, variant, QUICK.get(name, {}) | {key: str(value) for key, value in options.items()})
+    measured = Sampled(sample, weight)
+    made = method.decide(site, Bits.parse(bits), measured, chosen)
+    return (made if isinstance(made, tuple) else (made,)), measured, chosen
+
+
 def planned(name, site, sample, weight, bits="w4a4", variant=None, **options):
     """(plan, constants, profile, variant) of a site by a method."""
-    method, _, chosen = find(name, variant, QUICK.get(name, {}) | {key: str(value) for key, value in options.items()})
-    measured = Sampled(sample)
-    plan = method.decide(site, Bits.parse(bits), measured, chosen)
-    constants = method.constants(plan, weight, measured, chosen) if method.constants else {}
+    (plan,), measured, chosen = decided(name, site, sample, weight, bits, variant, **options)
+    constants = METHODS[name].constants(plan, weight, measured, chosen) if METHODS[name].constants else {}
     return plan, constants, measured, chosen
 
 
@@ -88,44 +104,68 @@ def rounded_error(name, site, sample, weight, **options):
     scale, zero = cover(rows.reshape(1, -1) if static else rows, *plan.activation_range)
     x = dequantise(quantise(rows, scale[:, None], zero[:, None], *plan.activation_range), scale[:, None], zero[:, None])
     large = in_quantiser(weight, plan, constants)
-    true = rows.view(len(sample), -1, large.shape[1]) @ large.T
+    turned = rotate_weight(large, plan.transform) if plan.inverse == "single" else large
+    true = rows.view(len(sample), -1, large.shape[1]) @ turned.T
     scale, zero = choose(large, *plan.weight_range)
     large = dequantise(
         quantise(large, scale[:, None], zero[:, None], *plan.weight_range), scale[:, None], zero[:, None]
     )
+    if plan.inverse == "single":
+        large = rotate_weight(large, plan.transform)
     found = x.view(len(sample), -1, large.shape[1]) @ large.T
     before = sample @ weight.T  # a rotation multiplies the product with its order
     return ((found - true).square().sum() / plan.transform.order**2 / before.square().sum()).item()
 
 
-@pytest.mark.parametrize(
-    "name, variant, options",
-    [(name, variant, {}) for name in MINE for variant in METHODS[name].variants]
-    + [("hadanorm", None, {"convolutions": "rotated"})],
-)
-@pytest.mark.parametrize("site", [TOKENS, VECTORS, CONV, STRIDED], ids=lambda site: site.name)
-def test_without_rounding_a_layer_computes_what_it_did(name, variant, options, site):
-    sample, weight = drawn(site)
-    plan, constants, *_ = planned(name, site, sample, weight, variant=variant, **options)
+def unrounded(plan, constants, weight):
+    """(what the layer of a plan computes of a random input where nothing is rounded, what it computed before)."""
+    site = plan.site
     if "centre" in constants:
         constants["taps"] = taps_of(constants["centre"], weight, site)
     x = torch.randn((2, site.channels, 8, 8) if site.kind == "conv" else (2, *[5] * (site.rank - 2), site.channels)) + 3
     around = Surroundings(plan, constants)
     moved, mean = around.before(x)
-    turned = rotate_activation(moved, plan.transform, site.kind == "conv")
+    spatial = site.kind == "conv"
+    turned = rotate_activation(moved, plan.transform, spatial)
     large = in_quantiser(weight, plan, constants)
     if plan.inverse == "single":
         large = rotate_weight(large, plan.transform)
+    if plan.inverse == "activation":
+        turned = rotate_activation(turned, plan.transform, spatial, inverse=True)
 
     def product(x, weight):
-        if site.kind == "linear":
-            return F.linear(x, weight)
-        return F.conv2d(x, weight, None, site.stride, site.padding)
+        return F.conv2d(x, weight, None, site.stride, site.padding) if spatial else F.linear(x, weight)
 
     y = product(turned, large) / plan.transform.order
-    y = around.after(y, x, mean, lambda: large, torch.ones(site.outputs))
-    true = product(x, weight)
-    assert (y - true).abs().max() < 1e-5 * true.abs().max()
+    return around.after(y, x, mean, lambda: large, torch.ones(site.outputs)), product(x, weight)
+
+
+@pytest.mark.parametrize(
+    "name, variant, options",
+    [(name, variant, {}) for name, method in METHODS.items() for variant in method.variants]
+    + [("hadanorm", None, {"convolutions": "rotated"})],
+)
+@pytest.mark.parametrize("site", [TOKENS, VECTORS, CONV, STRIDED, SHORTCUT], ids=lambda site: site.name)
+def test_without_rounding_a_layer_computes_what_it_did(name, variant, options, site):
+    sample, weight = drawn(site)
+    made, measured, chosen = decided(name, site, sample, weight, variant=variant, **options)
+    for plan in made:
+        if plan.quantised:
+            mine = measured.weight(plan.site)
+            constants = METHODS[name].constants(plan, mine, measured, chosen) if METHODS[name].constants else {}
+            found, true = unrounded(plan, constants, mine)
+            assert (found - true).abs().max() < 1e-5 * true.abs().max()
+
+
+@pytest.mark.parametrize("site", [TOKENS, STRIDED, CONV], ids=lambda site: site.name)
+def test_without_rounding_no_placement_that_auto_tries_changes_what_a_layer_computes(site):
+    sample, weight = drawn(site)
+    measured, (_, _, variant) = Sampled(sample, weight), find("hqdm", "auto")
+    placements = list(auto._placements(SitePlan(site), variant))
+    assert {plan.inverse for plan in placements} >= {"none"} | ({"single", "double"} if site != STRIDED else set())
+    for plan in placements:
+        found, true = unrounded(plan, auto.constants(plan, weight, measured, variant), weight)
+        assert (found - true).abs().max() < 1e-5 * true.abs().max(), plan
 
 
 def test_rounding_to_the_nearest_has_one_range_for_all_timesteps_and_nothing_around_it():
@@ -287,22 +327,19 @@ def test_full_normalisation_gives_all_channels_one_deviation():
     assert torch.allclose(measured.moved(plan, constants).flatten(0, 1).std(0), torch.ones(64), atol=0.01)
 
 
-def test_rotating_the_weight_before_its_quantiser_amplifies_what_rotating_its_integers_does_not():
-    """HQ-DM's figure 3: a smooth row of one sign goes into one coordinate of a block, and sets the range."""
+def test_double_hadamard_amplifies_outliers_of_a_weight_that_single_hadamard_leaves_as_they_are():
+    """HQ-DM's figure 3: a smooth row of one sign goes into one coordinate of each block, and sets the range."""
+    sample, _ = drawn(VECTORS)
     weight = 1 + 0.2 * torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
-    transform = Transform("channels", 64)
-    rotated = rotate_weight(weight, transform) / 8
-
-    def outlying(rows):
-        return (rows.abs().amax(1) / rows.square().mean(1).sqrt()).mean()
-
-    def error(rows):
-        scale, zero = choose(rows, 0, 15)
-        back = dequantise(quantise(rows, scale[:, None], zero[:, None], 0, 15), scale[:, None], zero[:, None])
-        return (back - rows).square().mean()
-
-    assert outlying(rotated) > 5 * outlying(weight)
-    assert error(rotated) > 4 * error(weight)  # the rotation is orthonormal: both are errors of the same layer
+    outlying, error = {}, {}
+    for name, variant in (("hqdm", "code"), ("double_hadamard", "distilled")):
+        plan, constants, *_ = planned(name, VECTORS, sample, weight, "w3a8", variant)
+        assert plan.transform == Transform("channels", 32)
+        rows = in_quantiser(weight, plan, constants)
+        outlying[variant] = (rows.abs().amax(1) / rows.square().mean(1).sqrt()).mean()
+        error[variant] = rounded_error(name, VECTORS, sample, weight, bits="w3a8", variant=variant)
+    assert outlying["distilled"] > 3 * outlying["code"]
+    assert error["distilled"] > 4 * error["code"]
 
 
 def test_double_hadamard_distilled_is_the_published_code_but_for_the_side_of_the_inverse():

@@ -12,7 +12,6 @@ from test_methods import Measures, decide
 from pipelines.errors import UsageError
 from pipelines.events import Report
 from pipelines.methods import apq_dm, find, mpq_dm, quest
-from pipelines.methods.equivalent import by_column
 from pipelines.models.denoiser import WEIGHTS, load_denoiser
 from pipelines.plans import Recipe, read_plan
 from pipelines.quant.affine import choose, dequantise, quantise
@@ -51,6 +50,17 @@ def test_lsq_moves_every_weight_every_step_and_every_activation_scale(store):
         assert not torch.allclose(activation, scales[f"{name}/activation_scale"], rtol=1e-6), name
         assert activation.unique().numel() == 1  # one for all timesteps
         assert not tensors["tables/zero"][:, column].any()
+
+
+def test_lsqs_weight_steps_move_faster_where_it_is_tuned(store):
+    found = {}
+    for variant in ("published", "tuned"):
+        distilled = tiny_student(store, "lsq", variant, trajectories=2)
+        scales = load_file(store.ancestor(distilled, "plan").file("scales.safetensors"))
+        tensors = load_file(distilled.file("student.safetensors"))
+        names = [name for name in scales if name.endswith("/weight_scale")]
+        found[variant] = sum(((tensors[name] / scales[name]).log().abs().mean().item()) for name in names) / len(names)
+    assert found["tuned"] > 3 * found["published"] > 0
 
 
 def test_lsqs_weight_steps_of_any_width_move_by_a_small_share_of_their_layers_mean(store):
@@ -114,6 +124,14 @@ def test_apq_groups_beat_equal_spans_on_inputs_that_drift_unevenly():
     found, spans = apq_dm.grouped(each, 4), [index * 4 // 12 for index in range(12)]
     assert found == [0] * 9 + [1, 2, 3]
     assert total(each, found) < 0.6 * total(each, spans)
+
+
+@pytest.mark.parametrize("channel", [0, 1, 17])
+def test_apq_sees_whichever_channel_stands_out_in_a_sample_as_large_as_a_profiles(channel):
+    sample = noise(12, 128, 32)
+    for timestep, size in zip((9, 10, 11), (8.0, 20.0, 50.0), strict=True):
+        sample[timestep, :, channel] *= size
+    assert apq_dm.grouped(apq_dm.errors(sample)[None], 4)[9:] == [1, 2, 3]
 
 
 def test_apq_groups_need_not_be_neighbours():
@@ -190,18 +208,14 @@ def test_mpq_mixes_widths_where_integers_can_be_narrower(bits, widest, mixed):
 
 
 @pytest.mark.parametrize("bits", ["w2a4", "w3a4", "w4a4", "w8a8"])
-def test_mpqs_constants_keep_the_mean_width_and_change_no_product(bits):
+def test_mpq_smooths_by_both_maxima_and_keeps_the_mean_width(bits):
     _, _, variant = find("mpq_dm", None)
     for name in ("query", "conv"):
         plan = decide("mpq_dm", None, bits)[name]
         weight = noise(*plan.site.weight)
         constants = mpq_dm.constants(plan, weight, Measures(), variant)
-        x, gain = noise(5, plan.site.channels), constants["gain"]
-        plain, smoothed = (
-            rows.flatten(1).view(len(rows), len(gain), -1) for rows in (weight, by_column(weight, 1 / gain))
-        )
-        products = [torch.einsum("nc,ock->nok", *pair) for pair in ((x, plain), (x * gain, smoothed))]
-        assert torch.allclose(*products, rtol=1e-4, atol=1e-4)
+        largest = Measures().statistic(plan.site, "absmax").amax(0), weight.abs().movedim(1, 0).flatten(1).amax(1)
+        assert torch.allclose(constants["gain"], (largest[1] / largest[0]).sqrt())
         assert ("row_bits" in constants) == plan.mixed
         if plan.mixed:
             assert constants["row_bits"].float().mean() <= int(bits[1])
@@ -238,6 +252,26 @@ def test_the_term_of_relations_draws_the_students_towards_the_teachers(store):
     relation.remove()
     same = Relation(model, model, 100.0)
     assert term(same, 0) == 0 and abs(term(same, 1).item()) < 1e-3
+
+
+def test_relations_keep_their_weight_against_a_loss_that_counts_by_its_mean(store, monkeypatch):
+    """Where the squared error is divided by its mean, relations are divided by the same."""
+    from pipelines.distillation import relation, training
+
+    marked, seen = torch.zeros((), requires_grad=True), []
+
+    def update(self, step, loss, value, own=training._Training._update):
+        marked.grad = None
+        own(self, step, loss, value)
+        seen.append((marked.grad.item(), value))
+
+    monkeypatch.setattr(relation.Relation, "term", lambda self, step: 7.0 * marked)
+    monkeypatch.setattr(training._Training, "_update", update)
+    tiny_student(store, "mpq_dm", "published", "w3a4")
+    assert len(seen) == 3 and all(gradient == 7.0 for gradient, _ in seen)
+    seen.clear()
+    tiny_student(store, "mpq_dm", "tuned", "w3a4")
+    assert [gradient for gradient, _ in seen] == pytest.approx([7.0 / value for _, value in seen])
 
 
 class Stop(Report):

@@ -163,11 +163,11 @@ class _Training:
         """One step of the optimiser, at a rate that falls linearly to 0."""
         for group in self.optimiser.param_groups:
             group["lr"] = group["rate"] * (1 - self.done / self.course.updates)
-        if self.recipe.weighting == "timestep":
-            self.means[step] = value if step not in self.means else 0.8 * self.means[step] + 0.2 * value
-            loss = loss / max(self.means[step], 1e-12)
         if self.relation is not None:
             loss = loss + self.relation.term(step)
+        if self.recipe.weighting == "timestep":  # of the relation too, whose weight is against the loss as it is
+            self.means[step] = value if step not in self.means else 0.8 * self.means[step] + 0.2 * value
+            loss = loss / max(self.means[step], 1e-12)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.crew.add([parameter.grad for parameter in self.parameters if parameter.grad is not None])

@@ -61,7 +61,8 @@ def errors(sample: "torch.Tensor") -> "torch.Tensor":
     from pipelines.quant.candidates import measure
 
     rows = sample.flatten(1)
-    rows = rows[:, :: max(1, rows.shape[1] // VALUES)]
+    if rows.shape[1] > VALUES:  # drawn, since every nth value would be of the same few channels
+        rows = rows[:, torch.randperm(rows.shape[1], generator=torch.Generator().manual_seed(0))[:VALUES]]
     scale, zero, _ = measure(rows, BITS, "asymmetric")
     low, high = integer_range(BITS, False)
     signal = rows.square().sum(1).clamp(min=1e-30)

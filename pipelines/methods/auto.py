@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pipelines.quant.search import Cost, SiteSearch
 
+KEPT_AT_EIGHT = EIGHT_BIT_ROLES + FLOAT_ROLES
 SIGNS = (None, 1, 2, 3)  # seeds of the diagonals that are tried
 ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
 ENOUGH = 1e-3  # noise of a share of this is not worth a transform (30 dB)
@@ -42,13 +43,9 @@ OPTIONS = {
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """The cheapest placement of one site at its bits."""
-    eight = site.role in EIGHT_BIT_ROLES + FLOAT_ROLES
-    weight, activation = (8, 8) if eight else (bits.weight, bits.activation)
+    weight, activation = (8, 8) if site.role in KEPT_AT_EIGHT else (bits.weight, bits.activation)
     search = _search(site, measured)
-    plain = SitePlan(
-        site, True, weight_bits=weight, activation_bits=activation,
-        weight_quantiser="symmetric" if weight == 8 else "asymmetric",
-    )  # fmt: skip
+    plain = _of_width(SitePlan(site, True, activation_bits=activation), weight)
     unrotated = {quantiser: _cost(search, replace(plain, activation_quantiser=quantiser), measured)
                  for quantiser in QUANTISERS}  # fmt: skip
     factor = variant.options["bias"]
@@ -122,11 +119,11 @@ def _db(cost: "Cost") -> str:
 def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Variant) -> list[SitePlan]:
     """The plans with weight widths of their own, so that all weights fit the budget at the least added noise.
 
-    Every site that has the bits asked for starts at 8; then, as long as the budget is exceeded, the width of the site
+    Every site that is not kept at 8 bits starts there; then, as long as the budget is exceeded, the width of the site
     is lowered that adds the least noise for each byte saved. Noise is a share of each site's output, as in `decide`.
     """
     share = variant.options["budget"]
-    chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.weight_bits == bits.weight]
+    chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.site.role not in KEPT_AT_EIGHT]
     if not share or not chosen:
         return plans
     sizes = {index: _size(plans[index].site) for index in chosen}
@@ -134,9 +131,11 @@ def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Var
     noise = {}
     for index in chosen:
         search = _search(plans[index].site, measured)
-        gain = constants(plans[index], search.weight, measured, variant).get("gain")
+        mine = constants(plans[index], search.weight, measured, variant)
         for width in WEIGHT_BITS:
-            noise[index, width] = search.weight_noise(replace(plans[index], weight_bits=width), gain)
+            noise[index, width] = search.weight_noise(
+                _of_width(plans[index], width), mine.get("centre"), mine.get("gain")
+            )
     width = dict.fromkeys(chosen, WEIGHT_BITS[-1])
     while sum(width[index] * sizes[index] for index in chosen) > budget:
         steps = []
@@ -150,11 +149,16 @@ def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Var
         _, index, narrower = min(steps)
         width[index] = narrower
     return [
-        replace(plan, weight_bits=width[index], why=f"{plan.why}; {width[index]} bits within the budget")
+        replace(_of_width(plan, width[index]), why=f"{plan.why}; {width[index]} bits within the budget")
         if index in width
         else plan
         for index, plan in enumerate(plans)
     ]
+
+
+def _of_width(plan: SitePlan, bits: int) -> SitePlan:
+    """The plan with its weight at `bits`. A zero-point gains little at 8, and kernels take such weights without one."""
+    return replace(plan, weight_bits=bits, weight_quantiser="symmetric" if bits == 8 else "asymmetric")
 
 
 def _size(site: Site) -> int:

@@ -3,6 +3,9 @@
 Source: He et al., "EfficientDM", ICLR 2024, and ThisisBillhe/EfficientDM. No transform. Weights per output channel,
 asymmetric, from the L2.4 search; LoRA of rank 32 merged before the quantiser, Q(W + BA), on the dequantised base
 weight.
+Otherwise than in the code, where all timesteps start from one scale and one zero-point found on one calibration batch
+and the zero-point is used unrounded: here each timestep starts from its own, found by error on the profile's sample, so
+that this baseline is nearer to its end when training begins. HQ-DM's variants start likewise.
 At the published rate a zero-point moves by less than 0.1 in some hundred updates and is rounded, so the one that was
 chosen by error stays in practice.
 Time embedding, first and last convolution at 8 bits; shortcut and downsampling convolutions in floating point.

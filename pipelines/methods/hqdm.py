@@ -14,7 +14,8 @@ Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and co
 
 Where the width is no multiple of 32 the paper's identity would leave most of a small model unrotated, so `paper` takes
 the largest power of two up to 32 that divides it. A weight factor per timestep multiplies the epilogue and leaves the
-integers alone; the paper's formula would need other integers at every timestep.
+integers alone; the paper's formula would need other integers at every timestep. It starts at 1 and learns at the rate
+of activation scales, since the paper's 1e-6 is for scales and would leave a factor where it is.
 """
 
 from typing import TYPE_CHECKING

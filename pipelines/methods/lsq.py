@@ -5,14 +5,14 @@ outside. Symmetric, no zero-points, one static activation scale a layer for all 
 
 Source: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153). It has no method for diffusion:
 the loss is the distance to the teacher's ε along its trajectories, as for the other distilled methods here.
-Otherwise than in the paper: weights have a step for each output channel, not one a layer; both start where the squared
-error is least (there 2·mean|v|/√Q). The paper scales a step's gradient by 1/√(N·Q) to bring its relative updates to
-those of the weights under SGD; AdamW divides every gradient by its own size, so that the factor cancels, and the rates
-say it instead: activation steps learn by their logarithm, `published` weight steps at 1/3,000 of their layer's mean
-(one rate for all layers drove the small steps of 8-bit weights below zero; a step far below its layer's mean still can
-get there in many hundred updates, and training stops and names it). Activations are signed (after SiLU),
-where the paper's are unsigned after ReLU. First, last and time layers at 8 bits; shortcut and downsampling convolutions
-in floating point, as for the other methods here.
+Otherwise than in the paper: weights have a step for each output channel, not one a layer; activations start where the
+squared error is least, weights where Σ|error|^2.4 is (there 2·mean|v|/√Q both). The paper scales a step's gradient by
+1/√(N·Q) to bring its relative updates to those of the weights under SGD; AdamW divides every gradient by its own size,
+so that the factor cancels, and the rates say it instead: activation steps learn by their logarithm, weight steps at
+1/3,000 of their layer's mean (`tuned`: 1/300). One rate for all layers drove the small steps of 8-bit weights below
+zero; a step far below its layer's mean still can get there in many hundred updates, and training stops and names it.
+Activations are signed (after SiLU), where the paper's are unsigned after ReLU. First, last and time layers at 8 bits;
+shortcut and downsampling convolutions in floating point, as for the other methods here.
 """
 
 from dataclasses import replace
@@ -45,7 +45,12 @@ METHOD = Method(
         ),
         "tuned": Variant(
             "the same with what else `hqdm --variant auto` does, at rates for hundreds of updates",
-            replace(TUNED, trains=["weights", "biases", "weight_scales", "activation_scales"], weight_rate=1e-4),
+            replace(
+                TUNED,
+                trains=["weights", "biases", "weight_scales", "activation_scales"],
+                weight_rate=1e-4,
+                weight_scale_rate_divisor=300.0,
+            ),
         ),
     },
     default_variant="published",

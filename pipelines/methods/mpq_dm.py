@@ -11,7 +11,8 @@ and k get N − 1, with k of 0 or a tenth. Integers here have 2, 3, 4 or 8 bits:
 output of 8 bits is paid for by four of 3; at N = 2 there is no narrower width, so that all outputs have 2 bits.
 Time-smoothed relation distillation (TRD) is `Recipe.relation`: similarities between positions of the last block's
 features, mean of two consecutive steps, are held to the teacher's by KL divergence. In the public code its features are
-detached and it has no gradient; here it has one, and the code's weight of 100.
+detached and it has no gradient; here it has one, and the code's weight of 100 against the squared error's sum. Where
+`tuned` divides that by its mean, the relations are divided by the same.
 """
 
 from dataclasses import replace

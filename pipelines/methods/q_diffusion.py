@@ -39,7 +39,7 @@ def plain(
     known = measured.sqnrs(site, activation_quantiser, activation)
     return SitePlan(
         site, True, IDENTITY, "none", weight, activation, weight_quantiser, activation_quantiser, sqnr=known,
-        why=f"{why}{known['none']:.1f} dB at {activation} bits, a quantiser for each timestep",
+        why=f"{why}{known['none']:.1f} dB at {activation} bits, each timestep measured by itself",
     )  # fmt: skip
 
 

@@ -9,7 +9,9 @@ sensitivity.
 Otherwise than in the code: one stage with the loss on ε for all chosen layers (there the time projections learn first,
 with their own outputs as a further target); the weights start from the error search (there from AdaRound); a span's
 scales hold for its timesteps and are not looked up by a fixed count; per-tensor activations at every width (there per
-channel at 4 bits, which no integer product can use). Feed-forward layers are those of transformer blocks; in a network
+channel at 4 bits, which no integer product can use), asymmetric by least error (there symmetric by range in its
+commands for LDM-4). All attention and time layers train (there, on ImageNet, to_q, self-attention's to_k and to_v and
+the time projections, but no output projection, cross-attention's keys and values or time embedding). Feed-forward layers are those of transformer blocks; in a network
 without any, attention and time layers are all that trains. First, last and time layers at 8 bits, shortcut and
 downsampling convolutions in floating point: as for the other methods here.
 """

@@ -10,7 +10,7 @@ It is a method of language models. Here s is a gain of the layer's own input ins
 so that convolutions and layers that follow no norm are smoothed too, each by itself and not together with those that
 share its input. The paper's activations are symmetric, which --set quantiser=symmetric gives; the default is
 asymmetric as in the baselines, since inputs after SiLU are lopsided. Activation scales are static and cover the range
-(its O3); weights are per output channel with ranges by least L2.4 error, as in the other methods. The paper's width is
+of the profile's sample (its O3; s is of all values); weights are per output channel with ranges by least L2.4 error, as in the other methods. The paper's width is
 8 bits, on language models; at few bits a range that covers everything costs more than what it saves, so that variant
 `search` takes the activation ranges of least squared error.
 """

@@ -7,7 +7,7 @@ other blocks are reconstructed as in Q-Diffusion, whose split shortcuts it share
 a timestep's own and calibrated, not learned.
 
 The paper has scales per timestep in the temporal block, its public code in every layer; here in every layer, found by
-the least squared error (the code: the same start, then a moving average of ranges). The code's projections seem to miss
+the least squared error (the code: by |error|^2.4, then a moving average of ranges). The code's projections seem to miss
 the rounding's regulariser; here they have it. First and last layer, time embedding and conditions at 8 bits, as in the
 other methods of this table; time projections at those asked for. Networks without such projections (transformers) have
 the embeddings alone in the block.

@@ -1,7 +1,9 @@
 """What a placement costs at a site's output: quantisation noise of both operands, through the weight and the input.
 
-With y = x·Wᵀ and x̂ = x + e, Ŵ = W + f the error of y is e·Wᵀ + x·fᵀ + e·fᵀ; the last is small and left out. A
-convolution is the sum of such products over the places of its kernel, whose inputs are taken for uncorrelated.
+With y = (x − c)·Wᵀ + c·Wᵀ, of which the second product stays in floating point, x̂ = x + e and Ŵ = W + f, the error of
+y is e·Wᵀ + (x − c)·fᵀ + e·fᵀ; the last is small and left out. A convolution is the sum of such products over the places
+of its kernel. Their noises are taken for uncorrelated, so that their energies add up; what is the same for all tokens
+is the same at every place, so that it adds up as it is: ē·Σ_p W_pᵀ.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ class SiteSearch:
         self.sample, self.weight = sample, weight.detach()
         tokens = sample.transpose(2, 3).flatten(1, 2) if sample.ndim == 4 else sample
         self.tokens = tokens  # (T, n, C)
-        self.rows = self.weight.flatten(2).movedim(2, 1).flatten(0, 1) if weight.ndim == 4 else self.weight
+        self.rows = _by_place(self.weight)
+        self.together = self.weight.sum((2, 3)) if weight.ndim == 4 else self.weight  # (out, C), inside the image
         self.energy = self._energy(tokens, self.rows).clamp(min=1e-12)  # (T,)
         self._weights: dict[tuple, float] = {}
         self._activations: dict[tuple, tuple[float, float]] = {}
@@ -51,7 +54,7 @@ class SiteSearch:
         if key not in self._activations:  # the same for an inverse that goes elsewhere
             self._activations[key] = self._activation(plan, centre, gain)
         activation, bias = self._activations[key]
-        return Cost(activation, self.weight_noise(plan, gain), bias)
+        return Cost(activation, self.weight_noise(plan, centre, gain), bias)
 
     def _activation(self, plan: SitePlan, centre, gain) -> tuple[float, float]:
         shape = (1, 1, -1, 1) if self.sample.ndim == 4 else (1, 1, -1)
@@ -69,8 +72,9 @@ class SiteSearch:
             error = error / gain
         noise = self._energy(error, self.rows)
         count = error.shape[1]
-        bias = self._energy(error.mean(1, keepdim=True), self.rows)
-        bias = (count * bias - noise).clamp(min=0) / max(count - 1, 1)  # a mean of few tokens is mostly noise
+        bias = self._energy(error.mean(1, keepdim=True), self.together)
+        chance = self._energy(error, self.together)  # a mean of few tokens is mostly noise
+        bias = (count * bias - chance).clamp(min=0) / max(count - 1, 1)
         return (noise / self.energy).mean().item(), (bias / self.energy).mean().item()
 
     def _back(self, rows: torch.Tensor, transform: Transform) -> torch.Tensor:
@@ -88,11 +92,12 @@ class SiteSearch:
             tokens = rotate_last(tokens.contiguous(), transform, inverse=True) / transform.order
         return tokens
 
-    def weight_noise(self, plan: SitePlan, gain: torch.Tensor | None = None) -> float:
+    def weight_noise(
+        self, plan: SitePlan, centre: torch.Tensor | None = None, gain: torch.Tensor | None = None
+    ) -> float:
         """The weight's part of the cost."""
         double = plan.inverse == "double"
-        scaled = gain is not None and plan.centring  # with one gain and without it another
-        key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, scaled)
+        key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, plan.centring, gain is not None)
         if key not in self._weights:
             weight = self.weight
             if gain is not None:
@@ -107,11 +112,16 @@ class SiteSearch:
                 error = rotate_weight(error, plan.transform, inverse=True) / plan.transform.order
             if gain is not None:
                 error = error * gain.view(1, -1, *[1] * (weight.ndim - 2))
-            rows = error.flatten(2).movedim(2, 1).flatten(0, 1) if error.ndim == 4 else error
-            self._weights[key] = (self._energy(self.tokens, rows) / self.energy).mean().item()
+            tokens = self.tokens if centre is None else self.tokens - centre
+            self._weights[key] = (self._energy(tokens, _by_place(error)) / self.energy).mean().item()
         return self._weights[key]
 
     @staticmethod
     def _energy(tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Mean over the tokens of ‖x·rowsᵀ‖²: (T, n, C), (r, C) to (T,)."""
         return torch.stack([(mine @ rows.T).square().sum() / len(mine) for mine in tokens])
+
+
+def _by_place(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (out, C, kh, kw) as (kh·kw·out, C), the products of a convolution; (out, C) as it is."""
+    return weight.flatten(2).movedim(2, 1).flatten(0, 1) if weight.ndim == 4 else weight

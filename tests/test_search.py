@@ -1,0 +1,152 @@
+"""The search of `hqdm` variant `auto`: what it says of a placement is what the layer then does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_methods_scaling import CONV, TOKENS, Sampled, drawn
+from torch.nn import functional as F
+
+from pipelines.methods import auto, find
+from pipelines.quant.affine import choose, dequantise, quantise
+from pipelines.quant.candidates import measure
+from pipelines.quant.hadamard import rotate_activation, rotate_weight
+from pipelines.quant.search import SiteSearch
+from pipelines.quant.spec import Bits, Site, SitePlan, Transform
+
+POINTWISE = Site("pointwise", "conv", "residual", (24, 32, 1, 1), rank=4, positions=(8, 8))
+ROTATED = Transform("channels", 8, 1)
+PLACEMENTS = {
+    "plain": {},
+    "asymmetric": {"activation_quantiser": "asymmetric", "weight_quantiser": "asymmetric"},
+    "single": {"transform": ROTATED, "inverse": "single"},
+    "double": {"transform": ROTATED, "inverse": "double"},
+    "centred": {"centring": "static"},
+    "scaled": {"scaling": True},
+    "all": {"transform": ROTATED, "inverse": "double", "centring": "static", "scaling": True},
+}
+
+
+def rounded(values, scale, zero, low, high):
+    return dequantise(quantise(values, scale, zero, low, high), scale, zero)
+
+
+def operands(plan, x, weight, constants):
+    """(moved input, the same rounded, moved weight, the same rounded), all as the layer multiplies them.
+
+    x: (N, C, H, W) or (N, tokens, C), of one timestep.
+    """
+    spatial = x.ndim == 4
+    shape = (-1, 1, 1) if spatial else (-1,)
+    if plan.centring == "static":
+        x = x - constants["centre"].view(shape)
+    if plan.scaling:
+        x = x * constants["gain"].view(shape)
+        weight = weight / constants["gain"].view(1, -1, *[1] * (weight.ndim - 2))
+    x = rotate_activation(x, plan.transform, spatial)
+    scale, zero, _ = measure(x.reshape(1, -1), plan.activation_bits, plan.activation_quantiser)
+    coarse = rounded(x, scale, zero, *plan.activation_range)
+    if plan.inverse == "double":
+        weight = rotate_weight(weight, plan.transform)
+    scale, zero = choose(weight.flatten(1), *plan.weight_range)
+    by_row = (-1, *[1] * (weight.ndim - 1))
+    back = rounded(weight, scale.view(by_row), zero.view(by_row), *plan.weight_range)
+    if plan.inverse == "single":
+        weight, back = (rotate_weight(each, plan.transform) for each in (weight, back))
+    return x, coarse, weight / plan.transform.order, back / plan.transform.order
+
+
+def images(site, seed=0):
+    """(inputs of one timestep of a site, the same as a profile samples them, a weight)."""
+    sample, weight = drawn(site, 1, 400, seed)
+    if site.kind == "linear":
+        return sample, sample, weight
+    return sample[0].view(50, 8, site.channels, 8).transpose(1, 2).contiguous(), sample, weight
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.parametrize("site", [TOKENS, POINTWISE], ids=lambda site: site.name)
+def test_a_placements_cost_is_the_error_that_its_layer_makes(site, name):
+    x, sample, weight = images(site)
+    plan = SitePlan(site, weight_bits=3, activation_bits=4, **PLACEMENTS[name])
+    constants = auto.constants(plan, weight, Sampled(sample, weight), None)
+    cost = SiteSearch(sample, weight).cost(plan, constants.get("centre"), constants.get("gain"))
+    moved, coarse, large, back = operands(plan, x, weight, constants)
+    product = F.linear if site.kind == "linear" else F.conv2d
+    energy = product(x, weight).square().mean()
+    activation = (product(coarse - moved, large).square().mean() / energy).item()
+    assert cost.activation == pytest.approx(activation, rel=1e-3)
+    assert cost.weight == pytest.approx((product(moved, back - large).square().mean() / energy).item(), rel=1e-3)
+    whole = (product(coarse, back) - product(moved, large)).square().mean() / energy
+    assert cost.activation + cost.weight == pytest.approx(whole.item(), rel=0.2)  # e·fᵀ is left out
+
+
+def test_a_centre_takes_the_mean_off_the_noise_of_the_weight():
+    """c·Wᵀ is multiplied with the weight as it is."""
+    sample = 3 + 0.3 * torch.randn(2, 300, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+    search = SiteSearch(sample, weight)
+    plain = SitePlan(TOKENS, weight_bits=3)
+    centred = search.weight_noise(replace(plain, centring="static"), torch.full((64,), 3.0))
+    assert centred < 0.02 * search.weight_noise(plain)
+
+
+def test_what_all_places_of_a_kernel_share_adds_up_before_it_is_squared():
+    """A symmetric quantiser clips the rare large values of inputs that are all positive: always downwards."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(60, 32, 8, 8, generator=generator).log().neg()
+    weight = 0.1 + 0.05 * torch.randn(CONV.weight, generator=generator)
+    sample = x.transpose(1, 2).flatten(0, 1)[None].contiguous()
+    plan = SitePlan(CONV, activation_bits=3)
+    search = SiteSearch(sample, weight)
+    moved, coarse, large, _ = operands(plan, x, weight, {})
+    error = F.conv2d(coarse - moved, large).mean((0, 2, 3))  # inside the image
+    assert search.cost(plan).bias * search.energy.item() == pytest.approx(error.square().sum().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("site", [TOKENS, CONV], ids=lambda site: site.name)
+def test_the_placement_that_is_taken_costs_least_of_all_that_are_tried(site):
+    sample, weight = drawn(site, 2, 60)
+    measured = Sampled(sample, weight)
+    _, _, variant = find("hqdm", "auto")
+    chosen = auto.decide(site, Bits(4, 3), measured, variant)
+    search = SiteSearch(sample, weight)
+
+    def total(plan):
+        constants = auto.constants(plan, weight, measured, variant)
+        return search.cost(plan, constants.get("centre"), constants.get("gain")).total(variant.options["bias"])
+
+    plain = SitePlan(site, weight_bits=4, activation_bits=3, weight_quantiser="asymmetric")
+    tried = [total(plan) for plan in auto._placements(plain, variant)]
+    assert len(tried) > 50 and total(chosen) == min(tried) < 0.8 * max(tried)
+
+
+def test_a_byte_budget_is_kept_and_spent_where_noise_is_dear():
+    """One of two sites has a column that sets the range and says little. Layers that are kept at 8 bits stay."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("even", "outlying", "last")
+    sites = {name: replace(TOKENS, name=name, role="last" if name == "last" else "attention") for name in names}
+    weights = {name: torch.randn(48, 64, generator=generator) for name in names}
+    sample = torch.randn(2, 50, 64, generator=generator)
+    weights["outlying"][:, 0] *= 20
+    sample[:, :, 0] /= 20
+
+    class Several(Sampled):
+        def weight(self, site):
+            return weights[site.name]
+
+    measured = Several(sample)
+    noise, sizes = [], []
+    for share in ("0.5", "1", "0.75"):
+        for bits in (Bits(4, 4), Bits(8, 4)):
+            _, _, variant = find("hqdm", "auto", {"budget": share, "scaling": "false"})
+            plans = [auto.decide(site, bits, measured, variant) for site in sites.values()]
+            found = auto.allocate(plans, bits, measured, variant)
+            even, outlying, last = found
+            assert even.weight_bits + outlying.weight_bits <= float(share) * 2 * bits.weight
+            assert outlying.weight_bits >= even.weight_bits and last == plans[2] and last.weight_bits == 8
+            assert all((plan.weight_bits == 8) == (plan.weight_quantiser == "symmetric") for plan in found)
+            if bits.weight == 4:
+                sizes.append(even.weight_bits + outlying.weight_bits)
+                noise.append(sum(SiteSearch(sample, weights[plan.site.name]).weight_noise(plan) for plan in found))
+    assert sizes[0] < sizes[2] <= sizes[1] and noise[0] > noise[2] >= noise[1]
