@@ -26,9 +26,9 @@ KEPT_AT_EIGHT = EIGHT_BIT_ROLES + FLOAT_ROLES
 SIGNS = (None, 1, 2, 3)  # seeds of the diagonals that are tried
 ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
 ENOUGH = 1e-3  # noise of a share of this is not worth a transform (30 dB)
-# Scores of students before training were best with about the number of steps that add it up.
+# Of 1, 3 and 10 the scores of students before training at w4a3 were best with 1 to 3.
 OPTIONS = {
-    "bias": Option(10.0, "weight of an activation's systematic error against its noise", variants=("auto",), least=0),
+    "bias": Option(3.0, "weight of an activation's systematic error against its noise", variants=("auto",), least=0),
     "centring": Option(True, "try static centring, whose constants join the biases", variants=("auto",)),
     "scaling": Option(True, "try a gain of each channel", variants=("auto",)),
     "budget": Option(
