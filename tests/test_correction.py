@@ -6,6 +6,7 @@ from roads import STEPS, make, tiny_store, tiny_student
 from test_students import refused_without, students
 
 from pipelines import diffusion
+from pipelines.methods import METHODS
 from pipelines.models.denoiser import load_denoiser
 from pipelines.quant.correction import FILE, Correction, Moments
 
@@ -85,9 +86,11 @@ def corrected(store):
     return tiny_student(store, "ptqd", "distilled", "w4a4")
 
 
-def test_it_brings_a_student_nearer_to_its_teacher_on_images_it_was_not_measured_on(store, corrected):
-    teacher = load_denoiser(store.ancestor(corrected, "model").path)
-    fake, _ = students(store, corrected)
+@pytest.mark.parametrize("variant", METHODS["ptqd"].variants)
+def test_it_brings_a_student_nearer_to_its_teacher_on_images_it_was_not_measured_on(store, variant):
+    student = tiny_student(store, "ptqd", variant, "w4a4")
+    teacher = load_denoiser(store.ancestor(student, "model").path)
+    fake, _ = students(store, student)
     kept, errors = fake.correction, {}
     indices = list(range(100, 108))
     classes = diffusion.conditions_of(0, indices, 4)
