@@ -12,7 +12,7 @@ from PIL import Image
 from roads import make
 from torch.nn import functional as F
 
-from benchmarks.cifar10 import contrast, reference, run, teacher
+from benchmarks.cifar10 import contrast, reference, run, teacher, widths
 from pipelines import cifar10, diffusion, runner
 from pipelines.cifar10.data import find_split, load_split
 from pipelines.errors import FileFault, HqdmError, UsageError
@@ -349,6 +349,48 @@ def test_samples_are_scored_against_an_archive_by_the_judge_with_their_classes(t
     for name in ("fd_cifar10", "sfd_cifar10", "precision", "recall", "class_accuracy"):
         assert np.isfinite(found["tar"][name]) and found["tar"][name] == found["npz"][name]
     assert found["npz"]["reference_n"] == 12
+
+
+def test_the_page_of_widths_shows_the_committed_tables_digit_for_digit():
+    """Rows whose tables are not in the project are left alone."""
+    found, page = widths.cells(), (run.ROOT / "docs/widths.md").read_text(encoding="utf-8")
+    seen = set()
+    for section in page.split("\n## ")[1:]:
+        bits, of_all_figures = section.split("\n")[0], False
+        for line in section.splitlines():
+            name, *values = (word.strip(" *") for word in line.strip("|").split("|"))
+            of_all_figures = values == widths.HEADS[1:] or of_all_figures and bool(values)
+            if of_all_figures and (name, bits) in found:
+                assert values == [widths.layers_text(found[name, bits]["layers"]), *widths.texts(found[name, bits])]
+                seen.add((name, bits))
+    assert len(seen) > 20 and {bits for _, bits in seen} >= {"w4a8", "w4a4"}
+    columns = None
+    for line in page.split("\n## ")[0].splitlines():
+        name, *values = (word.strip(" *") for word in line.strip("|").split("|"))
+        if name == "dB · FD":
+            columns = values
+        elif columns and len(values) == len(columns):
+            for bits, value in zip(columns, values, strict=True):
+                if (name, bits) in found:
+                    cell = found[name, bits]
+                    assert value == f"{cell['psnr']:.2f} · {cell['fid']:.2f}"
+                    seen.discard((name, bits))
+    assert columns and not seen  # what a section shows, the first table shows
+
+
+def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys):
+    widths.main(["w4a4"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[word.strip() for word in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    head, students = rows[0], rows[3:]
+    for place, (name, _, _, sign) in enumerate(widths.FIGURES, 2):
+        marked = {float(row[place].strip("*")) for row in students if row[place].startswith("**")}
+        assert marked == {max(float(row[place].strip("*")) * sign for row in students) * sign}, name
+    distances = [float(row[head.index("FD")].strip("*")) for row in students]
+    assert distances == sorted(distances)
+    with pytest.raises(SystemExit):
+        widths.main(["w4a5"])
+    assert "it is one of w8a8" in capsys.readouterr().err
 
 
 def test_contrast_is_about_an_images_own_mean_and_measured_as_its_deviation():

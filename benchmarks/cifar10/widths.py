@@ -26,6 +26,7 @@ FIGURES = (
     ("recall", "recall", 3, 1), ("named right", "class_accuracy", 3, 1), ("PSNR of the mean error, dB", "psnr", 2, 1),
     ("MB", "bytes", 2, -1),
 )  # fmt: skip
+HEADS = ["method", "layers as asked/8/float", *(name for name, *_ in FIGURES)]
 Cell = Mapping[str, Any]
 
 
@@ -62,8 +63,7 @@ def rows(bits: str, found: Mapping[tuple[str, str], Cell]) -> list[str]:
         for row in shown:
             if row[place] and float(row[place]) * sign == max(values):
                 row[place] = f"**{row[place]}**"
-    heads = ["method", "layers as asked/8/float", *(name for name, *_ in FIGURES)]
-    lines = [heads, ["---"] * len(heads), ["teacher", "", *texts(found["teacher", "fp32"])]]
+    lines = [HEADS, ["---"] * len(HEADS), ["teacher", "", *texts(found["teacher", "fp32"])]]
     for (name, cell), row in zip(named.items(), shown, strict=True):
         lines.append([name, layers_text(cell["layers"]), *row])
     return [f"| {' | '.join(line)} |" for line in lines]

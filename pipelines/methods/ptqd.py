@@ -8,7 +8,9 @@ distillation, is an artifact of its own (`correction.safetensors`), and works al
 Source: He et al., "PTQD", NeurIPS 2023 (arXiv 2305.10657), and ziplab/PTQD.
 Otherwise than in the code: b_t is what the slope leaves (there k_t·mean(ε) is counted twice); the direction to x_t
 keeps σ, with which c was derived; weights have a scale for each output channel (there one a tensor). Mixed precision by
-SNR is in no public code and not built: activations have one width at all timesteps.
+SNR is in no public code and not built: activations have one width at all timesteps. The reconstruction is that of
+Q-Diffusion's code there; here activation scales begin as the profile's sample has them and learn at 5e-4, where those
+of `q_diffusion` begin on the calibration and learn at half a per cent of themselves.
 
     published   below the correction: AdaRound by blocks, static activation scales learned by blocks, as BRECQ does it
     distilled   the correction on EfficientDM's student: adapters and one scale per timestep, distilled
