@@ -80,10 +80,11 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/seeds
 	python -m benchmarks.cifar10.run --methods $(ORDERS:%=hqdm/code:order=%) --bits w4a4,w4a3 \
 		--results benchmarks/results/cifar10/orders
-	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code --bits w4a4 --count 10000 \
+	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code --bits w4a4,w4a3,w3a3 --count 10000 \
 		--results benchmarks/results/cifar10/large
 	for width in $(WIDTHS); do \
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
+	python -m benchmarks.cifar10.widths
 
 lint: $(READY)
 	ruff check .
