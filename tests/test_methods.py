@@ -178,6 +178,14 @@ def test_a_plans_options_are_words_however_they_were_written():
         from_dict(Config, {"variant": "paper", "options": {"order": [16]}}, "recipe")
 
 
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_recipes_are_the_same_at_all_widths_but_for_tuned_adapters_at_two_bits(name, variant):
+    about = find(name, variant)[2]
+    assert about.recipe_at(Bits(3, 3)) == about.recipe_at(Bits(8, 8)) == about.recipe
+    tuned = variant in ("auto", "tuned")
+    assert about.recipe_at(Bits(2, 4)).lora_rate_divisor == (300 if tuned else about.recipe.lora_rate_divisor)
+
+
 def test_efficientdm_rotates_nothing_and_is_asymmetric():
     for plan in decide("efficientdm", None).values():
         if plan.quantised:

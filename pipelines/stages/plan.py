@@ -22,7 +22,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "plan"
-VERSION = 9
+VERSION = 10
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         groups = method.groups(measured, variant) if method.groups else []
         shown = {name: variant.options[name] for name in method.options_of(variant_name)}
         plan = Plan(
-            method.name, variant_name, bits, variant.recipe, measured.timesteps, decided, groups, shown
+            method.name, variant_name, bits, variant.recipe_at(bits), measured.timesteps, decided, groups, shown
         )  # fmt: skip
 
     recipe = plan.recipe
