@@ -373,7 +373,7 @@ def test_the_page_of_widths_shows_the_committed_tables_digit_for_digit():
             for bits, value in zip(columns, values, strict=True):
                 if (name, bits) in found:
                     cell = found[name, bits]
-                    assert value == f"{cell['psnr']:.2f} · {cell['fid']:.2f}"
+                    assert value.replace("*", "") == f"{cell['psnr']:.2f} · {cell['fid']:.2f}"
                     seen.discard((name, bits))
     assert columns and not seen  # what a section shows, the first table shows
 

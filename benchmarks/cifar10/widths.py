@@ -17,7 +17,7 @@ from pipelines.report.comparison import layers_text
 
 RESULTS = ROOT / "benchmarks/results/cifar10"
 WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1])))  # 8-bit activations first
-FOLDERS = ("lsq", *BITS.split(","), "w4a8-trained", "tuned", "seeds")  # the first that has a cell counts
+FOLDERS = ("lsq", *BITS.split(","), "tuned", "seeds")  # the first that has a cell counts
 MB = 1e6
 
 # heading, key of a cell, decimals, and which is best: +1 the largest, -1 the least
