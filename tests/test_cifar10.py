@@ -420,6 +420,10 @@ def test_figures_at_the_contrast_that_is_there_are_the_scores_of_the_images(tmp_
     )
     assert same[8].strip(" |") == "" and float(paler[8].strip(" |")) > 0
     assert float(paler[1]) < float(same[1])
+    for wrong in ("", "much", "1,-2", "nan"):
+        with pytest.raises(SystemExit):
+            contrast.main([*words[:1], "--contrast", wrong])
+        assert "give numbers of 0 or more" in capsys.readouterr().err
 
 
 def test_a_classifier_is_not_taken_for_images_just_because_of_their_size(tmp_path):

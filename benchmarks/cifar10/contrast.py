@@ -50,10 +50,21 @@ def row(images: np.ndarray, labels: np.ndarray | None, factor: float, extractor,
     ]  # fmt: skip
 
 
+def factors(text: str) -> list[float]:
+    """`0.95,1,1.05` as numbers, for argparse."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= factor < float("inf") for factor in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of 0 or more, with commas")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="a sample artifact, or images as hqdm score takes them")
-    parser.add_argument("--contrast", default="0.95,1,1.05,1.1,1.2", help="factors, with commas")
+    parser.add_argument("--contrast", type=factors, default="0.95,1,1.05,1.1,1.2", help="factors, with commas")
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
     parser.add_argument("--work", type=Path, default=reference.WORK, help="folder for the test images")
     options = parser.parse_args(arguments)
@@ -66,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         against = extractor.features(read_arrays(path, ["arr_0"])["arr_0"])
         print(f"{len(samples)} images of {samples.source} against {path}; deviation: of an image's pixels, of [-1, 1]")
         print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}", flush=True)
-        for factor in (float(word) for word in options.contrast.split(",")):
+        for factor in options.contrast:
             print(f"| {' | '.join(row(samples.images, samples.labels, factor, extractor, against))} |", flush=True)
 
 
