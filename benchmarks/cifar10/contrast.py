@@ -36,17 +36,13 @@ def row(images: np.ndarray, labels: np.ndarray | None, factor: float, extractor,
 
     changed = with_contrast(images, factor)
     features = extractor.features(changed)
-    distances = [
-        scores.frechet_distance(*(scores.statistics(getattr(of, name)) for of in (features, against)))
-        for name in ("pool", "spatial")
-    ]
-    near = scores.precision_recall(features.pool, against.pool, 3)
+    fd, sfd, precision, recall = reference.apart(features, against)
     named = "" if labels is None else f"{scores.class_accuracy(features.logits, labels):.3f}"
-    error = np.mean((changed.astype(np.float32) - images) ** 2, dtype=np.float64)
+    psnr = scores.pair_figures(changed, images)["psnr_of_mean_mse"]
     return [
-        f"{factor:g}", f"{deviation(changed):.3f}", f"{distances[0]:.2f}", f"{distances[1]:.2f}",
-        f"{scores.inception_score(features.logits, 10, 0)['is']:.3f}", f"{near['precision']:.3f}",
-        f"{near['recall']:.3f}", named, f"{10 * np.log10(255**2 / error):.2f}" if error else "",
+        f"{factor:g}", f"{deviation(changed):.3f}", f"{fd:.2f}", f"{sfd:.2f}",
+        f"{scores.inception_score(features.logits, 10, 0)['is']:.3f}", f"{precision:.3f}", f"{recall:.3f}", named,
+        "" if psnr is None else f"{psnr:.2f}",
     ]  # fmt: skip
 
 

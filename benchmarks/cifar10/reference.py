@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from pipelines.cifar10 import CLASSES
 from pipelines.cifar10.data import find_split, load_split
 from pipelines.errors import HqdmError, UsageError
 from pipelines.metrics.images import hash_of_images, read_arrays
+
+if TYPE_CHECKING:
+    from pipelines.metrics.extractors import Features
 
 WORK = Path("runs/cifar10")
 
@@ -63,6 +67,18 @@ def balanced(labels: np.ndarray, count: int) -> np.ndarray:
     return np.sort(np.concatenate([np.flatnonzero(labels == name)[:each] for name in range(len(CLASSES))]))
 
 
+def apart(one: "Features", other: "Features") -> tuple[float, float, float, float]:
+    """FD, sFD, precision and recall of the images of `one` against those of `other`."""
+    from pipelines.metrics import scores
+
+    fd, sfd = (
+        scores.frechet_distance(*(scores.statistics(getattr(of, name)) for of in (one, other)))
+        for name in ("pool", "spatial")
+    )
+    near = scores.precision_recall(one.pool, other.pool, 3)
+    return fd, sfd, near["precision"], near["recall"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
@@ -91,13 +107,9 @@ def main() -> None:
         pairs = ((f"{len(train.pool)} training images to the test images", train, test),
                  ("every other test image to those between", odd, even))  # fmt: skip
         for what, one, other in pairs:
-            fd, sfd = (
-                scores.frechet_distance(*(scores.statistics(getattr(of, name)) for of in (one, other)))
-                for name in ("pool", "spatial")
-            )
-            near = scores.precision_recall(one.pool, other.pool, 3)
+            fd, sfd, precision, recall = apart(one, other)
             print(f"{what}: FD(cifar10) {fd:.3f}, sFD(cifar10) {sfd:.3f}, "
-                  f"precision {near['precision']:.3f}, recall {near['recall']:.3f}")  # fmt: skip
+                  f"precision {precision:.3f}, recall {recall:.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of docs/widths.md, from the committed results.
+"""The tables of docs/widths.md, those whose results are committed.
 
     python -m benchmarks.cifar10.widths              # every method by widths: PSNR and FD
     python -m benchmarks.cifar10.widths w4a4 w4a8    # every figure at these widths, ordered by FD

@@ -20,7 +20,7 @@ other methods' (there all but the residual blocks' convolutions stay in floating
 
 from typing import TYPE_CHECKING
 
-from pipelines.methods.base import EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Method, Option, Recipe, Variant
+from pipelines.methods.base import NOT_AS_ASKED, Measured, Method, Option, Recipe, Variant
 from pipelines.methods.equivalent import plan_of
 from pipelines.quant.spec import Bits, Site, SitePlan, integer_range
 
@@ -44,9 +44,9 @@ def groups(measured: Measured, variant: Variant) -> list[int]:
     most, count = variant.options["groups"], len(measured.timesteps)
     if count <= most:
         return []
-    sites = [
-        site for site in measured.sites if not site.obstacle and site.role not in EIGHT_BIT_ROLES + FLOAT_ROLES
-    ] or list(measured.sites)
+    sites = [site for site in measured.sites if not site.obstacle and site.role not in NOT_AS_ASKED] or list(
+        measured.sites
+    )
     return grouped(torch.stack([errors(measured.sample(site)) for site in sites]), most)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipelines.methods.base import EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, Option, Variant
+from pipelines.methods.base import NOT_AS_ASKED, Measured, Option, Variant
 from pipelines.quant.spec import IDENTITY, ORDERS, QUANTISERS, WEIGHT_BITS, Bits, Site, SitePlan, Transform
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from pipelines.quant.search import Cost, SiteSearch
 
-KEPT_AT_EIGHT = EIGHT_BIT_ROLES + FLOAT_ROLES
 SIGNS = (None, 1, 2, 3)  # seeds of the diagonals that are tried
 ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
 ENOUGH = 1e-3  # noise of a share of this is not worth a transform (30 dB)
@@ -43,7 +42,7 @@ OPTIONS = {
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """The cheapest placement of one site at its bits."""
-    weight, activation = (8, 8) if site.role in KEPT_AT_EIGHT else (bits.weight, bits.activation)
+    weight, activation = (8, 8) if site.role in NOT_AS_ASKED else (bits.weight, bits.activation)
     search = _search(site, measured)
     plain = _of_width(SitePlan(site, True, activation_bits=activation), weight)
     unrotated = {quantiser: _cost(search, replace(plain, activation_quantiser=quantiser), measured)
@@ -123,7 +122,7 @@ def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Var
     is lowered that adds the least noise for each byte saved. Noise is a share of each site's output, as in `decide`.
     """
     share = variant.options["budget"]
-    chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.site.role not in KEPT_AT_EIGHT]
+    chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.site.role not in NOT_AS_ASKED]
     if not share or not chosen:
         return plans
     sizes = {index: _size(plans[index].site) for index in chosen}

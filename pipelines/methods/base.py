@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # to a text-conditional model what the time embedding is to theirs.
 EIGHT_BIT_ROLES = ("first", "last", "time", "condition")
 FLOAT_ROLES = ("skip", "downsample")  # left in floating point by both
+NOT_AS_ASKED = EIGHT_BIT_ROLES + FLOAT_ROLES  # and of those that quantise them nevertheless: at 8 bits
 
 
 class Measured(Protocol):

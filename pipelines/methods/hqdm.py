@@ -24,6 +24,7 @@ from pipelines.methods import auto
 from pipelines.methods.base import (
     EIGHT_BIT_ROLES,
     FLOAT_ROLES,
+    NOT_AS_ASKED,
     TUNED,
     Measured,
     Method,
@@ -91,7 +92,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
         return auto.decide(site, bits, measured, variant)
     if site.role in FLOAT_ROLES and not search:
         return left_in_float(site, f"{site.role} convolutions stay in floating point (HQ-DM's code)")
-    eight = site.role in EIGHT_BIT_ROLES + FLOAT_ROLES
+    eight = site.role in NOT_AS_ASKED
     weight, activation = (8, 8) if eight else (bits.weight, bits.activation)
     if search:
         transform, quantiser = _best(site, activation, measured)
