@@ -393,6 +393,24 @@ def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys
     assert "it is one of w8a8" in capsys.readouterr().err
 
 
+def test_the_picture_of_widths_prints_what_the_tables_hold(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, **options: drawn.update({path: figure})
+    )
+    widths.main(["--picture", str(tmp_path / "widths.png")])
+    panels, found = drawn[tmp_path / "widths.png"].axes, widths.cells()
+    names = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert [panel.get_title(loc="left")[:-2] for panel in panels] == list(widths.PICTURED)
+    for panel, (key, decimals) in zip(panels, (("psnr", 2), ("fid", 2), ("precision", 3)), strict=True):
+        printed = {}
+        for text in panel.texts:
+            column, row = text.get_position()
+            printed[names[int(row)], widths.WIDTHS[int(column)]] = text.get_text()
+        students = {place: cell for place, cell in found.items() if place[1] != "fp32"}
+        assert printed == {place: f"{cell[key]:.{decimals}f}" for place, cell in students.items()}
+
+
 def test_contrast_is_about_an_images_own_mean_and_measured_as_its_deviation():
     images = photographs(3) // 4 + 96  # so that nothing is clipped
     stronger = contrast.with_contrast(images, 1.5)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.cifar10.widths              # every method by widths: PSNR and FD
     python -m benchmarks.cifar10.widths w4a4 w4a8    # every figure at these widths, ordered by FD
+    python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png   # PSNR, FD and precision, coloured
 
 Taken are the cells of seed 0 and 1,000 images of the benchmark's UNet in `benchmarks/results/cifar10/`.
 """
@@ -12,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.cifar10.run import BITS, IMAGES, ROOT
 from pipelines.report.comparison import layers_text
+from pipelines.report.pictures import figure_file, wrapped
 
 RESULTS = ROOT / "benchmarks/results/cifar10"
 WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1])))  # 8-bit activations first
@@ -26,6 +30,7 @@ FIGURES = (
     ("recall", "recall", 3, 1), ("named right", "class_accuracy", 3, 1), ("PSNR of the mean error, dB", "psnr", 2, 1),
     ("MB", "bytes", 2, -1),
 )  # fmt: skip
+PICTURED = ("PSNR of the mean error, dB", "FD", "precision")
 HEADS = ["method", "layers as asked/8/float", *(name for name, *_ in FIGURES)]
 Cell = Mapping[str, Any]
 
@@ -53,48 +58,91 @@ def texts(cell: Cell) -> list[str]:
     return found
 
 
+def marked(column: list[str], better: int) -> list[str]:
+    """A column of figures, empty ones among them, with the best marked, of the digits shown."""
+    best = max((float(value) * better for value in column if value), default=None)
+    return [f"**{value}**" if value and float(value) * better == best else value for value in column]
+
+
 def rows(bits: str, found: Mapping[tuple[str, str], Cell]) -> list[str]:
-    """The Markdown table of one width, ordered by FD, the best of each figure marked, of the digits shown."""
+    """The Markdown table of one width, ordered by FD, the best of each figure marked."""
     students = sorted((cell["fid"], name) for (name, width), cell in found.items() if width == bits)
     named = {name: found[name, bits] for _, name in students}
-    shown = [texts(cell) for cell in named.values()]
-    for place, (_, _, _, sign) in enumerate(FIGURES):
-        values = [float(row[place]) * sign for row in shown if row[place]]
-        for row in shown:
-            if row[place] and float(row[place]) * sign == max(values):
-                row[place] = f"**{row[place]}**"
+    columns = zip(*map(texts, named.values()), strict=True)
+    shown = zip(
+        *(marked(list(column), figure[3]) for column, figure in zip(columns, FIGURES, strict=True)), strict=True
+    )
     lines = [HEADS, ["---"] * len(HEADS), ["teacher", "", *texts(found["teacher", "fp32"])]]
     for (name, cell), row in zip(named.items(), shown, strict=True):
         lines.append([name, layers_text(cell["layers"]), *row])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def overview(found: Mapping[tuple[str, str], Cell]) -> list[str]:
-    """The Markdown table of all widths: a row a method, ordered by PSNR at the fewest bits that have most methods."""
+def ordered(found: Mapping[tuple[str, str], Cell]) -> list[str]:
+    """The methods, by PSNR at the fewest bits that have most of them."""
     methods = sorted({name for name, bits in found if bits != "fp32"})
     by = max(WIDTHS, key=lambda bits: (sum((name, bits) in found for name in methods), WIDTHS.index(bits)))
+    return sorted(methods, key=lambda name: found.get((name, by), {"psnr": float("-inf")})["psnr"], reverse=True)
 
-    def order(name: str) -> float:
-        return found[name, by]["psnr"] if (name, by) in found else float("-inf")
 
-    lines = [["dB · FD", *WIDTHS], ["---"] * (len(WIDTHS) + 1)]
-    for name in sorted(methods, key=order, reverse=True):
-        pairs = (found.get((name, bits)) for bits in WIDTHS)
-        lines.append([name, *(f"{cell['psnr']:.2f} · {cell['fid']:.2f}" if cell else "" for cell in pairs)])
+def overview(found: Mapping[tuple[str, str], Cell]) -> list[str]:
+    """The Markdown table of all widths, PSNR and FD: a row a method, the best of each width marked."""
+    names, columns = ordered(found), []
+    for bits in WIDTHS:
+        mine = [found.get((name, bits)) for name in names]
+        nearest = marked([f"{cell['psnr']:.2f}" if cell else "" for cell in mine], 1)
+        least = marked([f"{cell['fid']:.2f}" if cell else "" for cell in mine], -1)
+        columns.append([f"{psnr} · {fd}" if psnr else "" for psnr, fd in zip(nearest, least, strict=True)])
+    lines = [["dB · FD", *WIDTHS], ["---"] * (len(WIDTHS) + 1), *zip(names, *columns, strict=True)]
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def draw(path: Path, found: Mapping[tuple[str, str], Cell]) -> None:
+    """The same as a picture, with precision beside it: a panel a figure, darker the better, in print the value."""
+    names, shown = ordered(found), [figure for figure in FIGURES if figure[0] in PICTURED]
+    shown.sort(key=lambda figure: PICTURED.index(figure[0]))
+    width = 2.2 + 0.46 * len(WIDTHS) * len(shown)
+    teacher = texts(found["teacher", "fp32"])
+    its = [f"{figure[0]} {teacher[FIGURES.index(figure)]}" for figure in shown if teacher[FIGURES.index(figure)]]
+    caption = "Darker is better, in each panel from its worst to its best; white: not run."
+    caption += f" The teacher has {', '.join(its)}."
+    title = "Every method by bit widths: weights w, activations a"
+    with figure_file(path, width, 1.0 + 0.21 * len(names), title, wrapped(caption, width)) as figure:
+        for axis, (name, key, decimals, better) in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
+            values = np.array(
+                [[found[row, bits][key] if (row, bits) in found else np.nan for bits in WIDTHS] for row in names]
+            )
+            # Distances grow without bound where a student fails: by their logarithm good ones can be told too.
+            good = better * (np.log(values) if better < 0 else values)
+            low, high = np.nanmin(good), np.nanmax(good)
+            axis.imshow(np.ma.masked_invalid(good), aspect="auto", cmap="YlGnBu", vmin=low, vmax=high)
+            for (row, column), value in np.ndenumerate(values):
+                if np.isfinite(value):
+                    dark = good[row, column] > low + 0.6 * (high - low)
+                    axis.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=5.5,
+                              color="white" if dark else "black")  # fmt: skip
+            axis.set_title(name + (" ↑" if better > 0 else " ↓"), loc="left")
+            axis.set_xticks(range(len(WIDTHS)), WIDTHS)
+            axis.set_yticks(range(len(names)), names)
+            axis.tick_params(length=0)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bits", nargs="*", help=f"{', '.join(WIDTHS)}; without one, all beside each other")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--picture", type=Path, help="file for the picture of all widths")
     options = parser.parse_args(arguments)
     if unknown := [bits for bits in options.bits if bits not in WIDTHS]:
         parser.error(f"{unknown[0]}: no such width; it is one of {', '.join(WIDTHS)}")
     found = cells(options.results)
     for bits in options.bits:
         print(f"## {bits}\n\n" + "\n".join(rows(bits, found)) + "\n")
-    if not options.bits:
+    if options.picture:
+        draw(options.picture, found)
+    elif not options.bits:
         print("\n".join(overview(found)))
 
 

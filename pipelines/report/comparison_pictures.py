@@ -118,7 +118,8 @@ def _against(path, table, title, rows, place, name_of, places, label, keys=QUALI
     width = max(5.6, 0.5 + 2.3 * across)
     with figure_file(path, width, 0.7 + 2.0 * down + _legend_height(names, width), title) as figure:
         axes = figure.subplots(down, across, squeeze=False)
-        spread = np.linspace(-0.16, 0.16, len(names)) if len(names) > 1 else [0.0]  # bars of methods beside each other
+        barred = len(names) > 1 and len(table["about"]["seeds"]) > 1
+        spread = np.linspace(-0.16, 0.16, len(names)) if barred else np.zeros(len(names))  # bars beside each other
         for axis, column in zip(axes.flat, columns, strict=False):
             for shift, name in zip(spread, names, strict=True):
                 mine = sorted((places.index(place(row)), *_finite(row[column.key])) for row in rows
