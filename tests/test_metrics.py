@@ -512,7 +512,7 @@ def test_the_psnr_of_known_noise():
 def test_identical_images_have_no_psnr_and_are_counted():
     images = np.zeros((4, 2, 2, 3), np.uint8)
     assert scores.pair_figures(images, images) == {
-        "psnr_of_mean_mse": None, "psnr_mean_per_image": None, "pair_mse": 0.0, "identical": 4
+        "psnr_of_mean_mse": None, "psnr_mean_per_image": None, "pair_mse": 0.0, "identical": 4, "contrast": None
     }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_every_figure_says_what_it_was_measured_with(store, digits):
     artifact, written, _ = run_score(store)
     assert set(written["figures"]) == {
         "fd_digits", "sfd_digits", "is", "is_std", "kid", "kid_std", "precision", "recall", "class_accuracy",
-        "psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical",
+        "psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical", "contrast",
     }  # fmt: skip
     for key, record in written["figures"].items():
         assert record["n"] == 400 and record["label"] and artifact.figures[key] == record["value"]

@@ -25,11 +25,6 @@ def with_contrast(images: np.ndarray, factor: float) -> np.ndarray:
     return np.clip(np.rint(means + (images - means) * factor), 0, 255).astype(np.uint8)
 
 
-def deviation(images: np.ndarray) -> float:
-    """The mean over `images` of the standard deviation of an image's pixels, which are of [-1, 1]."""
-    return float((images.astype(np.float32) / 127.5).std(axis=(1, 2, 3)).mean())
-
-
 def row(images: np.ndarray, labels: np.ndarray | None, factor: float, extractor, against) -> list[str]:
     """The figures of `images` at one contrast, in the order of COLUMNS; `against` are the reference's features."""
     from pipelines.metrics import scores
@@ -40,7 +35,7 @@ def row(images: np.ndarray, labels: np.ndarray | None, factor: float, extractor,
     named = "" if labels is None else f"{scores.class_accuracy(features.logits, labels):.3f}"
     psnr = scores.pair_figures(changed, images)["psnr_of_mean_mse"]
     return [
-        f"{factor:g}", f"{deviation(changed):.3f}", f"{fd:.2f}", f"{sfd:.2f}",
+        f"{factor:g}", f"{scores.rms_contrast(changed):.3f}", f"{fd:.2f}", f"{sfd:.2f}",
         f"{scores.inception_score(features.logits, 10, 0)['is']:.3f}", f"{precision:.3f}", f"{recall:.3f}", named,
         "" if psnr is None else f"{psnr:.2f}",
     ]  # fmt: skip

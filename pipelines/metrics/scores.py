@@ -31,7 +31,9 @@ LABELS = {
     "psnr_mean_per_image": ("mean PSNR of the images that differ, dB", None),
     "pair_mse": ("MSE to the paired images, grey levels²", None),
     "identical": ("images equal to their pair", None),
+    "contrast": ("RMS contrast, of the paired images'", None),
 }
+OF_PAIRS = ("psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical", "contrast")  # of no extractor
 
 
 def figure_key(name: str, extractor: str) -> str:
@@ -91,7 +93,9 @@ def pair_figures(images: np.ndarray, pairs: np.ndarray) -> dict[str, float | int
 
     An image equal to its pair has an infinite PSNR, which no mean survives and JSON does not know. So `identical`
     counts those, `psnr_mean_per_image` is the mean over the others, `psnr_of_mean_mse` is over all, and both are None
-    when all are identical. PSNR is 10·log10(255² / MSE) in dB.
+    when all are identical. PSNR is 10·log10(255² / MSE) in dB. `contrast` is the images' RMS contrast as a share of
+    their pairs', None where these have none: Fréchet distances to photographs and the Inception score reward more of it
+    than the pairs have, PSNR does not (docs/comparison.md).
     """
     errors = np.array([np.square(a.astype(np.int32) - b).mean() for a, b in zip(images, pairs, strict=True)])
     differing = errors[errors > 0]
@@ -100,7 +104,13 @@ def pair_figures(images: np.ndarray, pairs: np.ndarray) -> dict[str, float | int
         "psnr_mean_per_image": float((10 * np.log10(255**2 / differing)).mean()) if len(differing) else None,
         "pair_mse": float(errors.mean()),
         "identical": int((errors == 0).sum()),
+        "contrast": rms_contrast(images) / theirs if (theirs := rms_contrast(pairs)) else None,
     }
+
+
+def rms_contrast(images: np.ndarray) -> float:
+    """The mean over (N, H, W, C) uint8 images of the standard deviation of an image's pixels, which are of [-1, 1]."""
+    return float(np.mean([(image.astype(np.float32) / 127.5).std() for image in images]))
 
 
 def in_class_order(classes: np.ndarray) -> bool:

@@ -40,6 +40,7 @@ COLUMNS = (
     Column("recall", "recall", 3, 1),
     Column("class_accuracy", "class acc.", 3, 1),
     Column("psnr", "PSNR dB", 2, 1),
+    Column("contrast", "contrast", 2),
     Column("last_loss", "last loss", 4),
 )
 QUALITY = ("psnr", "fid", "sfid", "is", "precision", "recall", "class_accuracy")

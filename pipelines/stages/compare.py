@@ -32,14 +32,14 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "compare"
-VERSION = 2
+VERSION = 3
 
 ORDER = 32  # of the rotated weights in the picture, or less where 32 does not divide them
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
 # column of the comparison: key of a score's figures, {} is the extractor
 SCORES = {
     "fid": "fd_{}", "sfid": "sfd_{}", "is": "is", "precision": "precision", "recall": "recall",
-    "class_accuracy": "class_accuracy", "psnr": "psnr_of_mean_mse",
+    "class_accuracy": "class_accuracy", "psnr": "psnr_of_mean_mse", "contrast": "contrast",
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from pipelines.metrics.extractors import Extractor, Features
 
 NAME = "score"
-VERSION = 2
+VERSION = 3
 
 ROLES = ("samples", "reference", "pair")
 SAME_IN_A_PAIR = ("count", "steps", "seed", "scheduler", "eta", "guidance")  # what makes image i of both the same draw
@@ -202,7 +202,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             )
         extractor = found.extractor.name if found else "none"
         record: dict[str, Any] = {"label": scores.figure_label(name, extractor), "value": value, "n": len(samples)}
-        if name in ("psnr_of_mean_mse", "psnr_mean_per_image", "pair_mse", "identical"):
+        if name in scores.OF_PAIRS:
             record["pair"] = {"name": pair.source, "sha256": pair.sha256, "n": len(pair)}
         else:
             record["extractor"] = {"name": found.extractor.name, "sha256": found.extractor.sha256}
