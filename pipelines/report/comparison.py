@@ -160,7 +160,7 @@ def note(about: Mapping[str, Any]) -> str:
         sentences.append("No reference and no features: the pairs of the same seeds alone.")
     if about["extractor"] not in ("inception", "none"):
         sentences.append(f"FD and sFD are Fréchet distances on the features of {about['extractor']}: they are not FID.")
-    sentences.append("PSNR is to the teacher's images of the same seeds.")
+    sentences.append("PSNR is to the teacher's images of the same seeds, contrast a share of theirs (1.00: as theirs).")
     if len(seeds) > 1:
         sentences.append(
             f"Mean ± sample standard deviation over the seeds {', '.join(map(str, seeds))} of distillation and images."
