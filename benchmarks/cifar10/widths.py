@@ -21,7 +21,7 @@ from pipelines.report.pictures import figure_file, wrapped
 
 RESULTS = ROOT / "benchmarks/results/cifar10"
 WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1])))  # 8-bit activations first
-FOLDERS = ("lsq", *BITS.split(","), "tuned", "seeds")  # the first that has a cell counts
+FOLDERS = ("seeds", "lsq", *BITS.split(","), "tuned")  # the first that has a cell counts
 MB = 1e6
 
 # heading, key of a cell, decimals, and which is best: +1 the largest, -1 the least
@@ -98,31 +98,32 @@ def overview(found: Mapping[tuple[str, str], Cell]) -> list[str]:
 
 
 def draw(path: Path, found: Mapping[tuple[str, str], Cell]) -> None:
-    """The same as a picture, with precision beside it: a panel a figure, darker the better, in print the value."""
+    """The widths that have several methods as a picture, with precision: a panel a figure, in print the value."""
     names, shown = ordered(found), [figure for figure in FIGURES if figure[0] in PICTURED]
+    among = [bits for bits in WIDTHS if sum((name, bits) in found for name in names) > 1]
     shown.sort(key=lambda figure: PICTURED.index(figure[0]))
-    width = 2.2 + 0.46 * len(WIDTHS) * len(shown)
+    width = 2.2 + 0.46 * len(among) * len(shown)
     teacher = texts(found["teacher", "fp32"])
     its = [f"{figure[0]} {teacher[FIGURES.index(figure)]}" for figure in shown if teacher[FIGURES.index(figure)]]
-    caption = "Darker is better, in each panel from its worst to its best; white: not run."
+    caption = "Darker is better, at each width from its worst to its best; white: in no committed table."
     caption += f" The teacher has {', '.join(its)}."
     title = "Every method by bit widths: weights w, activations a"
     with figure_file(path, width, 1.0 + 0.21 * len(names), title, wrapped(caption, width)) as figure:
         for axis, (name, key, decimals, better) in zip(figure.subplots(1, len(shown), sharey=True), shown, strict=True):
             values = np.array(
-                [[found[row, bits][key] if (row, bits) in found else np.nan for bits in WIDTHS] for row in names]
+                [[found[row, bits][key] if (row, bits) in found else np.nan for bits in among] for row in names]
             )
             # Distances grow without bound where a student fails: by their logarithm good ones can be told too.
             good = better * (np.log(values) if better < 0 else values)
-            low, high = np.nanmin(good), np.nanmax(good)
-            axis.imshow(np.ma.masked_invalid(good), aspect="auto", cmap="YlGnBu", vmin=low, vmax=high)
+            good -= np.nanmin(good, axis=0)
+            good /= np.nanmax(good, axis=0).clip(1e-9)
+            axis.imshow(np.ma.masked_invalid(good), aspect="auto", cmap="YlGnBu", vmin=0, vmax=1)
             for (row, column), value in np.ndenumerate(values):
                 if np.isfinite(value):
-                    dark = good[row, column] > low + 0.6 * (high - low)
                     axis.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", fontsize=5.5,
-                              color="white" if dark else "black")  # fmt: skip
+                              color="white" if good[row, column] > 0.6 else "black")  # fmt: skip
             axis.set_title(name + (" ↑" if better > 0 else " ↓"), loc="left")
-            axis.set_xticks(range(len(WIDTHS)), WIDTHS)
+            axis.set_xticks(range(len(among)), among)
             axis.set_yticks(range(len(names)), names)
             axis.tick_params(length=0)
             for spine in axis.spines.values():
