@@ -85,6 +85,7 @@ benchmark-cifar10: $(READY)
 	for width in $(WIDTHS); do \
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
 	python -m benchmarks.cifar10.widths
+	python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png
 
 lint: $(READY)
 	ruff check .
