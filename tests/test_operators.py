@@ -78,12 +78,13 @@ def test_the_largest_codes_beside_the_largest_weights_saturate_nothing(largest, 
         check(each, site, weight, codes, 0, largest)
 
 
-@pytest.mark.parametrize("groups, outputs", [(2, 33), (3, 48), (4, 70), (4, 1)])
-def test_groups_of_one_input_have_all_their_zero_points(groups, outputs):
+@pytest.mark.parametrize("inputs", [1, 2, 4, 24])
+@pytest.mark.parametrize("groups, outputs", [(2, 33), (3, 48), (4, 70), (4, 1), (2, 32)])
+def test_groups_have_all_their_zero_points(groups, outputs, inputs):
     """Which oneDNN leaves out of later groups that have many outputs."""
-    site = Site("layer", "conv", "", (groups * outputs, 1, 3, 3), padding=(1, 1), groups=groups)
+    site = Site("layer", "conv", "", (groups * outputs, inputs, 3, 3), padding=(1, 1), groups=groups)
     generator = torch.Generator().manual_seed(3)
-    codes = torch.randint(0, 16, (2, groups, 6, 6), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(0, 16, (2, groups * inputs, 6, 6), generator=generator, dtype=torch.uint8)
     for each in available():
         weight = torch.randint(-7, 8, site.weight, generator=generator, dtype=torch.int8)
         check(each, site, weight, codes, 3, 15)

@@ -61,7 +61,7 @@ def test_gradients_are_those_of_one_process_and_features_its_very_bits(store, tm
     assert len(alone) > 100 and alone.keys() == both[0].keys()
     assert all(torch.equal(both[0][place], both[1][place]) for place in alone)  # or the students would part
     adapters = [place for place, gradient in alone.items() if gradient.ndim == 2]
-    assert apart(both[0], alone, adapters) < 1e-6
+    assert apart(both[0], alone, adapters) < 1e-5  # fp32 sums in another order: 2e-6 where a processor has AMX
     # Those of scales and zero-points are sums over whole activations whose terms all but cancel.
     assert apart(both[0], alone, alone.keys() - set(adapters)) < 5e-5
     assert len(other.artifacts("distill")) == 1  # one writer

@@ -49,11 +49,11 @@ def _zeros(outputs: int) -> torch.Tensor:
     return torch.zeros(outputs, dtype=torch.int8)
 
 
-def _is_thin(site: Site, channels: int) -> bool:
-    """Whether groups of a convolution have several outputs of one input channel each, of so many in all. oneDNN's sums
-    of these leave out zero-points of later groups where a group has 33 outputs or more (torch 2.13, AVX-512).
+def _by_group(site: Site) -> bool:
+    """Whether a convolution is multiplied group by group. With 33 outputs a group or more oneDNN's sums leave out
+    zero-points of later groups (torch 2.13): of one input a group with AVX-512, of most numbers of inputs with AMX.
     """
-    return site.kind == "conv" and 1 < site.groups == channels < site.outputs
+    return site.kind == "conv" and site.groups > 1 and site.outputs // site.groups > 32
 
 
 class OneDNN(Operators):
@@ -70,14 +70,15 @@ class OneDNN(Operators):
     def largest_weight(self, largest_code: int) -> int:
         return INT8 if self.vnni else min(INT8, (2**15 - 1) // (2 * largest_code))
 
-    def pack(self, site: Site, weight: torch.Tensor, shape: tuple[int, ...], largest_code: int) -> torch.Tensor:
+    def pack(self, site: Site, weight: torch.Tensor, shape: tuple[int, ...], largest_code: int) -> Any:
         if site.kind == "linear":
             return torch.ops.onednn.qlinear_prepack(weight, list(shape))
-        if _is_thin(site, shape[1]):  # a second input for every group, which adds nothing
-            weight, shape = torch.cat([weight, torch.zeros_like(weight)], 1), (shape[0], 2 * shape[1], *shape[2:])
-        return torch.ops.onednn.qconv_prepack(
-            weight, torch.ones(site.outputs), 1.0, 0, site.stride, site.padding, site.dilation, site.groups, list(shape)
-        )
+        parts = site.groups if _by_group(site) else 1
+        around, shape = (site.stride, site.padding, site.dilation), [shape[0], shape[1] // parts, *shape[2:]]
+        return [
+            torch.ops.onednn.qconv_prepack(part, torch.ones(len(part)), 1.0, 0, *around, site.groups // parts, shape)
+            for part in weight.chunk(parts)
+        ]
 
     def run(
         self, site: Site, codes: torch.Tensor, zero: int, packed: Any, scale: torch.Tensor, bias: torch.Tensor | None
@@ -87,12 +88,18 @@ class OneDNN(Operators):
             return torch.ops.onednn.qlinear_pointwise(
                 codes, 1.0, zero, packed, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
             )
-        if _is_thin(site, codes.shape[1]):
-            codes = codes.repeat_interleave(2, 1).contiguous(memory_format=torch.channels_last)
-        return torch.ops.onednn.qconv_pointwise(
-            codes, 1.0, zero, packed, scale, zeros, bias, site.stride, site.padding, site.dilation, site.groups, 1.0, 0,
-            torch.float32, "none", [], None,
-        )  # fmt: skip
+        parts = len(packed)
+        biases = [None] * parts if bias is None else bias.chunk(parts)
+        sums = [
+            torch.ops.onednn.qconv_pointwise(
+                part.contiguous(memory_format=torch.channels_last), 1.0, zero, weight, *of, site.stride, site.padding,
+                site.dilation, site.groups // parts, 1.0, 0, torch.float32, "none", [], None,
+            )
+            for part, weight, *of in zip(
+                codes.chunk(parts, 1), packed, scale.chunk(parts), zeros.chunk(parts), biases, strict=True
+            )
+        ]  # fmt: skip
+        return sums[0] if parts == 1 else torch.cat(sums, 1)
 
 
 @dataclass(frozen=True)
