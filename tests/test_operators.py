@@ -90,6 +90,18 @@ def test_groups_have_all_their_zero_points(groups, outputs, inputs):
         check(each, site, weight, codes, 3, 15)
 
 
+@pytest.mark.parametrize("stride, dilation", [((1, 2), (1, 2)), ((2, 1), (2, 1)), ((2, 2), (2, 2)), ((2, 1), (1, 2))])
+@pytest.mark.parametrize("columns", [5, 6, 9])
+def test_a_strided_kernel_reads_its_own_input_alone(stride, dilation, columns):
+    """Where oneDNN with AMX reads others, into an output of one column."""
+    site = Site("layer", "conv", "", (4, 3, 3, 3), stride, dilation=dilation)
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 16, (2, 3, 7, columns), generator=generator, dtype=torch.uint8)
+    for each in available():
+        weight = torch.randint(-7, 8, site.weight, generator=generator, dtype=torch.int8)
+        check(each, site, weight, codes, 3, 15)
+
+
 @compiled
 def test_sums_that_leave_32_bits_on_the_way_come_back_with_their_zero_point():
     """Σ u·V and z·ΣV are 3.2e9 each, their difference is small."""

@@ -56,6 +56,15 @@ def _by_group(site: Site) -> bool:
     return site.kind == "conv" and site.groups > 1 and site.outputs // site.groups > 32
 
 
+def _stride(site: Site, columns: int) -> tuple[int, int]:
+    """A convolution's stride on an input of so many columns. Into an output of one column there is none along the
+    width, and the other columns are dropped: strided, oneDNN with AMX reads beside its input there (torch 2.13).
+    """
+    reach = site.dilation[1] * (site.weight[3] - 1) + 1
+    one = columns + 2 * site.padding[1] < reach + site.stride[1]
+    return (site.stride[0], 1) if one else site.stride
+
+
 class OneDNN(Operators):
     """torch.ops.onednn. Without VNNI pairs of products saturate, and |V| is bounded to 64 beside bytes up to 255."""
 
@@ -74,7 +83,8 @@ class OneDNN(Operators):
         if site.kind == "linear":
             return torch.ops.onednn.qlinear_prepack(weight, list(shape))
         parts = site.groups if _by_group(site) else 1
-        around, shape = (site.stride, site.padding, site.dilation), [shape[0], shape[1] // parts, *shape[2:]]
+        around = _stride(site, shape[3]), site.padding, site.dilation
+        shape = [shape[0], shape[1] // parts, *shape[2:]]
         return [
             torch.ops.onednn.qconv_prepack(part, torch.ones(len(part)), 1.0, 0, *around, site.groups // parts, shape)
             for part in weight.chunk(parts)
@@ -88,18 +98,19 @@ class OneDNN(Operators):
             return torch.ops.onednn.qlinear_pointwise(
                 codes, 1.0, zero, packed, scale, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
             )
-        parts = len(packed)
+        parts, stride = len(packed), _stride(site, codes.shape[3])
         biases = [None] * parts if bias is None else bias.chunk(parts)
         sums = [
             torch.ops.onednn.qconv_pointwise(
-                part.contiguous(memory_format=torch.channels_last), 1.0, zero, weight, *of, site.stride, site.padding,
+                part.contiguous(memory_format=torch.channels_last), 1.0, zero, weight, *of, stride, site.padding,
                 site.dilation, site.groups // parts, 1.0, 0, torch.float32, "none", [], None,
             )
             for part, weight, *of in zip(
                 codes.chunk(parts, 1), packed, scale.chunk(parts), zeros.chunk(parts), biases, strict=True
             )
         ]  # fmt: skip
-        return sums[0] if parts == 1 else torch.cat(sums, 1)
+        result = sums[0] if parts == 1 else torch.cat(sums, 1)
+        return result if stride == site.stride else result[..., :1].contiguous(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
