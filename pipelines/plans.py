@@ -73,7 +73,10 @@ class Recipe:
     base_weight: Literal["quantised", "float"] = (
         "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
     )
-    weight_factors: bool = False  # a learned factor on the weight scales for every timestep
+    weight_factors: bool = False  # a learned factor on the weight scale of every output for every timestep …
+    site_factors: bool = False  # … or one on all of a site, which takes no bytes to speak of
+    # In which the timesteps of a trajectory are learned: as the sampler visits them, or as drawn for each trajectory.
+    order: Literal["trajectory", "shuffled"] = "trajectory"
     updates: Literal["distill", "reconstruct", "none"] = "distill"  # how the student learns; none: as it was calibrated
     # Of: adapters, weights, biases, weight_scales, activation_scales, zero_points.
     trains: list[str] = field(default_factory=lambda: list(TRAINED))
@@ -108,6 +111,13 @@ class Recipe:
             )
         if not 0 <= self.ema < 1:
             raise UsageError(f"recipe: ema cannot be {self.ema}", "it takes 0 or a decay below 1, such as 0.99")
+        if self.weight_factors and self.site_factors:
+            raise UsageError("recipe: weight_factors and site_factors are both true", "one of them says the other")
+        if self.relation and self.order != "trajectory":
+            raise UsageError(
+                f"recipe: a relation is between the features of consecutive timesteps, and order is {self.order}",
+                "order: trajectory, or relation: 0",
+            )
         if self.lora_rank < 1 or self.lora_rate_divisor <= 0:
             raise UsageError(
                 f"recipe: lora_rank {self.lora_rank} and lora_rate_divisor {self.lora_rate_divisor} must be positive",
@@ -227,8 +237,8 @@ def read_sites(path: Path) -> list[Site]:
 def write_plan(plan: Plan) -> str:
     """The plan as YAML text. A site left in floating point shows its reason and nothing that would not count."""
     sites, recipe = {}, to_dict(plan.recipe)
-    for name in ("guidance_signal", "weight_scale_rate_divisor"):
-        if not recipe[name]:  # left out where unused, so that older plans made again are the same file
+    for name in ("guidance_signal", "weight_scale_rate_divisor", "site_factors", "order"):
+        if recipe[name] == getattr(Recipe, name):  # left out where unused: older plans made again are the same file
             del recipe[name]
     for site in plan.sites:
         entry: dict[str, Any] = {"role": site.site.role, "quantised": site.quantised, "why": site.why}

@@ -2,7 +2,7 @@
 
 A fake student's files (of the distill stage): `student.safetensors` with
 
-    tables/timesteps (T,) fp64 · tables/scale, tables/zero (T, n) · tables/factor (T, m), where trained
+    tables/timesteps (T,) fp64 · tables/scale, tables/zero (T, n) · tables/factor (T, m) or (T, n), where trained
     <site>/weight_scale, <site>/weight_zero (out,) · <site>/lora_a, <site>/lora_b · <site>/base_scale (out,), where W is
     the dequantised base weight · <site>/weight_codes (out, …·in) uint8, where its integers were not rounded to the
     nearest · <site>/weight, <site>/bias, where they were trained · <site>/gain, centre, taps, row_bits: see
@@ -54,7 +54,8 @@ from pipelines.quant.tables import TimestepTables
 
 _AGAIN = "make the artifact again with --force"
 FORMAT = "hqdm-int"
-FORMAT_VERSION = 5  # since 5 scales are multiplied before the accumulator is
+FORMAT_VERSION = 6
+READ = (5, FORMAT_VERSION)  # since 5 scales are multiplied before the accumulator is; since 6 factors may be of sites
 # What a loader has to compute, in words that go into config.json.
 ARITHMETIC = {
     "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum "
@@ -68,7 +69,7 @@ ARITHMETIC = {
     "activation: V = W and q is replaced by q·blockdiag(D·H, …)^T along the width",
     "epilogue": "y = sum(q·V) · ((s_t/order) · w[c]) + bias[c], each operation rounded to fp32; "
     "w = weight_scale, times tables.factor at t where there is one (columns: the sites' outputs, in the order "
-    "of `sites`)",
+    "of `sites`, or where it is as wide as tables.scale the sites, for all their outputs)",
     "guidance": "where it is by shares, the guided prediction is p_c + (g - 1)·share·(p_c - p_null), rows by timestep "
     "interpolated linearly; else p_null + g·(p_c - p_null)",
     "correction": "where there is one, the guided prediction becomes (p - bias[c]) / (1 + slope), its rows by timestep "
@@ -102,9 +103,11 @@ def new_student(
     unit = torch.tensor([float(site.transform.order) ** 0.5 for site in plans])
     scale = torch.stack([scales[f"{name}/activation_scale"] for name in names], 1)
     zero = torch.stack([scales[f"{name}/activation_zero"] for name in names], 1)
-    factor = None
+    factor, outputs = None, [site.site.outputs for site in plans]
     if plan.recipe.weight_factors:
-        factor = torch.ones(scale.shape[0], sum(site.site.outputs for site in plans))
+        factor = torch.ones(len(scale), sum(outputs))
+    elif plan.recipe.site_factors:
+        factor = torch.ones_like(scale)
     recipe, known = plan.recipe, {site.site.role for site in plans}
     if recipe.roles and not known & set(recipe.roles):  # a method may name roles that only other networks have
         raise UsageError(
@@ -112,8 +115,9 @@ def new_student(
         )
     groups = groups_at(plan, scales["timesteps"].tolist())
     tables = TimestepTables(
-        scales["timesteps"].tolist(), scale / unit, zero, factor, unit, groups, recipe.relative_scales
-    )
+        scales["timesteps"].tolist(), scale / unit, zero, factor, unit, groups, recipe.relative_scales,
+        outputs if recipe.site_factors else None,
+    )  # fmt: skip
     layers = _swap_in(student, plans, tables, scales)
     for index, (name, layer) in enumerate(layers.items()):
         if based:
@@ -229,9 +233,11 @@ def _tables(tensors: dict[str, torch.Tensor], prefix: str, plans: list[SitePlan]
     if not (timesteps.isfinite().all() and (timesteps.diff() > 0).all()):
         raise FileFault(f"{path}: its timesteps are not ascending numbers", _AGAIN)
     shapes = dict.fromkeys(parts, (len(timesteps), len(plans)))
+    outputs = [plan.site.outputs for plan in plans]
+    of_sites = factor is not None and factor.shape == shapes["scale"]
     if factor is not None:
         parts["factor"] = factor
-        shapes["factor"] = len(timesteps), sum(plan.site.outputs for plan in plans)
+        shapes["factor"] = shapes["scale"] if of_sites else (len(timesteps), sum(outputs))
     for what, value in parts.items():
         if value is None or value.shape != shapes[what] or value.dtype != torch.float32:
             raise FileFault(f"{path}: the timesteps' {what} is not fp32 of shape {shapes[what]}", _AGAIN)
@@ -239,13 +245,15 @@ def _tables(tensors: dict[str, torch.Tensor], prefix: str, plans: list[SitePlan]
         good = (value > 0) & value.isfinite() if positive else value.isfinite()
         if not good.all():
             row, column = (~good).nonzero()[0].tolist()
-            site = f" of site {plans[column].site.name}" if what != "factor" else ""
+            site = f" of site {plans[column].site.name}" if what != "factor" or of_sites else ""
             raise NumericalFault(
                 f"the activation {what}{site} at timestep {timesteps[row]:g} is {value[row, column]:g}, "
                 f"not a {'positive' if positive else 'finite'} number",
                 f"in {path}; {_AGAIN}",
             )
-    return TimestepTables(timesteps.tolist(), parts["scale"], parts["zero"], factor)
+    return TimestepTables(
+        timesteps.tolist(), parts["scale"], parts["zero"], factor, outputs=outputs if of_sites else None
+    )
 
 
 def check_places(network: nn.Module, plans: list[SitePlan], path: Path) -> None:
@@ -310,15 +318,19 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path, report: Report | N
     layers = fake_layers.quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
     tensors = {f"tables.{name}": value for name, value in tables.raw().items()}
+    scale, factor = tensors["tables.scale"], tensors.get("tables.factor")
     sizes, report = {}, report or Report()
     report.begin("pack", len(layers), unit="sites")
     for done, (name, layer) in enumerate(layers.items(), 1):
         packed = layer.integers().packed()
         reference.prepare(packed)  # its bound on accumulators holds, or the export fails here
         tensors |= {f"{name}.{key}": value for key, value in packed.tensors.items()}
-        steps = 2 * 4 * len(tables.timesteps)  # the site's columns of the timestep tables
+        columns = 2  # the site's, of the timestep tables
+        if factor is not None:
+            columns += 1 if factor.shape == scale.shape else layer.plan.site.outputs
         sizes[name] = {
-            "bytes": sum(value.numel() * value.element_size() for value in packed.tensors.values()) + steps,
+            "bytes": sum(value.numel() * value.element_size() for value in packed.tensors.values())
+            + columns * 4 * len(scale),
             "float_bytes": 4 * (layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())),
             "weight_bits": "mixed" if layer.plan.mixed else layer.plan.weight_bits,
             "form": cpu.form_of(packed),
@@ -369,7 +381,7 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
 
     path = Path(folder) / "config.json"
     config = read_json(path)
-    if config.get("format") != FORMAT or config.get("version") != FORMAT_VERSION:
+    if config.get("format") != FORMAT or config.get("version") not in READ:
         raise FileFault(
             f"{path}: format {config.get('format')!r} version {config.get('version')!r}, "
             f"this hqdm reads {FORMAT} {FORMAT_VERSION}",

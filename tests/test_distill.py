@@ -2,12 +2,15 @@
 none.
 """
 
+import csv
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ import torch
 from drawing import drawn
 from roads import STEPS, make, tiny_store, tiny_student
 
-from pipelines.errors import NumericalFault
+from pipelines.errors import NumericalFault, UsageError
 from pipelines.events import Report
+from pipelines.methods import METHODS
 from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import Recipe
 from pipelines.quant.spec import ACTIVATION_BITS, WEIGHT_BITS
@@ -88,6 +92,37 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_bits(store, tmp_
     assert done.returncode == 0, done.stderr
     assert "goes on" in done.stderr
     assert digests(other.current("distill")) == digests(whole)
+
+
+@contextmanager
+def at_rest(order: str):
+    """A recipe of rates so small that nothing moves, which learns timesteps in some order."""
+    still = dict.fromkeys(
+        ("weight_scale_rate", "activation_scale_rate", "zero_point_rate", "bias_rate", "weight_rate"), 1e-30
+    )
+    recipe = Recipe(order=order, lora_rate_divisor=1e30, **still)
+    variants = METHODS["hqdm"].variants
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(variants, "code", replace(variants["code"], recipe=recipe))
+        yield
+
+
+def losses_of(distilled) -> list[list[tuple[float, float]]]:
+    """(timestep, loss) of every update, by trajectory."""
+    with open(distilled.file("losses.csv"), newline="") as file:
+        rows = [(float(row["timestep"]), float(row["loss_per_image"])) for row in csv.DictReader(file)]
+    return [rows[start : start + STEPS] for start in range(0, len(rows), STEPS)]
+
+
+def test_a_shuffled_order_learns_every_timestep_of_the_same_trajectories_once(tmp_path):
+    found = {}
+    for order in ("trajectory", "shuffled"):
+        with at_rest(order):
+            distilled = tiny_student(tiny_store(tmp_path / order), "hqdm", "code", trajectories=6, eta=1.0)
+        found[order] = losses_of(distilled)
+    visited = [[timestep for timestep, _ in rows] for rows in found["shuffled"]]
+    assert len({tuple(timesteps) for timesteps in visited}) > 1  # drawn anew for each
+    assert [sorted(rows, reverse=True) for rows in found["shuffled"]] == found["trajectory"]
 
 
 def test_the_loss_falls(store, monkeypatch):
@@ -162,6 +197,19 @@ def test_trained_at_other_steps_than_profiled_it_interpolates_the_scales(store):
     plan = make(store, "plan")
     distilled = make(store, "distill", {"plan": plan.id}, trajectories=1, batch=2, steps=STEPS + 2)
     assert distilled.figures["updates"] == STEPS + 2
+
+
+@pytest.mark.parametrize(
+    "recipe, what",
+    [
+        (dict(relation=100.0, order="shuffled"), "consecutive timesteps"),
+        (dict(weight_factors=True, site_factors=True), "weight_factors and site_factors"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused_with_the_way_out(recipe, what):
+    with pytest.raises(UsageError, match=what) as caught:
+        Recipe(**recipe)
+    assert caught.value.hint
 
 
 def test_the_recipe_is_the_published_one_unless_a_variant_says_otherwise():

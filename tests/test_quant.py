@@ -161,6 +161,21 @@ def test_a_timestep_that_went_through_thousandths_in_fp32_has_its_row_and_none_o
     assert table.raw()["timesteps"].tolist() == sorted(known)
 
 
+@pytest.mark.parametrize("timestep", [1, 401, 150, 5000])
+def test_a_factor_of_a_site_is_one_of_each_of_its_outputs(timestep):
+    factors, outputs, ones = torch.tensor([[1.0, 2.0], [4.0, 0.5]]), [3, 2], torch.ones(2, 2)
+    of_sites = TimestepTables([401, 1], ones, ones, factors, outputs=outputs)
+    of_outputs = TimestepTables([401, 1], ones, ones, factors.repeat_interleave(torch.tensor(outputs), 1))
+    for table in (of_sites, of_outputs):
+        table.set_timestep(timestep)
+    assert torch.equal(of_sites.factors_of(slice(0, 5)), of_outputs.factors_of(slice(0, 5)))
+    assert torch.equal(of_sites.on(torch.device("cpu")).factor, of_outputs.on(torch.device("cpu")).factor)
+    assert torch.equal(of_sites.raw()["factor"], factors.flip(0))  # ascending timesteps, and no wider than it came
+    of_sites.factors_of(slice(0, 3)).sum().backward()
+    reached = [parameter.grad for parameter in of_sites.factor if parameter.grad is not None]
+    assert all(grad[0] > 0 and grad[1] == 0 for grad in reached) and reached
+
+
 class Told(torch.nn.Module):
     def forward(self, x, conditions=None, timestep=None):
         return x

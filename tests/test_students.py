@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from roads import STEPS, make, tiny_store, tiny_student
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipelines import diffusion
-from pipelines.errors import FileFault
+from pipelines.errors import FileFault, NumericalFault
 from pipelines.methods import METHODS
 from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import read_plan
@@ -115,6 +115,20 @@ def test_packed_weights_take_the_bytes_that_their_bits_say(store):
     for site in plan_of(store, distilled).quantised:
         count = torch.tensor(site.site.weight).prod().item()
         assert tensors[f"{site.site.name}.weight"].numel() == (count * site.weight_bits + 7) // 8
+
+
+def test_factors_of_sites_take_no_more_bytes_than_the_activation_scales(store):
+    exported = make(store, "export", {"distill": tiny_student(store, "hqdm", "tuned").id})
+    tensors = load_file(exported.file("model.safetensors"))
+    assert tensors["tables.factor"].shape == tensors["tables.scale"].shape and (tensors["tables.factor"] != 1).any()
+    (folder := exported.path.parent / "cut").mkdir()
+    for name, entry in (("factor", tensors["tables.factor"][:, 1:]), ("factor", tensors["tables.factor"].log())):
+        for file in exported.manifest["files"]:
+            if "/" not in file:
+                (folder / file).write_bytes(exported.file(file).read_bytes())
+        save_file(tensors | {f"tables.{name}": entry.contiguous()}, folder / "model.safetensors")
+        with pytest.raises((FileFault, NumericalFault), match="factor"):
+            load_integer(folder, "cpu")
 
 
 def test_the_float_export_is_a_diffusers_folder_with_the_quantised_weights(store):

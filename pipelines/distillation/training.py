@@ -1,8 +1,9 @@
 """The training loop: the student follows its teacher along the teacher's own trajectories, without data.
 
 Source: HQ-DM, equation 12, and the public code of EfficientDM and HQ-DM: the teacher runs DDIM from noise, at every
-step the student sees the same x_t, one optimiser step follows, and the teacher's ε carries the trajectory on. The loss
-is the squared error, summed, of the two guided ε: the teacher's as asked, the student's by its shares where it has
+step the student sees the same x_t, one optimiser step follows, and the teacher's ε carries the trajectory on. A recipe
+may have the teacher go through the whole trajectory first, and its steps learned in an order of its own. The loss is
+the squared error, summed, of the two guided ε: the teacher's as asked, the student's by its shares where it has
 such.
 
 Every draw is a function of (seed, trajectory, step), so the loop's whole state is its parameters, the optimiser's
@@ -10,12 +11,14 @@ moments and the x_t it stands at: saved now and then, and a run killed anywhere 
 """
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from pipelines import processes
-from pipelines.diffusion import conditions_of, noise_of, timesteps_of, trajectory, walker
+from pipelines.diffusion import conditions_of, generator, noise_of, timesteps_of, trajectory, walker
 from pipelines.distillation.checks import check_finite, check_teacher
 from pipelines.distillation.rates import parameter_groups
 from pipelines.distillation.relation import Relation, rows_of, whole_batch
@@ -51,6 +54,13 @@ def distill(
     report.end()
     training.conclude()
     return training.losses
+
+
+def steps_of(recipe: Recipe, course: Course, number: int) -> list[int]:
+    """The sampler's steps in the order in which a recipe learns those of a trajectory."""
+    if recipe.order == "trajectory":
+        return list(range(course.steps))
+    return torch.randperm(course.steps, generator=generator(course.seed, number, "order")).tolist()
 
 
 class _Training:
@@ -122,19 +132,12 @@ class _Training:
     @torch.no_grad()  # inside the generator's frames; the student's own pass has gradients
     def walk(self, save_every: int, report: Report) -> None:
         """The rest of one trajectory of the teacher, with an update at each of its steps."""
-        course, info = self.course, self.teacher.info
+        course = self.course
         number, first = divmod(self.done, course.steps)
         indices = list(range(number * course.batch, (number + 1) * course.batch))[self.mine]
-        conditions = conditions_of(course.seed, indices, info.conditions)
-        if first == 0:
-            self.x = noise_of(course.seed, indices, info.shape, "distill").to(self.device)
-        steps = trajectory(
-            self.teacher, self.scheduler, info.schedule, course.steps, self.x, conditions, course.guidance, course.eta,
-            course.seed, indices, first,
-        )  # fmt: skip
-        for step, timestep, self.x, target in steps:
-            if step == course.steps:
-                break
+        conditions = conditions_of(course.seed, indices, self.teacher.info.conditions)
+        for step, timestep, x, target in self._visits(number, first, indices, conditions):
+            self.x = x
             loss = self._loss(timestep, conditions, target)
             value = self._of_all(loss)
             saves = self.done % save_every == 0 and self.done > 0
@@ -146,6 +149,27 @@ class _Training:
                 self.save()  # the state before this update, which has just been seen to be good
             self._update(step, loss, value)
             report.advance(self.done, loss=value)
+
+    def _visits(
+        self, number: int, first: int, indices: list[int], conditions: torch.Tensor
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(step, timestep, x_t, the teacher's ε) of a trajectory's updates from the `first` on. Those of an order of
+        its own are held all at once, since the teacher can only go its own way.
+        """
+        course, info = self.course, self.teacher.info
+        shuffled = self.recipe.order == "shuffled"
+        stands = 0 if shuffled else first
+        if stands == 0:
+            self.x = noise_of(course.seed, indices, info.shape, "distill").to(self.device)
+        along = trajectory(
+            self.teacher, self.scheduler, info.schedule, course.steps, self.x, conditions, course.guidance, course.eta,
+            course.seed, indices, stands,
+        )  # fmt: skip
+        along = islice(along, course.steps - stands)  # without x_0, of which nothing is learned
+        if not shuffled:
+            return along
+        visited = list(along)
+        return iter([visited[step] for step in steps_of(self.recipe, course, number)[first:]])
 
     @torch.enable_grad()
     def _loss(self, timestep: torch.Tensor, conditions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -183,6 +207,7 @@ class _Training:
         """Leave the student with its averages, where the recipe keeps such, and the networks without hooks."""
         if self.relation is not None:
             self.relation.remove()
-        check_finite(self.student, self.losses[-1], self.timesteps[-1])
+        last = steps_of(self.recipe, self.course, self.course.trajectories - 1)[-1]
+        check_finite(self.student, self.losses[-1], self.timesteps[last])
         for parameter, average in zip(self.parameters, self.averages, strict=bool(self.averages)):
             parameter.copy_(average)

@@ -50,6 +50,7 @@ METHOD = Method(
                 trains=["weights", "biases", "weight_scales", "activation_scales"],
                 weight_rate=1e-4,
                 weight_scale_rate_divisor=300.0,
+                site_factors=False,  # all timesteps share one, which the weight's scale is already
             ),
         ),
     },

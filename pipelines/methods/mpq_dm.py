@@ -106,7 +106,10 @@ METHOD = Method(
     source="Feng et al., AAAI 2025 (arXiv 2412.11549); cantbebetter2/MPQ-DM",
     variants={
         "published": Variant("with relation distillation", Recipe(relation=100.0)),
-        "tuned": Variant("the same with the recipe of `hqdm --variant auto`", replace(TUNED, relation=100.0)),
+        "tuned": Variant(
+            "the same with the recipe of `hqdm --variant auto`, in the sampler's order, which relations need",
+            replace(TUNED, relation=100.0, order="trajectory"),
+        ),
     },
     default_variant="published",
     options={"mixed": Option(True, "widths by output; false: all outputs as asked")},

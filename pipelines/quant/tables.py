@@ -127,7 +127,8 @@ class TimestepTables(nn.Module):
     the others alone, as separate quantisers would.
 
     timesteps: those of the schedule, in any order; kept sorted. Not whole numbers where the schedule's are not.
-    scale, zero: (T, n) fp32. factor: (T, m) fp32 or None, where m is the sum of the sites' outputs; see `factors_of`.
+    scale, zero: (T, n) fp32. factor: fp32 or None; of every output (T, m), where m is the sum of the sites' outputs, or
+        with `outputs`, how many each site has, of every site (T, n); see `factors_of`.
     unit: (n,) fp32, what every scale is multiplied with when it is looked up; ones where it is None.
     groups: for each timestep as given, which group it is in; timesteps of a group share one parameter, whose value is
         that of the group's smallest timestep. None: every timestep has its own.
@@ -143,8 +144,10 @@ class TimestepTables(nn.Module):
         unit: torch.Tensor | None = None,
         groups: Sequence[int] | None = None,
         relative: bool = False,
+        outputs: Sequence[int] | None = None,
     ):
         super().__init__()
+        self._outputs = None if outputs is None else torch.tensor(outputs)
         self.register_buffer("unit", unit, persistent=False)
         order = sorted(range(len(timesteps)), key=lambda index: timesteps[index])
         self.timesteps = [float(timesteps[index]) for index in order]
@@ -193,6 +196,10 @@ class TimestepTables(nn.Module):
     def _factor_at(self, row: int) -> torch.Tensor:
         return self.factor[self._place[row]]
 
+    def _of_outputs(self, factor: torch.Tensor) -> torch.Tensor:
+        """The factors of a row for every output (m,)."""
+        return factor if self._outputs is None else factor.repeat_interleave(self._outputs.to(factor.device))
+
     def _in_units(self, scale: torch.Tensor) -> torch.Tensor:
         return scale if self.unit is None else scale * self.unit
 
@@ -213,7 +220,9 @@ class TimestepTables(nn.Module):
     def _at(self, timestep: float) -> _Row:
         scale = self._in_units(self._row(self.scale_at, timestep, log=True))
         zero = round_through(self._row(self._zero_at, timestep, log=False))
-        return _Row(scale, zero, None if self.factor is None else self._row(self._factor_at, timestep, log=True))
+        if self.factor is None:
+            return _Row(scale, zero, None)
+        return _Row(scale, zero, self._of_outputs(self._row(self._factor_at, timestep, log=True)))
 
     def _nearest(self, timestep: float) -> int | None:
         """The row that is this timestep's own, or None."""

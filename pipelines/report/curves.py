@@ -9,11 +9,11 @@ from pipelines.report.pictures import COLOURS, figure_file
 
 
 def loss_curve(losses: Mapping[str, Sequence[float]], timesteps: Sequence[int], path: Path) -> None:
-    """Loss per image of every update of named runs, each (updates,), over trajectories of len(timesteps) steps.
+    """Loss per image of every update of named runs, each (updates,), over trajectories of len(timesteps) steps in the
+    sampler's order.
 
     Left: the mean of each trajectory. Right: the last timestep of each trajectory alone, which is what the paper's
-    figure
-    4 shows (its step 0).
+    figure 4 shows (its step 0).
     """
     steps = len(timesteps)
     with figure_file(path, 7.2, 2.8, "Distillation loss") as figure:

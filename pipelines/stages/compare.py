@@ -315,18 +315,24 @@ def _images(chain: Mapping[str, Artifact]) -> np.ndarray:
 def _losses(
     students: Sequence[Mapping[str, Any]], chains: Mapping[str, Mapping[str, Artifact]]
 ) -> dict[str, dict[str, list[np.ndarray]]]:
-    """bits -> method -> the losses of each seed, (trajectories, steps); students that do not train have none."""
+    """bits -> method -> the losses of each seed, (trajectories, steps) as the sampler visits them, the last timestep
+    last; students that do not train have none.
+    """
     curves: dict[str, dict[str, list[np.ndarray]]] = {}
     for cell in students:
         student = chains[role_of(cell["spec"], cell["bits"], cell["seed"])]["distill"]
         if "losses.csv" not in student.manifest["files"]:
             continue
         with open(student.file("losses.csv"), newline="") as file:
-            rows = [(row["trajectory"], float(row["loss_per_image"])) for row in csv.DictReader(file)]
-        trajectories = len({trajectory for trajectory, _ in rows})
+            rows = [
+                (int(row["trajectory"]), -float(row["timestep"]), float(row["loss_per_image"]))
+                for row in csv.DictReader(file)
+            ]
+        rows.sort()
+        trajectories = len({trajectory for trajectory, *_ in rows})
         if not rows or len(rows) % trajectories:
             continue
-        values = np.array([loss for _, loss in rows]).reshape(trajectories, -1)
+        values = np.array([loss for *_, loss in rows]).reshape(trajectories, -1)
         curves.setdefault(cell["bits"], {}).setdefault(cell["method"], []).append(values)
     return curves
 

@@ -72,7 +72,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     from pipelines import processes
     from pipelines.diffusion import eta_or, timesteps_of, walker
     from pipelines.distillation.side_by_side import measure_correction, measure_guidance
-    from pipelines.distillation.training import distill
+    from pipelines.distillation.training import distill, steps_of
     from pipelines.kernels import cuda
     from pipelines.models.denoiser import load_denoiser, place
     from pipelines.models.families.base import CLASSIFIER_FREE
@@ -127,7 +127,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     if plan.recipe.correction:
         (correction or correct()).save(out.path)
     _write_student(student, plan, scales, out.path)
-    _write_story(losses, timesteps, blocks, out.path)
+    orders = [steps_of(plan.recipe, course, number) for number in range(len(losses) // steps)]
+    _write_story(losses, orders, timesteps, blocks, out.path)
     return {
         "method": plan.method, "variant": plan.variant, "bits": str(plan.bits), "updates": len(losses),
         "first_loss": _mean(losses[:steps]), "last_loss": _mean(losses[-steps:]), "trained_parameters": learned,
@@ -178,23 +179,30 @@ def _write_student(student, plan: Plan, scales: dict, folder: Path) -> None:
         write_adapters(layers, plan.recipe.lora_rank, folder / "adapters")
 
 
-def _write_story(losses: list[float], timesteps: list[float], blocks: list[dict], folder: Path) -> None:
-    """Losses by update, with their picture, and the errors of blocks."""
+def _write_story(
+    losses: list[float], orders: list[list[int]], timesteps: list[float], blocks: list[dict], folder: Path
+) -> None:
+    """Losses by update, with their picture, and the errors of blocks. orders: the steps of each trajectory as they were
+    learned.
+    """
     from pipelines.report.curves import loss_curve
 
-    steps = len(timesteps)
+    sampled = [0.0] * len(losses)  # in the sampler's order
     with open(folder / "losses.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["update", "trajectory", "timestep", "loss_per_image"])
         for update, loss in enumerate(losses):
-            rows.writerow([update + 1, update // steps + 1, f"{timesteps[update % steps]:g}", repr(loss)])
+            trajectory, place = divmod(update, len(timesteps))
+            step = orders[trajectory][place]
+            sampled[update - place + step] = loss
+            rows.writerow([update + 1, trajectory + 1, f"{timesteps[step]:g}", repr(loss)])
     if blocks:
         with open(folder / "reconstruction.csv", "w", newline="") as file:
             rows = csv.DictWriter(file, list(blocks[0]))
             rows.writeheader()
             rows.writerows(blocks)
     if losses:
-        loss_curve({"student": losses}, timesteps, folder / "loss.png")
+        loss_curve({"student": sampled}, timesteps, folder / "loss.png")
 
 
 def at_timesteps(scales: dict, timesteps: list[float], grouped: bool = False) -> dict:
