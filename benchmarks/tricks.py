@@ -39,7 +39,7 @@ class Row:
     images: int = 1
 
 
-KEPT = ("base_weight", "headroom", "guidance_signal")  # which are no rates
+KEPT = ("base_weight", "headroom", "guidance_signal", "site_factors", "order")  # which are no rates
 NONE = {"updates": "none", "ema": 0.0}
 PUBLISHED = {name: value for name, value in to_dict(Recipe()).items() if name not in KEPT}
 SCALES = ["weight_scales", "activation_scales", "zero_points"]
@@ -50,7 +50,9 @@ ROWS = {
     "adapters at the published rate": Row(recipe={"lora_rate_divisor": 2500.0}),
     "adapters fixed": Row(recipe={"trains": [*SCALES, "biases"]}),
     "biases fixed": Row(recipe={"trains": ["adapters", *SCALES]}),
-    "activation scales by absolute rates": Row(recipe={"relative_scales": False, "activation_scale_rate": 5e-4}),
+    "activation scales by absolute rates, factors too": Row(
+        recipe={"relative_scales": False, "activation_scale_rate": 5e-4}
+    ),
     "adapters on the quantised weight": Row(recipe={"base_weight": "quantised"}),
     "guided at all steps as asked": Row(recipe={"guidance_signal": 0.0}),
     "no moving average": Row(recipe={"ema": 0.0}),
@@ -58,7 +60,7 @@ ROWS = {
     "no factor for each timestep": Row(recipe={"site_factors": False}),
     "a factor for each timestep and output": Row(recipe={"site_factors": False, "weight_factors": True}),
     "timesteps in the sampler's order": Row(recipe={"order": "trajectory"}),
-    "and relations of the last block's features": Row(recipe={"order": "trajectory", "relation": 100.0}),
+    "in the sampler's order, with relations of features": Row(recipe={"order": "trajectory", "relation": 100.0}),
     "half the trajectories, twice the images": Row(trajectories=0.5, images=2),
     "no headroom at 8 bits": Row(recipe={"headroom": 1.0}),
     "the systematic error not counted": Row(options={"bias": "0"}),

@@ -74,7 +74,7 @@ class Recipe:
         "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
     )
     weight_factors: bool = False  # a learned factor on the weight scale of every output for every timestep …
-    site_factors: bool = False  # … or one on all of a site, which takes no bytes to speak of
+    site_factors: bool = False  # … or one on all of a site, of few bytes; both learn at activation_scale_rate
     # In which the timesteps of a trajectory are learned: as the sampler visits them, or as drawn for each trajectory.
     order: Literal["trajectory", "shuffled"] = "trajectory"
     updates: Literal["distill", "reconstruct", "none"] = "distill"  # how the student learns; none: as it was calibrated

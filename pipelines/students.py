@@ -55,7 +55,7 @@ from pipelines.quant.tables import TimestepTables
 _AGAIN = "make the artifact again with --force"
 FORMAT = "hqdm-int"
 FORMAT_VERSION = 6
-READ = (5, FORMAT_VERSION)  # since 5 scales are multiplied before the accumulator is; since 6 factors may be of sites
+VERSIONS = (5, FORMAT_VERSION)  # 5: scales are multiplied before the accumulator is; 6: factors may be of sites
 # What a loader has to compute, in words that go into config.json.
 ARITHMETIC = {
     "surroundings": "x' = (x - centre[c])·gain[c], and y' = y + taps[o] (of a convolution, at every position the sum "
@@ -246,8 +246,9 @@ def _tables(tensors: dict[str, torch.Tensor], prefix: str, plans: list[SitePlan]
         if not good.all():
             row, column = (~good).nonzero()[0].tolist()
             site = f" of site {plans[column].site.name}" if what != "factor" or of_sites else ""
+            whose = "weight" if what == "factor" else "activation"
             raise NumericalFault(
-                f"the activation {what}{site} at timestep {timesteps[row]:g} is {value[row, column]:g}, "
+                f"the {whose} {what}{site} at timestep {timesteps[row]:g} is {value[row, column]:g}, "
                 f"not a {'positive' if positive else 'finite'} number",
                 f"in {path}; {_AGAIN}",
             )
@@ -381,10 +382,10 @@ def load_integer(folder: Path, backend: str) -> Denoiser:
 
     path = Path(folder) / "config.json"
     config = read_json(path)
-    if config.get("format") != FORMAT or config.get("version") not in READ:
+    if config.get("format") != FORMAT or config.get("version") not in VERSIONS:
         raise FileFault(
             f"{path}: format {config.get('format')!r} version {config.get('version')!r}, "
-            f"this hqdm reads {FORMAT} {FORMAT_VERSION}",
+            f"this hqdm reads {FORMAT} {' and '.join(map(str, VERSIONS))}",
             "export again: hqdm export --format int --force",
         )
     tensors = _load(Path(folder) / "model.safetensors")

@@ -60,7 +60,7 @@ def _tell(module, name):
         figures = run(config, inputs, out, report) | about
         if name == "distill":
             (out.path / "losses.csv").write_text(
-                "update,trajectory,timestep,loss_per_image\n1,1,501,4.0\n2,1,1,1.0\n3,2,501,3.0\n4,2,1,0.5\n"
+                "update,trajectory,timestep,loss_per_image\n1,1,501,4.0\n2,1,1,1.0\n3,2,1,0.5\n4,2,501,3.0\n"
             )
             figures |= {"updates": 4, "last_loss": 1.75, "seed": config.seed}
         if name == "export":
@@ -526,6 +526,17 @@ def test_pictures_are_drawn_of_what_there_is(store, fakes, monkeypatch):
     page = artifact.file("table.md").read_text()
     assert all(f"({name})" in page for name in wanted)
     assert all(artifact.file(name).read_bytes().startswith(b"\x89PNG") for name in wanted)
+
+
+def test_losses_are_drawn_as_the_sampler_visits_timesteps_in_whatever_order_they_were_learned(
+    store, fakes, monkeypatch
+):
+    drawn = {}
+    monkeypatch.setattr(stage, "_draw", DRAW)
+    monkeypatch.setattr(comparison_pictures, "losses", lambda path, curves: drawn.update(curves))
+    made(store, ["hqdm"], ["w4a4"])
+    (curve, _) = drawn["w4a4"]["hqdm (usual)"]
+    assert curve.tolist() == [[4.0, 1.0], [3.0, 0.5]]  # a row a trajectory, the last timestep last
 
 
 def test_orders_are_drawn_only_where_methods_differ_in_nothing_else(store, fakes, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -301,6 +302,21 @@ def test_what_is_no_number_in_distillation_is_named_and_the_run_goes_on_from_its
     losses, parameters = trained(store, state)  # the cause is gone
     expected, values = undisturbed
     assert losses == expected and all(torch.equal(parameters[name], values[name]) for name in values)
+
+
+@pytest.mark.parametrize("order", ["trajectory", "shuffled"])
+def test_a_teacher_that_breaks_on_its_way_is_named_at_that_timestep_in_whatever_order_it_is_learned(
+    store, tmp_path, order
+):
+    teacher, student, recipe = teacher_and_student(store)
+    count, predict = itertools.count(), teacher.predict
+    teacher.predict = lambda *args: predict(*args) * (1 if next(count) % STEPS < 1 else NAN)
+    course, recipe = Course(2, STEPS, 2, 1.5, 1.0, 0), replace(recipe, order=order)
+    visited = diffusion.timesteps_of("DDIMScheduler", teacher.info.schedule, STEPS)
+    fault(
+        lambda: distill(teacher, student, recipe, course, tmp_path / "state.pt", 2, Report()),
+        f"the teacher's prediction holds NaN or Inf at timestep {visited[1]:g}",
+    )
 
 
 @pytest.mark.parametrize("measure", ["guidance", "correction"])

@@ -3,6 +3,7 @@ method.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -79,7 +80,9 @@ def test_epsilon_on_the_reference_back_end_equals_that_on_the_cpu(store):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("method, variant", [("hqdm", "ours"), ("hqdm", "paper"), ("efficientdm", None)])
+@pytest.mark.parametrize(
+    "method, variant", [("hqdm", "ours"), ("hqdm", "paper"), ("hqdm", "tuned"), ("efficientdm", None)]
+)
 def test_a_batch_of_mixed_timesteps_is_predicted_as_its_images_alone(store, method, variant):
     """Between learned timesteps too. The layers in floating point round a batch as they round an image."""
     fake, integer = students(store, tiny_student(store, method, variant, "w4a4"))
@@ -117,18 +120,28 @@ def test_packed_weights_take_the_bytes_that_their_bits_say(store):
         assert tensors[f"{site.site.name}.weight"].numel() == (count * site.weight_bits + 7) // 8
 
 
-def test_factors_of_sites_take_no_more_bytes_than_the_activation_scales(store):
+def test_factors_of_sites_take_no_more_bytes_than_the_activation_scales(store, tmp_path):
     exported = make(store, "export", {"distill": tiny_student(store, "hqdm", "tuned").id})
     tensors = load_file(exported.file("model.safetensors"))
     assert tensors["tables.factor"].shape == tensors["tables.scale"].shape and (tensors["tables.factor"] != 1).any()
-    (folder := exported.path.parent / "cut").mkdir()
-    for name, entry in (("factor", tensors["tables.factor"][:, 1:]), ("factor", tensors["tables.factor"].log())):
-        for file in exported.manifest["files"]:
-            if "/" not in file:
-                (folder / file).write_bytes(exported.file(file).read_bytes())
-        save_file(tensors | {f"tables.{name}": entry.contiguous()}, folder / "model.safetensors")
-        with pytest.raises((FileFault, NumericalFault), match="factor"):
-            load_integer(folder, "cpu")
+    shutil.copytree(exported.path, tmp_path / "other")
+    factor = tensors["tables.factor"]
+    for spoiled, fault in ((factor[:, 1:], FileFault), (-factor, NumericalFault)):
+        save_file(tensors | {"tables.factor": spoiled.contiguous()}, tmp_path / "other" / "model.safetensors")
+        with pytest.raises(fault, match="factor"):
+            load_integer(tmp_path / "other", "cpu")
+
+
+def test_an_export_of_the_format_before_is_read(store, tmp_path):
+    exported = make(store, "export", {"distill": tiny_student(store).id})
+    shutil.copytree(exported.path, tmp_path / "older")
+    config = json.loads(exported.file("config.json").read_text())
+    (tmp_path / "older" / "config.json").write_text(json.dumps(config | {"version": 5}))
+    x, classes, timestep = torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor(500)
+    now, before = (
+        load_integer(folder, "cpu").predict(x, timestep, classes, 1.5) for folder in (exported.path, tmp_path / "older")
+    )
+    assert torch.equal(now, before)
 
 
 def test_the_float_export_is_a_diffusers_folder_with_the_quantised_weights(store):

@@ -39,8 +39,13 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
             for row, column in (~good).nonzero().tolist()
         ]
     factor = known_tensors.get("factor")
-    if factor is not None and not bool(((factor > 0) & factor.isfinite()).all()):
-        bad.append("a weight factor")
+    if factor is not None:
+        wrong = (~((factor > 0) & factor.isfinite())).nonzero().tolist()
+        of_sites = factor.shape == scale.shape
+        bad += [
+            f"a weight factor{f' of site {names[column]}' if of_sites else ''} at timestep {tables.timesteps[row]:g}"
+            for row, column in wrong
+        ]
     if bad:
         what = f"{bad[0]} is not a positive number or not finite, found at timestep {timestep:g}"
         raise NumericalFault(what, way_out)

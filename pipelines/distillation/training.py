@@ -8,6 +8,7 @@ such.
 
 Every draw is a function of (seed, trajectory, step), so the loop's whole state is its parameters, the optimiser's
 moments and the x_t it stands at: saved now and then, and a run killed anywhere ends with the bits of one that was not.
+Where the teacher goes ahead, it does so again from the trajectory's noise.
 """
 
 import math
@@ -92,6 +93,7 @@ class _Training:
         self.done = 0
         self.losses: list[float] = []
         self.x: torch.Tensor | None = None  # this process's part of the batch, where the trajectory stands
+        self.walked: list[tuple[int, torch.Tensor]] = []  # the teacher's ε by step, where it has gone ahead
         self.means: dict[int, float] = {}  # running means of the loss, by step
         self.averages = [parameter.detach().clone() for parameter in self.parameters] if recipe.ema else []
 
@@ -142,7 +144,8 @@ class _Training:
             value = self._of_all(loss)
             saves = self.done % save_every == 0 and self.done > 0
             if not math.isfinite(value):
-                check_teacher(target, self.timesteps[step])
+                for at, predicted in self.walked or [(step, target)]:
+                    check_teacher(predicted, self.timesteps[at])
             if saves or not math.isfinite(value):
                 check_finite(self.student, value, self.timesteps[step])
             if saves:
@@ -169,6 +172,7 @@ class _Training:
         if not shuffled:
             return along
         visited = list(along)
+        self.walked = [(step, target) for step, _, _, target in visited]
         return iter([visited[step] for step in steps_of(self.recipe, course, number)[first:]])
 
     @torch.enable_grad()

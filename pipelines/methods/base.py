@@ -155,7 +155,7 @@ class Method:
 
 # A recipe that was tried for `hqdm --variant auto`, and that every trained method may have: a comparison that tunes one
 # side alone says little. LoRA learns 25 times as fast as published; activation scales by a share of themselves; biases
-# learn too, and for each timestep a factor on a site's output; a trajectory's timesteps come in an order drawn for it,
+# learn too, and for each timestep a factor on a site's weights; a trajectory's timesteps come in an order drawn for it,
 # and their losses count against their own means; the student is a moving average and guides by shares.
 TUNED = Recipe(
     base_weight="float", relative_scales=True, activation_scale_rate=4e-3, bias_rate=2e-3, lora_rate_divisor=100.0,

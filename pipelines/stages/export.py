@@ -47,7 +47,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     if config.format == "float":
         merge_weights(student, teacher)
         save_denoiser(teacher, out.path)
-        for what, measured in (("shares of guidance", student.guidance_shares), ("correction", student.correction)):
+        factors = student.network.timestep_tables.factor
+        for what, measured in (
+            ("shares of guidance", student.guidance_shares), ("correction", student.correction),
+            ("factors for each timestep", factors),
+        ):  # fmt: skip
             if measured is not None:
                 report.warn(f"the student's {what} do not go with weights in floating point; its integers have them")
         return about | {"bytes": (out.path / WEIGHTS).stat().st_size}
