@@ -60,6 +60,7 @@ ROWS = {
     "no factor for each timestep": Row(recipe={"site_factors": False}),
     "a factor for each timestep and output": Row(recipe={"site_factors": False, "weight_factors": True}),
     "timesteps in the sampler's order": Row(recipe={"order": "trajectory"}),
+    "neither factors nor a shuffled order": Row(recipe={"site_factors": False, "order": "trajectory"}),
     "in the sampler's order, with relations of features": Row(recipe={"order": "trajectory", "relation": 100.0}),
     "half the trajectories, twice the images": Row(trajectories=0.5, images=2),
     "no headroom at 8 bits": Row(recipe={"headroom": 1.0}),
