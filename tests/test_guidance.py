@@ -204,7 +204,8 @@ def test_an_export_in_floating_point_says_what_it_leaves_behind(store, shared):
 
     report = Warned()
     exported = make(store, "export", {"distill": shared.id}, report, format="float")
-    assert len(report.said) == 1 and "shares of guidance" in report.said[0]
+    assert len(report.said) == 2 and "shares of guidance" in report.said[0]
+    assert "factors for each timestep" in report.said[1]
     assert load_denoiser(exported.path).guidance_shares is None
 
 
