@@ -319,7 +319,6 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path, report: Report | N
     layers = fake_layers.quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
     tensors = {f"tables.{name}": value for name, value in tables.raw().items()}
-    scale, factor = tensors["tables.scale"], tensors.get("tables.factor")
     sizes, report = {}, report or Report()
     report.begin("pack", len(layers), unit="sites")
     for done, (name, layer) in enumerate(layers.items(), 1):
@@ -327,11 +326,11 @@ def save_integer(student: Denoiser, plan: Plan, folder: Path, report: Report | N
         reference.prepare(packed)  # its bound on accumulators holds, or the export fails here
         tensors |= {f"{name}.{key}": value for key, value in packed.tensors.items()}
         columns = 2  # the site's, of the timestep tables
-        if factor is not None:
-            columns += 1 if factor.shape == scale.shape else layer.plan.site.outputs
+        if tables.factor is not None:
+            columns += 1 if tables.site_factors else layer.plan.site.outputs
         sizes[name] = {
             "bytes": sum(value.numel() * value.element_size() for value in packed.tensors.values())
-            + columns * 4 * len(scale),
+            + columns * 4 * len(tables.timesteps),
             "float_bytes": 4 * (layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())),
             "weight_bits": "mixed" if layer.plan.mixed else layer.plan.weight_bits,
             "form": cpu.form_of(packed),

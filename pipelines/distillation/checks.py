@@ -38,14 +38,10 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
             f"the activation {what} of site {names[column]} at timestep {tables.timesteps[row]:g}"
             for row, column in (~good).nonzero().tolist()
         ]
-    factor = known_tensors.get("factor")
-    if factor is not None:
-        wrong = (~((factor > 0) & factor.isfinite())).nonzero().tolist()
-        of_sites = factor.shape == scale.shape
-        bad += [
-            f"a weight factor{f' of site {names[column]}' if of_sites else ''} at timestep {tables.timesteps[row]:g}"
-            for row, column in wrong
-        ]
+    if (factor := known_tensors.get("factor")) is not None:
+        for row, column in (~((factor > 0) & factor.isfinite())).nonzero().tolist():
+            site = f" of site {names[column]}" if tables.site_factors else ""
+            bad.append(f"a weight factor{site} at timestep {tables.timesteps[row]:g}")
     if bad:
         what = f"{bad[0]} is not a positive number or not finite, found at timestep {timestep:g}"
         raise NumericalFault(what, way_out)

@@ -172,6 +172,11 @@ class TimestepTables(nn.Module):
         self._fixed: Rows | None = None
         self._faults: dict[torch.device, torch.Tensor] = {}
 
+    @property
+    def site_factors(self) -> bool:
+        """Whether there are factors, and one of each belongs to a site, not to one of its outputs."""
+        return self.factor is not None and self._outputs is not None
+
     @torch.no_grad()
     def raw(self) -> dict[str, torch.Tensor]:
         """`timesteps` (T,) fp64, `scale` with the unit multiplied in, rounded `zero` (T, n), and `factor` where
