@@ -10,7 +10,7 @@
 # make scaling     how that step grows with batch, image and width, with a picture (about half an hour, 17 GB of disk)
 # make tricks      what each part of hqdm's variant auto gives: one thing changed at a time (about 40 minutes)
 # make benchmark-cifar10 DATA=folder   every method by bit widths on a CIFAR-10 teacher, the close calls with three
-#                  seeds and with 10,000 images, and orders of the transform (docs/cifar10.md; hours)
+#                  seeds and with 10,000 images, orders of the transform, and tuned baselines (docs/cifar10.md; hours)
 # make lint        ruff
 #
 # The environment is made without ensurepip, which a bare Debian does not have; the outer pip (22.3 or newer) installs.
@@ -72,6 +72,8 @@ tricks: $(READY)
 	python -m benchmarks.tricks
 
 ORDERS := 8 16 32 64
+VARIANTS := hqdm/tuned efficientdm/tuned lsq/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned \
+	mpq_dm/tuned:mixed=false double_hadamard/distilled rtn/search hadanorm:convolutions=rotated
 WIDTHS := w8a8 w4a8 w8a4 w4a4 w4a3 w3a3 w2a4
 
 # DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/.
@@ -80,10 +82,11 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/seeds
 	python -m benchmarks.cifar10.run --methods $(ORDERS:%=hqdm/code:order=%) --bits w4a4,w4a3 \
 		--results benchmarks/results/cifar10/orders
-	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code --bits w4a4,w4a3,w3a3 --count 10000 \
+	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --count 10000 \
 		--results benchmarks/results/cifar10/large
 	for width in $(WIDTHS); do \
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
+	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
 	python -m benchmarks.cifar10.widths
 	python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png
 

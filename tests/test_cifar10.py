@@ -353,31 +353,14 @@ def test_samples_are_scored_against_an_archive_by_the_judge_with_their_classes(t
     assert found["npz"]["reference_n"] == 12
 
 
-def test_the_page_of_widths_shows_the_committed_tables_digit_for_digit():
-    """Rows whose tables are not in the project are left alone."""
+def test_the_page_of_widths_shows_what_its_command_prints_of_the_committed_tables():
     found, page = widths.cells(), (run.ROOT / "docs/widths.md").read_text(encoding="utf-8")
-    seen = set()
-    for section in page.split("\n## ")[1:]:
-        bits, of_all_figures = section.split("\n")[0], False
-        for line in section.splitlines():
-            name, *values = (word.strip(" *") for word in line.strip("|").split("|"))
-            of_all_figures = values == widths.HEADS[1:] or of_all_figures and bool(values)
-            if of_all_figures and (name, bits) in found:
-                assert values == [widths.layers_text(found[name, bits]["layers"]), *widths.texts(found[name, bits])]
-                seen.add((name, bits))
-    assert len(seen) > 20 and {bits for _, bits in seen} >= {"w4a8", "w4a4"}
-    columns = None
-    for line in page.split("\n## ")[0].splitlines():
-        name, *values = (word.strip(" *") for word in line.strip("|").split("|"))
-        if name == "dB · FD":
-            columns = values
-        elif columns and len(values) == len(columns):
-            for bits, value in zip(columns, values, strict=True):
-                if (name, bits) in found:
-                    cell = found[name, bits]
-                    assert value.replace("*", "") == f"{cell['psnr']:.2f} · {cell['fid']:.2f}"
-                    seen.discard((name, bits))
-    assert columns and not seen  # what a section shows, the first table shows
+    assert "\n".join(widths.overview(found)) in page.split("\n## ")[0]
+    sections = {section.split("\n")[0]: section for section in page.split("\n## ")[1:]}
+    assert set(sections) == set(widths.WIDTHS)
+    for bits, section in sections.items():
+        assert "\n".join(["", *widths.rows(bits, found), ""]) in section
+        assert len([name for name, width in found if width == bits]) >= len(run.METHODS)
 
 
 def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys):

@@ -21,7 +21,7 @@ from pipelines.report.pictures import figure_file, wrapped
 
 RESULTS = ROOT / "benchmarks/results/cifar10"
 WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1])))  # 8-bit activations first
-FOLDERS = ("seeds", "auto", "lsq", *BITS.split(","), "tuned")  # the first that has a cell counts
+FOLDERS = ("seeds", "auto", *BITS.split(","), "variants")  # the first that has a cell counts
 MB = 1e6
 
 # heading, key of a cell, decimals, and which is best: +1 the largest, -1 the least
