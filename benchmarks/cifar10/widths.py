@@ -21,7 +21,7 @@ from pipelines.report.pictures import figure_file, wrapped
 
 RESULTS = ROOT / "benchmarks/results/cifar10"
 WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1])))  # 8-bit activations first
-# The first that has a cell counts. The tables of w8a8, w4a8 and w2a4 were made before `auto` had factors; its own was not.
+# The first that has a cell counts. `auto` got factors after the tables of w8a8, w4a8 and w2a4, and before its own.
 FOLDERS = ("w8a4", "w4a4", "w4a3", "w3a3", "auto", "w8a8", "w4a8", "w2a4", "variants", "shortcuts")
 MB = 1e6
 
