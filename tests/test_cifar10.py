@@ -354,13 +354,16 @@ def test_samples_are_scored_against_an_archive_by_the_judge_with_their_classes(t
 
 
 def test_the_page_of_widths_shows_what_its_command_prints_of_the_committed_tables():
-    found, page = widths.cells(), (run.ROOT / "docs/widths.md").read_text(encoding="utf-8")
+    found, large = widths.cells(), widths.cells(count=10_000)
+    page = (run.ROOT / "docs/widths.md").read_text(encoding="utf-8")
     assert "\n".join(widths.overview(found)) in page.split("\n## ")[0]
     sections = {section.split("\n")[0]: section for section in page.split("\n## ")[1:]}
     assert set(sections) == set(widths.WIDTHS)
     for bits, section in sections.items():
         assert "\n".join(["", *widths.rows(bits, found), ""]) in section
         assert len([name for name, width in found if width == bits]) >= len(run.METHODS)
+        if len([name for name, width in large if width == bits]) >= len(run.METHODS):
+            assert "\n".join(["", *widths.rows(bits, large), ""]) in section
 
 
 def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys):
@@ -376,6 +379,10 @@ def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys
     with pytest.raises(SystemExit):
         widths.main(["w4a5"])
     assert "it is one of w8a8" in capsys.readouterr().err
+    for asked in (["w8a8"], []):
+        with pytest.raises(SystemExit):
+            widths.main([*asked, "--count", "7"])
+        assert f"no table of 7 images has {(*asked, 'fp32')[0]}" in capsys.readouterr().err
 
 
 def test_the_picture_of_widths_prints_what_the_tables_hold(tmp_path, monkeypatch):
