@@ -362,7 +362,7 @@ def test_the_page_of_widths_shows_what_its_command_prints_of_the_committed_table
     for bits, section in sections.items():
         assert "\n".join(["", *widths.rows(bits, found), ""]) in section
         assert len([name for name, width in found if width == bits]) >= len(run.METHODS)
-        if len([name for name, width in large if width == bits]) >= len(run.METHODS):
+        if len([name for name, width in large if width == bits]) > 3:  # the three close calls are in docs/comparison.md
             assert "\n".join(["", *widths.rows(bits, large), ""]) in section
 
 
