@@ -61,8 +61,13 @@ class Measures:
         name, span = self._whole[site.name]
         return self._samples.get_tensor(name)[:, :, span].contiguous()
 
+    def own_mean(self, site: Site) -> "torch.Tensor":
+        """The mean over all tokens of the image that each token of a linear's sample is of: (T, rows, C)."""
+        name, span = self._whole[site.name]
+        return self._samples.get_tensor(f"{name}/mean")[:, :, span].contiguous()
+
     def statistic(self, site: Site, name: str) -> "torch.Tensor":
-        """`absmax` or `mean` of each channel (T, C), over all values that the profile saw."""
+        """`low`, `high`, `absmax` or `mean` of each channel (T, C), over all values that the profile saw."""
         whole, span = self._whole[site.name]
         return self._statistics.get_tensor(f"{whole}/{name}")[:, span]
 
@@ -110,7 +115,8 @@ class Measures:
         """Initial scale and zero-point (T,) of a site, timesteps ascending.
 
         constants: the site's surroundings. groups: of each timestep in the profile's order, or empty. by, headroom: as
-        `candidates.initial` takes them.
+        `candidates.initial` takes them; a range is that of all values that the profile saw, which needs no headroom,
+        but where they are rotated or lose each image's own mean: of these only the sample is at hand.
         """
         import torch
 
@@ -120,7 +126,10 @@ class Measures:
             known = plan.site, plan.transform, plan.activation_quantiser, plan.activation_bits
             scale, zero = widened(self._measured(*known, "scale"), plan, headroom), self._measured(*known, "zero")
             return scale[self._order].contiguous(), zero[self._order].contiguous()
-        rows = rotated_rows(self.moved(plan, constants), plan.transform)  # (T, n)
+        if by == "max" and plan.transform.is_identity and plan.centring != "dynamic":
+            rows, headroom = self._ends(plan, constants), 1.0
+        else:
+            rows = rotated_rows(self.moved(plan, constants), plan.transform)  # (T, n)
         groups = groups or range(len(rows))
         scale, zero = torch.empty(len(rows)), torch.empty(len(rows))
         for group in set(groups):
@@ -129,14 +138,20 @@ class Measures:
             scale[mine], zero[mine] = (value[0] for value in found)
         return scale[self._order].contiguous(), zero[self._order].contiguous()
 
+    def _ends(self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
+        """The least and the largest value of each channel, centred and scaled: (T, 2·C)."""
+        import torch
+
+        ends = torch.stack([self.statistic(plan.site, name) for name in ("low", "high")], 1)
+        ends = ends - constants["centre"] if "centre" in constants else ends
+        return (ends * constants["gain"] if "gain" in constants else ends).flatten(1)
+
     def moved(self, plan: SitePlan, constants: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
-        """The sample after centring and scaling. A dynamic centre is taken from the profile's mean at each timestep,
-        over all images: a sample has too few tokens of one image.
-        """
+        """The sample after centring and scaling."""
         sample = self.sample(plan.site)
         shape = (1, 1, -1, 1) if sample.ndim == 4 else (1, 1, -1)
         if plan.centring == "dynamic":
-            sample = sample - self.statistic(plan.site, "mean")[:, None]
+            sample = sample - self.own_mean(plan.site)
         elif "centre" in constants:
             sample = sample - constants["centre"].view(shape)
         return sample * constants["gain"].view(shape) if "gain" in constants else sample

@@ -73,6 +73,9 @@ class Recipe:
     base_weight: Literal["quantised", "float"] = (
         "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
     )
+    # Of scales, zero-points and factors by timestep: as of one tensor, which moves all of them on at every update (the
+    # public code's), or each timestep's own.
+    momentum: Literal["shared", "own"] = "shared"
     weight_factors: bool = False  # a learned factor on the weight scale of every output for every timestep …
     site_factors: bool = False  # … or one on all of a site, of few bytes; both learn at activation_scale_rate
     # In which the timesteps of a trajectory are learned: as the sampler visits them, or as drawn for each trajectory.
@@ -86,7 +89,7 @@ class Recipe:
         "error"  # how initial scales are found: least squared error, or range
     )
     weight_scale_by: Literal["error", "max"] = "error"
-    headroom: float = 1.3  # of 8-bit activations beyond the range found in a sample: rare values show when clipped
+    headroom: float = 1.3  # of 8-bit activations beyond what was found in a sample: rare values show when clipped
     relative_scales: bool = False  # activation scales learn by their logarithm, so the rate is a share of them
     bias_rate: float = 1e-4
     weight_rate: float = 1e-5

@@ -17,13 +17,17 @@ import pytest
 import torch
 from drawing import drawn
 from roads import STEPS, make, tiny_store, tiny_student
+from safetensors.torch import load_file
 
+from pipelines.distillation.rates import parameter_groups
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.methods import METHODS
 from pipelines.models.denoiser import load_denoiser
-from pipelines.plans import Recipe
+from pipelines.plans import Recipe, read_plan, read_sites
+from pipelines.quant.layers import quant_layers
 from pipelines.quant.spec import ACTIVATION_BITS, WEIGHT_BITS
+from pipelines.students import new_student
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,51 @@ def test_a_shuffled_order_learns_every_timestep_of_the_same_trajectories_once(tm
     assert [sorted(rows, reverse=True) for rows in found["shuffled"]] == found["trajectory"]
 
 
+def untrained(store, method, variant):
+    """A fresh student of a method's plan, and its recipe."""
+    plan = make(store, "plan", method=method, variant=variant)
+    model = store.ancestor(plan, "model")
+    teacher, made = load_denoiser(model.path), read_plan(plan.file("plan.yaml"), read_sites(model.file("sites.json")))
+    return new_student(teacher, made, load_file(plan.file("scales.safetensors")), 0), made.recipe
+
+
+def test_a_weight_that_is_rotated_before_its_quantiser_learns_as_fast_as_one_that_is_rotated_after_it(store):
+    """Its scale is √order times as large, since the transform is not orthonormal: that is no reason to hurry."""
+    rates, orders = {}, {}
+    for method, variant in (("hqdm", "code"), ("double_hadamard", "distilled")):
+        student, recipe = untrained(store, method, variant)
+        layers = quant_layers(student.network)
+        groups = parameter_groups(student, recipe)
+        of = {id(parameter): group["rate"] for group in groups for parameter in group["params"]}
+        rates[method] = {name: (of[id(layer.lora_b)], of[id(layer.weight_scale)]) for name, layer in layers.items()}
+        doubles = {name: layer.plan for name, layer in layers.items() if layer.plan.inverse == "double"}
+        orders[method] = {name: plan.transform.order for name, plan in doubles.items()}
+    assert orders["double_hadamard"] and not orders["hqdm"]
+    for name, (adapters, scales) in rates["double_hadamard"].items():
+        root = orders["double_hadamard"].get(name, 1) ** 0.5
+        assert 0.5 < adapters / rates["hqdm"][name][0] < 2  # rotated weights have longer tails
+        assert scales == pytest.approx(rates["hqdm"][name][1] * root)
+
+
+@pytest.mark.parametrize("momentum", ["shared", "own"])
+def test_scales_of_other_timesteps_move_on_at_an_update_where_all_share_a_momentum(tmp_path, monkeypatch, momentum):
+    """As those of one tensor do, which the public code has; a momentum of their own leaves them where they are."""
+    from pipelines.distillation import training
+
+    variants, update, moved = METHODS["hqdm"].variants, training._Training._update, []
+
+    def watched(self, *given):
+        scales = [scale.detach().clone() for scale in self.student.network.timestep_tables.scale]
+        update(self, *given)
+        now = self.student.network.timestep_tables.scale
+        moved.append(sum(not torch.equal(one, other) for one, other in zip(scales, now, strict=True)))
+
+    monkeypatch.setitem(variants, "code", replace(variants["code"], recipe=Recipe(momentum=momentum)))
+    monkeypatch.setattr(training._Training, "_update", watched)
+    tiny_student(tiny_store(tmp_path), "hqdm", "code", trajectories=2)
+    assert moved == ([1, 2, 3, 3, 3, 3] if momentum == "shared" else [1] * 6)
+
+
 def test_the_loss_falls(store, monkeypatch):
     """On one trajectory that is walked again and again, so that nothing but learning can move the loss."""
     from pipelines.distillation import training
@@ -213,4 +262,4 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_the_way_out(recipe, wh
 
 
 def test_the_recipe_is_the_published_one_unless_a_variant_says_otherwise():
-    assert Recipe() == Recipe(32, 2500.0, 1e-6, 5e-4, 5e-4, "quantised", False)
+    assert Recipe() == Recipe(32, 2500.0, 1e-6, 5e-4, 5e-4, "quantised", "shared", False)

@@ -56,13 +56,15 @@ def test_splitting_a_bimodal_joint_input_lowers_its_error():
 
 @pytest.mark.parametrize("name", ["q_diffusion", "tfmq"])
 def test_a_shortcut_that_reads_a_concatenation_is_two_sites_of_the_bits_asked_for(name):
-    halves = decide(SHORTCUT, name, "w3a4")
+    halves = decide(SHORTCUT, name, "w3a4", shortcuts="asked")
     assert [half.site.name for half in halves] == ["up.conv_shortcut.first", "up.conv_shortcut.second"]
     assert all((half.weight_bits, half.activation_bits) == (3, 4) for half in halves)
     assert [half.site.bias for half in halves] == [True, False]
     eight = decide(SHORTCUT, name, "w3a4", shortcuts="eight")
     assert all((half.weight_bits, half.activation_bits) == (8, 8) for half in eight)
     assert not decide(SHORTCUT, name, shortcuts="float").quantised
+    default = "asked" if name == "q_diffusion" else "float"
+    assert decide(SHORTCUT, name) == decide(SHORTCUT, name, shortcuts=default)
     assert isinstance(decide(MAIN, name), SitePlan)
     with pytest.raises(UsageError, match="shortcuts"):
         decide(SHORTCUT, name, shortcuts="four")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from pipelines.errors import UsageError
 from pipelines.measures import Measures as RealMeasures
 from pipelines.methods import METHODS, auto, dmq, find
-from pipelines.methods.equivalent import extremes, few, outputs
+from pipelines.methods.equivalent import few, outputs
 from pipelines.quant.affine import choose, cover, dequantise, quantise
 from pipelines.quant.candidates import rotated_rows
 from pipelines.quant.hadamard import rotate_activation, rotate_weight
@@ -41,12 +41,15 @@ class Sampled:
     def sample(self, site):
         return self._sample[:, :, self._part(site)]
 
+    def own_mean(self, site):
+        return self.sample(site).mean(1, keepdim=True)
+
     def weight(self, site):
         return self._weight[:, self._part(site)]
 
     def statistic(self, site, name):
         values = self.sample(site).transpose(1, 2).flatten(2)
-        return values.abs().amax(2) if name == "absmax" else values.mean(2)
+        return {"absmax": values.abs().amax(2), "low": values.amin(2), "high": values.amax(2)}.get(name, values.mean(2))
 
     def sqnrs(self, site, quantiser, bits):
         return {"none": 20.0}
@@ -227,14 +230,26 @@ def test_outlier_suppression_squeezes_outlying_channels_to_one_threshold_and_no_
     assert (largest[~squeezed] <= largest.max()).all() and (constants["gain"][~squeezed] == 1).all()
 
 
-def test_a_channels_range_takes_in_what_the_sample_missed():
-    sample, _ = drawn(TOKENS)
-    measured = Sampled(sample)
-    farthest = sample.abs().amax((0, 1)) * 2
-    measured.statistic = lambda site, name: farthest.expand(3, -1)
-    low, high = extremes(TOKENS, measured)
-    assert torch.equal(torch.maximum(-low, high), farthest)
-    assert (low <= sample.amin((0, 1))).all() and (high >= sample.amax((0, 1))).all()
+def test_a_range_by_maxima_is_of_all_values_also_of_those_that_the_sample_has_not():
+    """Of each channel, centred and scaled; rotated values are known of the sample alone."""
+    sample, weight = drawn(TOKENS)
+    measured = RealMeasures.__new__(RealMeasures)
+    measured.timesteps = [3, 2, 1]
+    seen = {"low": sample.amin(1) - 5.0, "high": sample.amax(1) + 9.0}
+    measured.statistic = lambda site, name: seen[name]
+    measured.sample = lambda site: sample
+    constants = {"centre": torch.full((64,), 2.0), "gain": torch.linspace(0.5, 2, 64)}
+    plan = SitePlan(
+        TOKENS, activation_quantiser="asymmetric", activation_bits=8, weight_bits=8, centring="static", scaling=True
+    )
+    low, high = ((seen[name] - 2.0) * constants["gain"] for name in ("low", "high"))
+    scale, zero = measured.activation_scales(plan, constants, [], "max", headroom=1.3)
+    assert torch.allclose(scale, ((high.amax(1) - low.amin(1)) / 255).flip(0))  # timesteps ascend
+    assert torch.allclose((0 - zero) * scale, low.amin(1).flip(0), atol=float(scale.max()))
+    turned = SitePlan(TOKENS, transform=Transform("channels", 16), inverse="single")
+    rows = rotated_rows(sample, turned.transform)
+    wanted = cover(rows, *turned.activation_range)[0] * 1.3
+    assert torch.equal(measured.activation_scales(turned, {}, [], "max", headroom=1.3)[0], wanted.flip(0))
 
 
 def test_learned_scales_lower_the_layers_error_at_the_widths_they_were_learned_for():

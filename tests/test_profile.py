@@ -125,6 +125,7 @@ def test_the_statistics_are_those_of_all_values():
     found = observer.statistics()
     assert found["minimum"][1] == x.min() and found["maximum"][1] == 100
     assert torch.equal(found["absmax"][1], x.abs().amax((0, 2, 3)))
+    assert torch.equal(found["low"][1], x.amin((0, 2, 3))) and torch.equal(found["high"][1], x.amax((0, 2, 3)))
     torch.testing.assert_close(found["mean"][1], x.mean((0, 2, 3)))
     assert float(found["outliers"][1]) == pytest.approx(1 / x.numel())
     for transform in shown(CONV):
@@ -146,6 +147,19 @@ def test_a_sample_is_whole_image_rows_or_tokens_bounded_and_the_same_places_at_e
     assert tokens.stacked_sample().shape == (1, 64, 64)
 
 
+def test_a_token_of_the_sample_comes_with_the_mean_of_its_own_image():
+    observer = SiteObserver(LINEAR, 1, (), 0)
+    x = normal(50, 4, 64) + 10 * torch.arange(50.0)[:, None, None]
+    observer.add(0, x)
+    sample, mean = observer.stacked_sample()[0], observer.stacked_mean()[0]
+    for token, own in zip(sample, mean, strict=True):
+        image = next(index for index in range(50) if any(torch.equal(token, other) for other in x[index]))
+        assert torch.allclose(own, x[image].mean(0))
+    vectors = SiteObserver(LINEAR, 1, (), 0)
+    vectors.add(0, normal(50, 64))
+    assert vectors.stacked_mean() is None
+
+
 def test_the_observer_looks_rows_up_by_the_denoisers_own_timestep_and_leaves_no_hooks():
     denoiser = tiny_denoiser(0)
     sites = find_sites(denoiser)
@@ -158,7 +172,7 @@ def test_the_observer_looks_rows_up_by_the_denoisers_own_timestep_and_leaves_no_
         with pytest.raises(NumericalFault, match="conv_in.* 401"):
             denoiser.predict(x / 0, torch.tensor(401), classes, 1.5)
     first = observer.sites["conv_in"]
-    assert first.maximum.tolist() == [2 * x.max(), x.max()]
+    assert first.high.amax(1).tolist() == [2 * x.max(), x.max()]
     denoiser.predict(x, torch.tensor(500), classes, 1.5)
 
 

@@ -1,12 +1,13 @@
-"""The tables of docs/widths.md, those whose results are committed.
+"""The tables of docs/widths.md and of the transformer in docs/comparison.md, of the results that are committed.
 
     python -m benchmarks.cifar10.widths              # every method by widths: PSNR and FD
     python -m benchmarks.cifar10.widths w4a4 w4a8    # every figure at these widths, ordered by FD
     python -m benchmarks.cifar10.widths w4a3 --count 10000
+    python -m benchmarks.cifar10.widths w4a4 --teacher dit
     python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png   # PSNR, FD and precision, coloured
 
-Taken are the cells of seed 0 of the benchmark's UNet in `benchmarks/results/cifar10/`, of 1,000 images where no count
-is given.
+Taken are the cells of seed 0 in `benchmarks/results/cifar10/`, of the benchmark's UNet and of 1,000 images where
+nothing else is asked for.
 """
 
 import argparse
@@ -24,8 +25,12 @@ from pipelines.report.pictures import figure_file, wrapped
 RESULTS = ROOT / "benchmarks/results/cifar10"
 WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1])))  # 8-bit activations first
 # The first that has a cell counts. `auto` got factors after the tables of w8a8, w4a8 and w2a4, and before its own.
-FOLDERS = ("w8a4", "w4a4", "w4a3", "w3a3", "auto", "w8a8", "w4a8", "w2a4", "variants", "shortcuts", "large-w4a3",
-           "large")  # fmt: skip
+FOLDERS = {
+    "unet": (
+        "w8a4", "w4a4", "w4a3", "w3a3", "auto", "w8a8", "w4a8", "w2a4", "variants", "shortcuts", "large-w4a3", "large",
+    ),
+    "dit": ("dit",),
+}  # fmt: skip
 MB = 1e6
 
 # heading, key of a cell, decimals, and which is best: +1 the largest, -1 the least
@@ -39,10 +44,10 @@ HEADS = ["method", "layers as asked/8/float", *(name for name, *_ in FIGURES)]
 Cell = Mapping[str, Any]
 
 
-def cells(results: Path = RESULTS, count: int = IMAGES) -> dict[tuple[str, str], Cell]:
+def cells(results: Path = RESULTS, count: int = IMAGES, teacher: str = "unet") -> dict[tuple[str, str], Cell]:
     """(name of the method, bits) -> its cell of `count` images; the teacher's bits are its own, fp32."""
     found: dict[tuple[str, str], Cell] = {}
-    for folder in FOLDERS:
+    for folder in FOLDERS[teacher]:
         if not (path := results / folder / "table.json").exists():
             continue
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -138,15 +143,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bits", nargs="*", help=f"{', '.join(WIDTHS)}; without one, all beside each other")
     parser.add_argument("--count", type=int, default=IMAGES, help="images of each cell")
+    parser.add_argument("--teacher", default="unet", choices=FOLDERS, help="whose students")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
     parser.add_argument("--picture", type=Path, help="file for the picture of all widths")
     options = parser.parse_args(arguments)
     if unknown := [bits for bits in options.bits if bits not in WIDTHS]:
         parser.error(f"{unknown[0]}: no such width; it is one of {', '.join(WIDTHS)}")
-    found = cells(options.results, options.count)
+    found = cells(options.results, options.count, options.teacher)
     known = {bits for _, bits in found}
     if missing := [bits for bits in options.bits or ["fp32"] if bits not in known]:
-        parser.error(f"{options.results}: no table of {options.count} images has {missing[0]}")
+        parser.error(f"{options.results}: no table of {options.teacher}, {options.count} images, has {missing[0]}")
     for bits in options.bits:
         print(f"## {bits}\n\n" + "\n".join(rows(bits, found)) + "\n")
     if options.picture:

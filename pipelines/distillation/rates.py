@@ -2,7 +2,7 @@
 
 from pipelines.models.denoiser import Denoiser
 from pipelines.plans import Recipe
-from pipelines.quant.layers import quant_layers
+from pipelines.quant.layers import QuantLayer, quant_layers
 from pipelines.quant.tables import TimestepTables
 
 WEIGHT_DECAY = 0.01  # of the adapters; scales have none
@@ -11,7 +11,9 @@ WEIGHT_DECAY = 0.01  # of the adapters; scales have none
 def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     """Trained parameters with their peak learning rates (facts of the recipe; `rate` is what the decay multiplies).
 
-    A layer's adapters learn at mean(weight scale)/divisor: scale-aware optimisation, EfficientDM.
+    A layer's adapters learn at mean(weight scale)/divisor: scale-aware optimisation, EfficientDM. Adapters add to the
+    weight as it is; where it is rotated before its quantiser, by a transform that lengthens it by √order, the scale
+    counts less by that, and learns faster by that where its rate is absolute.
     """
     layers = quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
@@ -20,7 +22,7 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     if "adapters" in recipe.trains:
         groups += [
             {"params": [layer.lora_a, layer.lora_b], "weight_decay": WEIGHT_DECAY,
-             "rate": layer.weight_scale.mean().item() / recipe.lora_rate_divisor}
+             "rate": layer.weight_scale.mean().item() / _length(layer) / recipe.lora_rate_divisor}
             for layer in chosen
         ]  # fmt: skip
     if "weights" in recipe.trains:
@@ -34,7 +36,9 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
             for layer in chosen
         ]  # fmt: skip
     elif "weight_scales" in recipe.trains:
-        groups.append({"params": [layer.weight_scale for layer in chosen], "rate": recipe.weight_scale_rate})
+        for length in sorted({_length(layer) for layer in chosen}):
+            mine = [layer.weight_scale for layer in chosen if _length(layer) == length]
+            groups.append({"params": mine, "rate": recipe.weight_scale_rate * length})
     if "activation_scales" in recipe.trains:
         groups.append({"params": list(tables.scale), "rate": recipe.activation_scale_rate})
     if "zero_points" in recipe.trains:
@@ -42,3 +46,8 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     if tables.factor is not None:
         groups.append({"params": list(tables.factor), "rate": recipe.activation_scale_rate})
     return [{"weight_decay": 0.0, "lr": 0.0} | group for group in groups if group["rate"] > 0 and group["params"]]
+
+
+def _length(layer: QuantLayer) -> float:
+    """What the transform before a weight's quantiser lengthens the weight by."""
+    return layer.plan.transform.order**0.5 if layer.plan.inverse == "double" else 1.0

@@ -89,6 +89,8 @@ class _Training:
         self.optimiser = torch.optim.AdamW(groups)
         self.scheduler = walker(teacher.info.schedule)
         self.timesteps = timesteps_of(self.scheduler, teacher.info.schedule, course.steps)
+        tables = {id(parameter) for parameter in student.network.timestep_tables.parameters()}
+        self.together = [p for p in self.parameters if id(p) in tables] if recipe.momentum == "shared" else []
         self.relation = Relation(teacher, student, recipe.relation) if recipe.relation else None
         self.done = 0
         self.losses: list[float] = []
@@ -199,6 +201,9 @@ class _Training:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.crew.add([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        for parameter in self.together:  # of the other timesteps: no gradient, but the optimiser moves them on
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self.optimiser.step()
         self.done += 1
         if self.averages:

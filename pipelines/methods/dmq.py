@@ -8,7 +8,7 @@ channel, by Adam from 1, straight through both quantisers (ranges by maxima of t
 PTS, power-of-two scaling, of the shortcut convolutions: channel k has the step Δ·2^(−p_k), p_k ∈ {0, 1, 2, 3}. Every
 row of the sample votes for the p of its least error; the mode counts where it has 85 % of the votes, otherwise p = 0.
 Inputs that join h and a skip connection are divided there. Scales of activations: one for each timestep, by maxima of
-the profile's sample.
+all that the profile saw (theirs: a moving average of the calibration batches' maxima).
 
 Differences: log γ is learned, which keeps γ positive, in 100 updates of rate 0.05 instead of 6,000 of 0.001; the
 error of a k×k convolution counts its kernel's rows apart, since the sample has single image rows. r is for 20

@@ -4,14 +4,16 @@ Sources: QuaRot (Ashkboos et al., NeurIPS 2024, arXiv 2404.00456; spcl/QuaRot); 
 2306.11987); HQ-DM (Mao et al.), which names the pair so and compares with it.
 
     quarot     post-training: the widest block that divides the channels (64 at most), every rank and convolutions,
-               symmetric weights and activations, ranges by least error, no signs. QuaRot's scales are those of each
-               token and know no timesteps; here one static scale a tensor stands for them. A UNet's norms work on
-               fixed groups of channels, so that no rotation can be carried along its residual stream: all are made
-               before quantisers, as QuaRot's online ones are, which have no signs either. Its table of orders that
-               are no powers of two is not used: blocks divide what it divides. GPTQ is not part of it here; its
-               weights can be rounded to the nearest too (--w_rtn).
+               symmetric weights and activations of ±(2^(b−1) − 1) (QuaRot's codes begin one lower), ranges by least
+               error, no signs. QuaRot's scales are those of each token and know no timesteps; here one static scale a
+               tensor stands for them. A UNet's norms work on fixed groups of channels, so that no rotation can be
+               carried along its residual stream: all are made before quantisers, as QuaRot's online ones are, which
+               have no signs either. Its table of orders that are no powers of two is not used: blocks divide what it
+               divides. GPTQ is not part of it here; its weights can be rounded to the nearest too (--w_rtn).
     distilled  HQ-DM's comparison: all as in `hqdm --variant code`, recipe and placement, with the weight rotated
-               before its quantiser instead of after it. Nothing else is published about it.
+               before its quantiser instead of after it. Adapters stay outside the rotation and learn as fast as
+               there: the step that their rate is a share of counts in the weight's own coordinates. Nothing else is
+               published about it.
 
 Xi et al. train at blocks of 32 with LSQ's steps: `distilled` has blocks of 32 and learned scales, but adapters.
 """

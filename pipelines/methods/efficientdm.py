@@ -1,13 +1,14 @@
 """EfficientDM, the baseline: per-tensor asymmetric activations with a learned scale and zero-point per timestep.
 
 Source: He et al., "EfficientDM", ICLR 2024, and ThisisBillhe/EfficientDM. No transform. Weights per output channel,
-asymmetric, from the L2.4 search; LoRA of rank 32 merged before the quantiser, Q(W + BA), on the dequantised base
-weight.
-Otherwise than in the code, where all timesteps start from one scale and one zero-point found on one calibration batch
-and the zero-point is used unrounded: here each timestep starts from its own, found by error on the profile's sample, so
-that this baseline is nearer to its end when training begins. HQ-DM's variants start likewise.
-At the published rate a zero-point moves by less than 0.1 in some hundred updates and is rounded, so the one that was
-chosen by error stays in practice.
+asymmetric; LoRA of rank 32 merged before the quantiser, Q(W + BA), on the dequantised base weight. Scales and
+zero-points of all timesteps share a momentum, as the code's one tensor of each layer does (`Recipe.momentum`).
+Otherwise than in the code: all timesteps start there from one scale and one zero-point found on one calibration batch,
+here each from its own, found by error on the profile's sample, so that this baseline is nearer to its end when training
+begins; its scripts write the integer weights by their largest values, though its trainer is set to the L2.4 search,
+which is taken here; the zero-point is used unrounded there and rounded here; the base weight stays as it was, there it
+is scaled with the weight's scale as that is learned; and 8-bit layers, which have one static scale there and do not
+train, train here as all others do. HQ-DM's variants start and train likewise.
 Time embedding, first and last convolution at 8 bits; shortcut and downsampling convolutions in floating point.
 """
 

@@ -10,10 +10,10 @@ static one meets W itself. Where an image has one token, as the context of a cla
 its own mean, nothing is left in the first bracket, and its activation is not rounded at all. Mixing channels makes them
 Gaussian only where they share mean and scale, hence the two.
 
-The paper as far as it could be read does not give S, the granularity of activations or its blocks. Here
-S_j = σ_j^α·(max|W_j|)^(α−1) with σ_j the deviation from the mean in the profile's sample (α = 1: equal scales), H has
-the widest blocks that divide the channels (64 at most), the activation is symmetric by tensor with one static scale,
-the weight asymmetric per output channel; ranges are those of least error. Nothing is trained.
+The paper as far as it could be read does not give S, the granularity of activations or its blocks. Here S_j =
+σ_j^α·(max|W_j|)^(α−1) with σ_j the deviation from each image's own mean in the profile's sample (α = 1: equal scales),
+H has the widest blocks that divide the channels (64 at most), the activation is symmetric by tensor with one static
+scale, the weight asymmetric per output channel; ranges are those of least error. Nothing is trained.
 
 Linears whose input has no tokens take their channels' means over the profile, a constant. Convolutions are beyond the
 paper: `plain` rounds them to the nearest as `rtn --variant search` does; `rotated` gives them a static centre, S and H

@@ -15,7 +15,7 @@ Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and co
 Where the width is no multiple of 32 the paper's identity would leave most of a small model unrotated, so `paper` takes
 the largest power of two up to 32 that divides it. A weight factor per timestep multiplies the epilogue and leaves the
 integers alone; the paper's formula would need other integers at every timestep. It starts at 1 and learns at the rate
-of activation scales, since the paper's 1e-6 is for scales and would leave a factor where it is.
+of activation scales, since the code's 1e-6 is for scales and would leave a factor where it is.
 """
 
 from typing import TYPE_CHECKING
@@ -121,7 +121,7 @@ METHOD = Method(
     variants={
         "ours": Variant(
             "channels at every rank; order, signs and activation quantiser by measured SQNR",
-            Recipe(base_weight="float"),
+            Recipe(base_weight="float", momentum="own"),
             {"search": True},
         ),
         "paper": Variant(

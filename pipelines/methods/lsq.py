@@ -4,12 +4,13 @@ v̂ = clamp(⌊v/s⌉, −Q, Q)·s with ∂v̂/∂s = ⌊v/s⌉ − v/s inside t
 outside. Symmetric, no zero-points, one static activation scale a layer for all timesteps.
 
 Source: Esser et al., "Learned Step Size Quantization", ICLR 2020 (arXiv 1902.08153). It has no method for diffusion:
-the loss is the distance to the teacher's ε along its trajectories, as for the other distilled methods here.
-Otherwise than in the paper: weights have a step for each output channel, not one a layer; activations start where the
-squared error is least, weights where Σ|error|^2.4 is (there 2·mean|v|/√Q both). The paper scales a step's gradient by
-1/√(N·Q) to bring its relative updates to those of the weights under SGD; AdamW divides every gradient by its own size,
-so that the factor cancels, and the rates say it instead: activation steps learn by their logarithm, weight steps at
-1/3,000 of their layer's mean (`tuned`: 1/300). One rate for all layers drove the small steps of 8-bit weights below
+the loss is the distance to the teacher's ε along its trajectories, as for the other distilled methods here. Otherwise
+than in the paper: codes are ±Q with Q = 2^(b−1) − 1, the paper's begin one lower, which is worth 0.4 dB of a Gaussian
+weight at 4 bits and 1.1 dB at 2; weights have a step for each output channel, not one a layer; activations start where
+the squared error is least, weights where Σ|error|^2.4 is (there 2·mean|v|/√Q both). The paper scales a step's gradient
+by 1/√(N·Q) to bring its relative updates to those of the weights under SGD; AdamW divides every gradient by its own
+size, so that the factor cancels, and the rates say it instead: activation steps learn by their logarithm, weight steps
+at 1/3,000 of their layer's mean (`tuned`: 1/300). One rate for all layers drove the small steps of 8-bit weights below
 zero; a step far below its layer's mean still can get there in many hundred updates, and training stops and names it.
 Activations are signed (after SiLU), where the paper's are unsigned after ReLU. First, last and time layers at 8 bits;
 shortcut and downsampling convolutions in floating point, as for the other methods here.

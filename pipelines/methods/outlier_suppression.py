@@ -12,9 +12,9 @@ Differences: the public grid ends at the constant 1.0, which says nothing of inp
 smallest half-range, under which all channels would be squeezed alike. The paper's error is that of attention as a whole
 for q, k and v; here it is each layer's own, on some of the profile's sample; of a convolution each kernel row's, since
 the sample has single image rows. At a convolution's border, z·Wᵀ counts the places that lie inside the image. z, s and
-the activation's range are static over all timesteps, the range that of the profile's sample. Weights: asymmetric per
-output channel, ranges by least L2.4 error once t is found, as in the other methods. Variant `search` takes the
-activation ranges of least squared error in place of maxima, once t is found.
+the activation's range are static, over all that the profile saw at all timesteps. Weights: asymmetric per output
+channel, ranges by least L2.4 error once t is found, as in the other methods. Variant `search` takes the activation
+ranges of least squared error in place of maxima, once t is found.
 """
 
 from typing import TYPE_CHECKING

@@ -2,8 +2,9 @@
 
 Source: Shang et al., "Post-training Quantization on Diffusion Models", CVPR 2023 (2211.15736), and 42Shawn/PTQ4DM.
 NDTC: tᵢ ~ Normal(μ, σ) clamped to the trajectory; x at tᵢ comes from the teacher's own trajectory from noise. μ and σ
-are 0.4 of it, counted from the image (the code's values; the paper: μ ≤ T/2). Symmetric quantisers, weights per output
-channel, activations per tensor by the least squared error on the calibration.
+are 0.4 of it, counted from the image (the code's values; the paper: μ ≤ T/2). Symmetric quantisers, ±(2^(b−1) − 1)
+where the code has all 2^b levels; weights per output channel, activations per tensor by the least squared error on the
+calibration.
 
 Variant `published` learns nothing, as the published scripts do not; `reconstructed` adds AdaRound and learned scales,
 as the code's option does (QDrop's random dropping of quantisers is not built).

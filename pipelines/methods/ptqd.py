@@ -5,12 +5,12 @@ deviation s_t. Sampling uses (ε̂ − b_t)/(1 + k_t), and takes the rest off it
 σ'² = σ² − c²·(s_t/(1 + k_t))², or 0. The correction is measured along teacher trajectories at the guidance of the
 distillation, is an artifact of its own (`correction.safetensors`), and works alike in fake and integer arithmetic.
 
-Source: He et al., "PTQD", NeurIPS 2023 (arXiv 2305.10657), and ziplab/PTQD.
-Otherwise than in the code: b_t is what the slope leaves (there k_t·mean(ε) is counted twice); the direction to x_t
-keeps σ, with which c was derived; weights have a scale for each output channel (there one a tensor). Mixed precision by
-SNR is in no public code and not built: activations have one width at all timesteps. The reconstruction is that of
-Q-Diffusion's code there; here activation scales begin as the profile's sample has them and learn at 5e-4, where those
-of `q_diffusion` begin on the calibration and learn at half a per cent of themselves.
+Source: He et al., "PTQD", NeurIPS 2023 (arXiv 2305.10657), and ziplab/PTQD. Otherwise than in the code: b_t is what the
+slope leaves (there k_t·mean(ε) is counted twice); the direction to x_t keeps σ, with which c was derived; weights have
+a scale for each output channel (there one a tensor). Mixed precision by SNR is in no public code and not built:
+activations have one width at all timesteps. Both linears of the time embedding have 8 bits (there the first alone). The
+reconstruction is BRECQ's, as there; here activation scales begin as the profile's sample has them and learn at 5e-4,
+where those of `q_diffusion` begin on the calibration and learn at half a per cent of themselves.
 
     published   below the correction: AdaRound by blocks, static activation scales learned by blocks, as BRECQ does it
     distilled   the correction on EfficientDM's student: adapters and one scale per timestep, distilled
@@ -22,7 +22,7 @@ from pipelines.quant.spec import Bits, Site, SitePlan
 
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
-    """No transform anywhere; the roles at 8 bits and in floating point are those of its public code."""
+    """No transform anywhere; see the module's text."""
     return plan_of(site, bits, measured, "asymmetric", "nothing is done here, ε is corrected")
 
 

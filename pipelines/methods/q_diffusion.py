@@ -5,9 +5,10 @@ Source: Li et al., "Q-Diffusion", ICCV 2023 (2302.04304), and Xiuyu-Li/q-diffusi
 up. Calls of the teacher at evenly spread timesteps calibrate; AdaRound and learned activation scales per block
 (`pipelines/reconstruction/`). Static: one activation scale and zero-point for all timesteps.
 
-From the public code: shortcut convolutions alone are split (`split_main` splits the main path's, too). Weights per
-output channel, asymmetric, L2.4 search. Activations there are symmetric by range on CIFAR-10 and LDM-4 and asymmetric
-by error on LDM-8; the latter is the default here (`quantiser`).
+From the public code: shortcut convolutions alone are split (`split_main` splits the main path's, too), by its commands
+for CIFAR-10 and Stable Diffusion, not by those for LDM-4 and LDM-8. Weights per output channel, asymmetric, L2.4
+search. Activations there are symmetric by range on CIFAR-10 and LDM-4 and asymmetric by error on LDM-8; the latter is
+the default here (`quantiser`; symmetric ones are by error too).
 Different here: first and last layer, time embedding and conditions have 8 bits, as in the other methods of this table
 (there: those of all others); shortcuts that read no concatenation and downsampling stay in floating point. Softmax and
 the attention's products are not quantised. Fewer iterations: see `plans.Reconstruction`.

@@ -5,14 +5,17 @@ activation scale does; all other weights stay rounded to the nearest. Timesteps 
 
 Source: Wang et al., "QuEST", ICCV 2025 (arXiv 2402.03666), and hatchetProject/QuEST. From the code: Adam at 1e-5 for
 weights and biases, 1e-4 for activation scales, 20 groups of 10 timesteps; layers by name, not by a computed
-sensitivity. Otherwise than in the code: one stage with the loss on ε for all chosen layers (there the time projections
-learn first, with their own outputs as a further target); the weights start from the error search (there from AdaRound);
-a span's scales hold for its timesteps and are not looked up by a fixed count; per-tensor activations at every width
-(there per channel at 4 bits, which no integer product can use), asymmetric by least error (there symmetric by range in
-its commands for LDM-4). All attention and time layers train (there, on ImageNet, to_q, self-attention's to_k and to_v
-and the time projections, but no output projection, cross-attention's keys and values or time embedding). Feed-forward
-layers are those of transformer blocks; in a network without any, attention and time layers are all that trains. First,
-last and time layers at 8 bits, shortcut and downsampling convolutions in floating point: as for the other methods here.
+sensitivity. Otherwise than in the code: one stage with the loss on the guided ε for all chosen layers, as the other
+trained methods here have it, at rates that fall to 0 (there the time projections learn first, activation scales too at
+1e-5, with their own outputs as a further target, and the loss is on the conditional and the unconditional ε as they
+are, at constant rates); chosen layers without a bias get one; the weights start from the error search (there from
+AdaRound); a span's scales hold for its timesteps and are not looked up by a fixed count; per-tensor activations at
+every width (there per channel at 4 bits, which no integer product can use), asymmetric by least error (there symmetric
+by range in its commands for LDM-4). All attention and time layers train (there, on ImageNet, to_q, self-attention's
+to_k and to_v and the time projections, but no output projection, cross-attention's keys and values or time embedding).
+Feed-forward layers are those of transformer blocks; in a network without any, attention and time layers are all that
+trains. First, last and time layers at 8 bits, shortcut and downsampling convolutions in floating point: as for the
+other methods here.
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@ One static activation scale and zero-point for all timesteps, by tensor; weights
 is no paper: it is what every other paper calls naive or min-max quantisation. The frame (8-bit and floating-point
 layers) is the other methods'.
 
-    max     ranges cover the profile's sample (activations) and the row (weights): nothing is clipped
+    max     ranges cover all that the profile saw (activations) and the row (weights): nothing of it is clipped
     search  ranges with the least squared error (activations) and least L2.4 error (weights) on the same
 """
 

@@ -9,10 +9,10 @@ with maxima over all that the profile saw, at all timesteps. Nothing is trained.
 It is a method of language models. Here s is a gain of the layer's own input instead of a factor of the norm before it,
 so that convolutions and layers that follow no norm are smoothed too, each by itself and not together with those that
 share its input. The paper's activations are symmetric, which --set quantiser=symmetric gives; the default is asymmetric
-as in the baselines, since inputs after SiLU are lopsided. Activation scales are static and cover the range of the
-profile's sample (its O3; s is of all values); weights are per output channel with ranges by least L2.4 error, as in the
-other methods. The paper's width is 8 bits, on language models; at few bits a range that covers everything costs more
-than what it saves, so that variant `search` takes the activation ranges of least squared error.
+as in the baselines, since inputs after SiLU are lopsided. Activation scales are static and cover all that the profile
+saw (its O3); weights are asymmetric per output channel (there symmetric, by their largest value) with ranges by least
+L2.4 error, as in the other methods. The paper's width is 8 bits, on language models; at few bits a range that covers
+everything costs more than what it saves, so that variant `search` takes the activation ranges of least squared error.
 """
 
 from typing import TYPE_CHECKING

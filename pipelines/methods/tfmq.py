@@ -3,14 +3,14 @@
 Source: Huang et al., "TFMQ-DM", CVPR 2024 (2311.16503), and ModelTC/TFMQ-DM. The time embedding h and every residual
 block's projection of it are the temporal information block TIB(t) = (g₁(h(t)), …, g_n(h(t))); AdaRound minimises
 Σ‖ĝᵢ(ĥ(t)) − gᵢ(h(t))‖² over the finitely many t, first of all, and the residual blocks leave its rounding alone. All
-other blocks are reconstructed as in Q-Diffusion, whose split shortcuts it shares. Activation scales and zero-points are
-a timestep's own and calibrated, not learned.
+other blocks are reconstructed as in Q-Diffusion, but that shortcut and downsampling convolutions stay in floating point
+(its code, which keeps Q-Diffusion's splitting and never comes to it; `--set shortcuts=asked` quantises those that read
+[h, skip] in two halves). Activation scales and zero-points are a timestep's own and calibrated, not learned.
 
 The paper has scales per timestep in the temporal block, its public code in every layer; here in every layer, found by
-the least squared error (the code: by |error|^2.4, then a moving average of ranges). The code's projections seem to miss
-the rounding's regulariser; here they have it. First and last layer, time embedding and conditions at 8 bits, as in the
-other methods of this table; time projections at those asked for. Networks without such projections (transformers) have
-the embeddings alone in the block.
+the least squared error (the code: by |error|^2.4, then a moving average of ranges). First and last layer, time
+embedding and conditions at 8 bits, as in the other methods of this table; time projections at those asked for. Networks
+without such projections (transformers) have the embeddings alone in the block.
 """
 
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
@@ -37,7 +37,7 @@ METHOD = Method(
     },
     default_variant="published",
     options={
-        "shortcuts": Option("asked", "bits of shortcut convolutions that read [h, skip]: those asked for, 8, or float",
+        "shortcuts": Option("float", "bits of shortcut convolutions that read [h, skip]: those asked for, 8, or float",
                             SHORTCUTS),
     },
     decide=decide,

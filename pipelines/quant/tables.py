@@ -123,8 +123,8 @@ class _Row:
 class TimestepTables(nn.Module):
     """Activation scales and zero-points of n sites at T timesteps, and optionally factors on their weight scales.
 
-    One parameter a timestep and kind, not one a table: an update at one timestep then leaves the optimiser's state of
-    the others alone, as separate quantisers would.
+    One parameter a timestep and kind, not one a table, so that an update at one timestep can leave the optimiser's
+    state of the others alone; a recipe's `momentum` says whether it does.
 
     timesteps: those of the schedule, in any order; kept sorted. Not whole numbers where the schedule's are not.
     scale, zero: (T, n) fp32. factor: fp32 or None; of every output (T, m), where m is the sum of the sites' outputs, or

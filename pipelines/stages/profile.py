@@ -2,8 +2,10 @@
 
 The model's sampler runs one batch of guided trajectories from noise. Of every site's input this keeps, by timestep,
 
-    statistics.safetensors   <site>/minimum, maximum, kurtosis, outliers (T,); absmax, mean, absmax/<transform> (T, C)
-    samples.safetensors      <site>: some inputs, (T, rows, C, W) of a convolution, (T, rows, C) of a linear
+    statistics.safetensors   <site>/minimum, maximum, kurtosis, outliers (T,); low, high, absmax, mean,
+                             absmax/<transform> (T, C)
+    samples.safetensors      <site>: some inputs, (T, rows, C, W) of a convolution, (T, rows, C) of a linear, and where
+                             that has tokens, <site>/mean: of all tokens of the image that each is of
     candidates.safetensors   <site>/<candidate>/<quantiser>/<bits>/scale, zero, sqnr (T,); centred: sqnr alone
     profile.json             the timesteps (rows of all tensors, in sampling order), the schedule, candidates and means
     pictures/                maxima of the channels before and after transforms, SQNR gained by each, SQNR over time
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from pipelines.quant.observe import Observer
 
 NAME = "profile"
-VERSION = 4
+VERSION = 5
 MOST = 100_000  # trajectories, all of which are held at once
 
 BITS = (8, 6, 4, 3)
@@ -104,9 +106,10 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         },
         out.path / "candidates.safetensors",
     )
+    samples = {name: seen.stacked_sample().contiguous() for name, seen in observer.sites.items()}
+    means = {f"{name}/mean": seen.stacked_mean() for name, seen in observer.sites.items()}
     save_file(
-        {name: seen.stacked_sample().contiguous() for name, seen in observer.sites.items()},
-        out.path / "samples.safetensors",
+        samples | {name: mean for name, mean in means.items() if mean is not None}, out.path / "samples.safetensors"
     )
     timesteps = list(observer.rows)
     described = _described(config, denoiser, timesteps, sites, statistics, measured)
