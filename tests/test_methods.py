@@ -182,11 +182,13 @@ def test_a_plans_options_are_words_however_they_were_written():
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_recipes_are_the_same_at_all_widths_but_for_tuned_adapters_at_two_bits(name, variant):
+def test_recipes_are_the_same_at_all_widths_but_for_tuned_adapters_at_three_bits_and_two(name, variant):
     about = find(name, variant)[2]
-    assert about.recipe_at(Bits(3, 3)) == about.recipe_at(Bits(8, 8)) == about.recipe
+    assert about.recipe_at(Bits(4, 3)) == about.recipe_at(Bits(8, 8)) == about.recipe
     tuned = variant in ("auto", "tuned")
-    assert about.recipe_at(Bits(2, 4)).lora_rate_divisor == (30 if tuned else about.recipe.lora_rate_divisor)
+    for bits, divisor in ((2, 30), (3, 20), (4, 10), (8, 10)):
+        wanted = divisor if tuned else about.recipe.lora_rate_divisor
+        assert about.recipe_at(Bits(bits, 4)).lora_rate_divisor == wanted
 
 
 def test_efficientdm_rotates_nothing_and_is_asymmetric():
