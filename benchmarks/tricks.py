@@ -11,6 +11,7 @@ computed twice.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,28 @@ from hqdm_cli import console
 from pipelines import runner
 from pipelines.config import to_dict
 from pipelines.digits import CHECKPOINT
-from pipelines.methods.base import TUNED
+from pipelines.methods import METHODS
 from pipelines.plans import Recipe
+from pipelines.quant.spec import Bits
 from pipelines.stages import load
 from pipelines.workspace.store import Store
 
 
 @dataclass(frozen=True)
 class Row:
-    """recipe: its changes against the method's own; shares are of trajectories and of images where not 1."""
+    """recipe: its changes against the method's own, where they depend on the bits by a function; shares are of
+    trajectories and of images where not 1.
+    """
 
     method: str = "hqdm"
     variant: str = "auto"
     options: dict[str, str] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] | Callable[[Bits], dict[str, Any]] = field(default_factory=dict)
     trajectories: float = 1
     images: int = 1
 
 
-KEPT = ("base_weight", "headroom", "guidance_signal", "site_factors", "order")  # which are no rates
+KEPT = ("base_weight", "headroom", "guidance_signal", "site_factors", "order", "momentum", "step")  # which are no rates
 NONE = {"updates": "none", "ema": 0.0}
 PUBLISHED = {name: value for name, value in to_dict(Recipe()).items() if name not in KEPT}
 SCALES = ["weight_scales", "activation_scales", "zero_points"]
@@ -48,6 +52,8 @@ ROWS = {
     "not distilled": Row(recipe=NONE),
     "published rates": Row(recipe=PUBLISHED),
     "adapters at the published rate": Row(recipe={"lora_rate_divisor": 2500.0}),
+    **{f"adapters at 1/{n} of the step": Row(recipe={"lora_rate_divisor": float(n)}) for n in (100, 40, 20, 5)},
+    "a momentum shared by all timesteps": Row(recipe={"momentum": "shared"}),
     "adapters fixed": Row(recipe={"trains": [*SCALES, "biases"]}),
     "biases fixed": Row(recipe={"trains": ["adapters", *SCALES]}),
     "activation scales by absolute rates, factors too": Row(
@@ -68,7 +74,9 @@ ROWS = {
     "no centring": Row(options={"centring": "false"}),
     "no scaling": Row(options={"scaling": "false"}),
     "neither centring nor scaling": Row(options={"centring": "false", "scaling": "false"}),
-    "sites by SQNR (hqdm/ours), auto's recipe": Row(variant="ours", recipe=to_dict(TUNED)),
+    "sites by SQNR (hqdm/ours), auto's recipe": Row(
+        variant="ours", recipe=lambda bits: to_dict(METHODS["hqdm"].variants["auto"].recipe_at(bits))
+    ),
     "hqdm/code, not distilled": Row(variant="code", recipe=NONE),
     "hqdm/code": Row(variant="code"),
     "hqdm/code, auto's recipe (hqdm/tuned)": Row(variant="tuned"),
@@ -124,13 +132,14 @@ def main() -> None:
         rows.append({"changed": "the teacher"} | figures(scored("teacher", model)))
         for name in names:
             row = ROWS[name]
+            changes = row.recipe(Bits.parse(options.bits)) if callable(row.recipe) else row.recipe
             plan = make(
                 "plan", {"profile": profile.id}, method=row.method, variant=row.variant, bits=options.bits,
                 options=row.options,
             )  # fmt: skip
-            if row.recipe:
+            if changes:
                 values = yaml.safe_load(plan.file("plan.yaml").read_text(encoding="utf-8"))
-                values["recipe"] |= row.recipe
+                values["recipe"] |= changes
                 edited = options.workspace / f"{options.bits} {name.replace('/', ' ')}.yaml"
                 edited.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
                 plan = runner.make(

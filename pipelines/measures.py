@@ -6,7 +6,7 @@ A half of a divided site (`Site.halves`) is answered from the whole's sample. Im
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import FileFault
 from pipelines.quant.spec import Site, SitePlan, Transform
@@ -26,7 +26,7 @@ class Measures:
         from safetensors import safe_open
         from safetensors.torch import load_file
 
-        self.sites = sites
+        self.folder, self.sites = folder, sites
         self._network = network
         # A schedule without a lower limit of its own has -Infinity there.
         self.summary = read_values(folder / "profile.json", "hqdm profile --force", constants=("-Infinity",))
@@ -62,14 +62,24 @@ class Measures:
         return self._samples.get_tensor(name)[:, :, span].contiguous()
 
     def own_mean(self, site: Site) -> "torch.Tensor":
-        """The mean over all tokens of the image that each token of a linear's sample is of: (T, rows, C)."""
+        """The mean over all tokens of the image that each token of a linear's sample is of: (T, rows, C). FileFault
+        where the profile is of a version that did not keep it.
+        """
         name, span = self._whole[site.name]
-        return self._samples.get_tensor(f"{name}/mean")[:, :, span].contiguous()
+        return self._seen(self._samples, f"{name}/mean")[:, :, span].contiguous()
 
     def statistic(self, site: Site, name: str) -> "torch.Tensor":
-        """`low`, `high`, `absmax` or `mean` of each channel (T, C), over all values that the profile saw."""
+        """`low`, `high`, `absmax` or `mean` of each channel (T, C), over all values that the profile saw. FileFault
+        where the profile is of a version that did not keep it.
+        """
         whole, span = self._whole[site.name]
-        return self._statistics.get_tensor(f"{whole}/{name}")[:, span]
+        return self._seen(self._statistics, f"{whole}/{name}")[:, span]
+
+    def _seen(self, file: Any, key: str) -> "torch.Tensor":
+        """A tensor of an open file, which older profiles may lack."""
+        if key not in file.keys():
+            raise FileFault(f"{self.folder}: the profile has no {key}", "hqdm profile --force")
+        return file.get_tensor(key)
 
     def sqnr(self, site: Site, transform: Transform, quantiser: str, bits: int) -> float:
         """dB, mean over the timesteps, of a quantiser of its own for each timestep; −inf where the site does not admit

@@ -61,8 +61,8 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code, but for
-    `headroom`, which has none.
+    """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code, but for `momentum`
+    and for `headroom`, which has none.
     """
 
     lora_rank: int = 32
@@ -73,9 +73,12 @@ class Recipe:
     base_weight: Literal["quantised", "float"] = (
         "quantised"  # what LoRA is added to: the integer weight dequantised, or the float weight
     )
-    # Of scales, zero-points and factors by timestep: as of one tensor, which moves all of them on at every update (the
-    # public code's), or each timestep's own.
-    momentum: Literal["shared", "own"] = "shared"
+    # Of scales, zero-points and factors by timestep: each timestep's own, or as of one tensor, which moves all of them
+    # on at every update (the public code's).
+    momentum: Literal["own", "shared"] = "own"
+    # Where the adapters' rate counts a weight scale: among the weights, or in the quantiser, where they are over the
+    # site's gain and rotated.
+    step: Literal["weight", "quantiser"] = "weight"
     weight_factors: bool = False  # a learned factor on the weight scale of every output for every timestep …
     site_factors: bool = False  # … or one on all of a site, of few bytes; both learn at activation_scale_rate
     # In which the timesteps of a trajectory are learned: as the sampler visits them, or as drawn for each trajectory.
@@ -240,7 +243,7 @@ def read_sites(path: Path) -> list[Site]:
 def write_plan(plan: Plan) -> str:
     """The plan as YAML text. A site left in floating point shows its reason and nothing that would not count."""
     sites, recipe = {}, to_dict(plan.recipe)
-    for name in ("guidance_signal", "weight_scale_rate_divisor", "site_factors", "order"):
+    for name in ("guidance_signal", "weight_scale_rate_divisor", "site_factors", "order", "momentum", "step"):
         if recipe[name] == getattr(Recipe, name):  # left out where unused: older plans made again are the same file
             del recipe[name]
     for site in plan.sites:

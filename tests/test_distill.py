@@ -155,6 +155,22 @@ def test_a_weight_that_is_rotated_before_its_quantiser_learns_as_fast_as_one_tha
         assert scales == pytest.approx(rates["hqdm"][name][1] * root)
 
 
+def test_gains_count_in_the_rate_of_tuned_adapters_and_not_in_that_of_mpq_dm_as_published(store):
+    """Its code counts the smoothed weight's scale; the recipe that tunes all methods counts the weight's own."""
+    found = {}
+    for variant in ("published", "tuned"):
+        student, recipe = untrained(store, "mpq_dm", variant)
+        groups = parameter_groups(student, recipe)
+        of = {id(parameter): group["rate"] for group in groups for parameter in group["params"]}
+        for name, layer in quant_layers(student.network).items():
+            share = of[id(layer.lora_b)] * recipe.lora_rate_divisor / layer.weight_scale.mean().item()
+            gain = layer.surroundings.gain
+            found.setdefault(name, []).append((share, 1.0 if gain is None else gain.log().mean().exp().item()))
+    assert any(gain < 0.9 for _, (_, gain) in found.values())
+    for (published, _), (tuned, gain) in found.values():
+        assert published == pytest.approx(1) and tuned == pytest.approx(gain)
+
+
 @pytest.mark.parametrize("momentum", ["shared", "own"])
 def test_scales_of_other_timesteps_move_on_at_an_update_where_all_share_a_momentum(tmp_path, monkeypatch, momentum):
     """As those of one tensor do, which the public code has; a momentum of their own leaves them where they are."""
@@ -262,4 +278,4 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_the_way_out(recipe, wh
 
 
 def test_the_recipe_is_the_published_one_unless_a_variant_says_otherwise():
-    assert Recipe() == Recipe(32, 2500.0, 1e-6, 5e-4, 5e-4, "quantised", "shared", False)
+    assert Recipe() == Recipe(32, 2500.0, 1e-6, 5e-4, 5e-4, "quantised", "own", "weight", False)

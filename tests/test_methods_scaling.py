@@ -1,10 +1,13 @@
 """What methods claim that shift, scale or rotate channels before rounding them; and they change nothing else."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from pipelines.errors import UsageError
+from pipelines.errors import FileFault, UsageError
 from pipelines.measures import Measures as RealMeasures
 from pipelines.methods import METHODS, auto, dmq, find
 from pipelines.methods.equivalent import few, outputs
@@ -250,6 +253,29 @@ def test_a_range_by_maxima_is_of_all_values_also_of_those_that_the_sample_has_no
     rows = rotated_rows(sample, turned.transform)
     wanted = cover(rows, *turned.activation_range)[0] * 1.3
     assert torch.equal(measured.activation_scales(turned, {}, [], "max", headroom=1.3)[0], wanted.flip(0))
+
+
+def test_ranges_and_means_of_a_profile_are_those_of_a_sites_half_and_absent_ones_are_told(tmp_path):
+    """Ranges of grouped timesteps take in all of the group."""
+    low, high, mean = -torch.rand(3, 48), torch.rand(3, 48), torch.randn(3, 5, 48)
+    save_file({"shortcut/low": low, "shortcut/high": high}, tmp_path / "statistics.safetensors")
+    save_file({"shortcut": torch.randn(3, 5, 48), "shortcut/mean": mean}, tmp_path / "samples.safetensors")
+    save_file({}, tmp_path / "candidates.safetensors")
+    (tmp_path / "profile.json").write_text(
+        json.dumps({"timesteps": [3, 2, 1], "sites": {"shortcut": {"candidates": []}}})
+    )
+    measured = RealMeasures(tmp_path, [SHORTCUT])
+    first, second = SHORTCUT.halves()
+    assert torch.equal(measured.own_mean(first), mean[:, :, :16])
+    assert torch.equal(measured.own_mean(second), mean[:, :, 16:])
+    plan = SitePlan(second, activation_quantiser="asymmetric")
+    scale, _ = measured.activation_scales(plan, {}, [0, 0, 1], "max", headroom=1.3)
+    width = (high[:, 16:].amax(1), low[:, 16:].amin(1))
+    wide = torch.stack([width[0][:2].max() - width[1][:2].min(), width[0][2] - width[1][2]]) / 255
+    assert torch.allclose(scale, wide[[1, 0, 0]])  # timesteps ascend
+    with pytest.raises(FileFault, match="no shortcut/absmax") as told:
+        measured.statistic(first, "absmax")
+    assert told.value.hint == "hqdm profile --force"
 
 
 def test_learned_scales_lower_the_layers_error_at_the_widths_they_were_learned_for():

@@ -12,9 +12,10 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     """Trained parameters with their peak learning rates (facts of the recipe; `rate` is what the decay multiplies).
 
     A layer's adapters learn at mean(weight scale)/divisor: scale-aware optimisation, EfficientDM. Adapters add to the
-    weight as it is; where it is rotated before its quantiser, by a transform that lengthens it by √order, the scale
-    counts less by that, and learns faster by that where its rate is absolute.
+    weight as it is; where its quantiser has it longer (`_length`), its scale counts less by that, and learns faster by
+    that where its rate is absolute.
     """
+    length = _length if recipe.step == "weight" else lambda layer: 1.0
     layers = quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
     chosen = [layer for layer in layers.values() if not recipe.roles or layer.plan.site.role in recipe.roles]
@@ -22,7 +23,7 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     if "adapters" in recipe.trains:
         groups += [
             {"params": [layer.lora_a, layer.lora_b], "weight_decay": WEIGHT_DECAY,
-             "rate": layer.weight_scale.mean().item() / _length(layer) / recipe.lora_rate_divisor}
+             "rate": layer.weight_scale.mean().item() / length(layer) / recipe.lora_rate_divisor}
             for layer in chosen
         ]  # fmt: skip
     if "weights" in recipe.trains:
@@ -36,9 +37,9 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
             for layer in chosen
         ]  # fmt: skip
     elif "weight_scales" in recipe.trains:
-        for length in sorted({_length(layer) for layer in chosen}):
-            mine = [layer.weight_scale for layer in chosen if _length(layer) == length]
-            groups.append({"params": mine, "rate": recipe.weight_scale_rate * length})
+        for longer in sorted({length(layer) for layer in chosen}):
+            mine = [layer.weight_scale for layer in chosen if length(layer) == longer]
+            groups.append({"params": mine, "rate": recipe.weight_scale_rate * longer})
     if "activation_scales" in recipe.trains:
         groups.append({"params": list(tables.scale), "rate": recipe.activation_scale_rate})
     if "zero_points" in recipe.trains:
@@ -49,5 +50,9 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
 
 
 def _length(layer: QuantLayer) -> float:
-    """What the transform before a weight's quantiser lengthens the weight by."""
-    return layer.plan.transform.order**0.5 if layer.plan.inverse == "double" else 1.0
+    """How much longer a weight is in its quantiser: by √order where it is rotated before it, since transforms are not
+    orthonormal, and by the inverse of the geometric mean of its gains.
+    """
+    rotated = layer.plan.transform.order**0.5 if layer.plan.inverse == "double" else 1.0
+    gain = layer.surroundings.gain
+    return rotated if gain is None else rotated / gain.log().mean().exp().item()

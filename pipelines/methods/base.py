@@ -160,7 +160,7 @@ class Method:
 TUNED = Recipe(
     base_weight="float", relative_scales=True, activation_scale_rate=4e-3, bias_rate=2e-3, lora_rate_divisor=10.0,
     trains=["adapters", "weight_scales", "activation_scales", "zero_points", "biases"], weighting="timestep", ema=0.98,
-    guidance_signal=1.5, site_factors=True, order="shuffled", momentum="own",
+    guidance_signal=1.5, site_factors=True, order="shuffled",
 )  # fmt: skip
 # lora_rate_divisor by bits of the weights. Over updates 40 to 80 the loss is a fifth lower than by 10 at w3a3; at w2a4,
 # where 10 doubles it within ten updates, it falls.

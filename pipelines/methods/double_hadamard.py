@@ -50,7 +50,7 @@ METHOD = Method(
         "quarot": Variant("post-training, the widest block, nothing trained", Recipe(updates="none", trains=[])),
         "distilled": Variant(
             "HQ-DM's code with the weight rotated before its quantiser",
-            Recipe(),
+            Recipe(momentum="shared"),
             {"axis": "channels", "ranks": (2,), "order": hqdm.ORDER},
         ),
         "tuned": Variant(

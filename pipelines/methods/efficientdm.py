@@ -18,6 +18,7 @@ from pipelines.methods.base import (
     TUNED,
     Measured,
     Method,
+    Recipe,
     Variant,
     left_in_float,
 )  # fmt: skip
@@ -44,7 +45,7 @@ METHOD = Method(
     summary="asymmetric activations, LoRA, one learned scale per timestep; no rotation (the baseline)",
     source="He et al., ICLR 2024 (arXiv 2310.03270); ThisisBillhe/EfficientDM",
     variants={
-        "published": Variant("as its public code does it"),
+        "published": Variant("as its public code does it", Recipe(momentum="shared")),
         "tuned": Variant("the same quantisers with the recipe of `hqdm --variant auto`", TUNED),
     },
     default_variant="published",

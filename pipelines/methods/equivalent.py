@@ -1,11 +1,11 @@
 """What the methods share that move channels between activation and weight, x·Wᵀ = ((x − c)·g)·(W/g)ᵀ + c·Wᵀ.
 
 The common frame of `plan_of`: first, last, time and condition layers are 8/8 bits and as they are, shortcut and
-downsampling convolutions stay in floating point, activations are quantised by tensor. 8-bit
-activation scales, however found, are widened by `Recipe.headroom`. Not all methods keep to it:
-`q_diffusion` and `tfmq` quantise the shortcuts that read [h, skip] at the bits asked (or at 8, --set shortcuts), `dmq`
-has shortcuts at 8 bits, `hqdm` variants `ours` and `auto` have shortcuts and downsampling at 8. A comparison counts the
-layers of each kind beside its figures. Torch is imported by the functions that need it.
+downsampling convolutions stay in floating point, activations are quantised by tensor. 8-bit activation scales that a
+sample gave are widened by `Recipe.headroom`. Not all methods keep to it: `q_diffusion` quantises the shortcuts that
+read [h, skip] at the bits asked (--set shortcuts, as of `tfmq`), `dmq` has shortcuts at 8 bits, `hqdm` variants `ours`
+and `auto` have shortcuts and downsampling at 8. A comparison counts the layers of each kind beside its figures. Torch
+is imported by the functions that need it.
 """
 
 from typing import TYPE_CHECKING

@@ -121,12 +121,12 @@ METHOD = Method(
     variants={
         "ours": Variant(
             "channels at every rank; order, signs and activation quantiser by measured SQNR",
-            Recipe(base_weight="float", momentum="own"),
+            Recipe(base_weight="float"),
             {"search": True},
         ),
         "paper": Variant(
             "as printed: convolutions along the width, weight factors per timestep",
-            Recipe(weight_factors=True),
+            Recipe(momentum="shared", weight_factors=True),
             {"axis": "width", "ranks": (2, 3, 4)},
         ),
         "auto": Variant(
@@ -135,7 +135,9 @@ METHOD = Method(
             {"search": "auto"},
         ),
         "code": Variant(
-            "as published: channels of order 32, linears of rank 2 alone", Recipe(), {"axis": "channels", "ranks": (2,)}
+            "as published: channels of order 32, linears of rank 2 alone",
+            Recipe(momentum="shared"),
+            {"axis": "channels", "ranks": (2,)},
         ),
         "tuned": Variant("`code` with the recipe of `auto`", TUNED, {"axis": "channels", "ranks": (2,)}),
     },

@@ -8,11 +8,11 @@ and zero-points, one activation scale per timestep), but on the float weight: Q(
 
 Source: Feng et al., "MPQ-DM", AAAI 2025 (arXiv 2412.11549), and cantbebetter2/MPQ-DM. There k channels get N + 1 bits
 and k get N − 1, with k of 0 or a tenth. Integers here have 2, 3, 4 or 8 bits: at N = 3 that is 4 and 2; at N = 4 one
-output of 8 bits is paid for by four of 3; at N = 2 there is no narrower width, so that all outputs have 2 bits.
-There every place of a kernel has a B of its own, r of rank for each; here one B serves all places, as EfficientDM's,
-which is a ninth of the parameters of a 3×3 kernel's. There each denoising step has an optimiser state of its own, here
-each step's activation scales and zero-points have (`Recipe.momentum`), and adapters share one. Relations are of at most
-1,024 positions, which larger features are averaged to.
+output of 8 bits is paid for by four of 3; at N = 2 there is no narrower width, so that all outputs have 2 bits. There
+every place of a kernel has a B of its own, r of rank for each; here one B serves all places, as EfficientDM's, which is
+a ninth of the parameters of a 3×3 kernel's. As in its code adapters learn at a share of the smoothed weight's scale,
+which on the CIFAR-10 teacher is about 5 times the weight's (`Recipe.step`); in `tuned` at that of the weight's own, as
+with all who share that recipe. Relations are of at most 1,024 positions, which larger features are averaged to.
 Time-smoothed relation distillation (TRD) is `Recipe.relation`: similarities between positions of the last block's
 features, mean of two consecutive steps, are held to the teacher's by KL divergence. In the public code its features are
 detached and it has no gradient; here it has one, and the code's weight of 100 against the squared error's sum. Where
@@ -109,7 +109,10 @@ METHOD = Method(
     summary="smoothed channels, weight widths by output from their kurtosis at the same mean, distilled",
     source="Feng et al., AAAI 2025 (arXiv 2412.11549); cantbebetter2/MPQ-DM",
     variants={
-        "published": Variant("with relation distillation", Recipe(base_weight="float", momentum="own", relation=100.0)),
+        "published": Variant(
+            "with relation distillation",
+            Recipe(base_weight="float", momentum="shared", step="quantiser", relation=100.0),
+        ),
         "tuned": Variant(
             "the same with the recipe of `hqdm --variant auto`, in the sampler's order, which relations need",
             replace(TUNED, relation=100.0, order="trajectory"),

@@ -41,7 +41,7 @@ METHOD = Method(
             Recipe(updates="reconstruct", correction=True),
             {"static": True},
         ),
-        "distilled": Variant("on EfficientDM's student", Recipe(correction=True), {"static": False}),
+        "distilled": Variant("on EfficientDM's student", Recipe(momentum="shared", correction=True), {"static": False}),
     },
     default_variant="published",
     decide=decide,

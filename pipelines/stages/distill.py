@@ -23,7 +23,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "distill"
-VERSION = 8
+VERSION = 9
 MOST = 1_000_000  # trajectories, and images of one: their numbers are held at once
 
 
