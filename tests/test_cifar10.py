@@ -353,7 +353,7 @@ def test_samples_are_scored_against_an_archive_by_the_judge_with_their_classes(t
     assert found["npz"]["reference_n"] == 12
 
 
-def test_the_page_of_widths_shows_what_its_command_prints_of_the_committed_tables():
+def test_the_pages_show_what_the_command_of_widths_prints_of_the_committed_tables():
     found, large = widths.cells(), widths.cells(count=10_000)
     page = (run.ROOT / "docs/widths.md").read_text(encoding="utf-8")
     assert "\n".join(widths.overview(found)) in page.split("\n## ")[0]
@@ -364,6 +364,8 @@ def test_the_page_of_widths_shows_what_its_command_prints_of_the_committed_table
         assert len([name for name, width in found if width == bits]) >= len(run.METHODS)
         if len([name for name, width in large if width == bits]) > 3:  # the three close calls are in docs/comparison.md
             assert "\n".join(["", *widths.rows(bits, large), ""]) in section
+    other = (run.ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    assert "\n".join(["", *widths.rows("w4a4", widths.cells(count=500, teacher="dit")), ""]) in other
 
 
 def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys):
