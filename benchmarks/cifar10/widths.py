@@ -3,7 +3,7 @@
     python -m benchmarks.cifar10.widths              # every method by widths: PSNR and FD
     python -m benchmarks.cifar10.widths w4a4 w4a8    # every figure at these widths, ordered by FD
     python -m benchmarks.cifar10.widths w4a3 --count 10000
-    python -m benchmarks.cifar10.widths w4a4 --teacher dit
+    python -m benchmarks.cifar10.widths w4a4 --teacher dit --count 500
     python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png   # PSNR, FD and precision, coloured
 
 Taken are the cells of seed 0 in `benchmarks/results/cifar10/`, of the benchmark's UNet and of 1,000 images where
