@@ -20,11 +20,12 @@ from roads import STEPS, make, tiny_store, tiny_student
 from safetensors.torch import load_file
 
 from pipelines.distillation.rates import parameter_groups
+from pipelines.distillation.training import distill
 from pipelines.errors import NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.methods import METHODS
 from pipelines.models.denoiser import load_denoiser
-from pipelines.plans import Recipe, read_plan, read_sites
+from pipelines.plans import Course, Recipe, read_plan, read_sites
 from pipelines.quant.layers import quant_layers
 from pipelines.quant.spec import ACTIVATION_BITS, WEIGHT_BITS
 from pipelines.students import new_student
@@ -256,6 +257,27 @@ def test_a_scale_that_is_not_positive_is_named_by_its_site(store):
     name = plan_of(store, distilled).quantised[3].site.name
     with pytest.raises(NumericalFault, match=name):
         check_finite(student, 1.0, student.network.timestep_tables.timesteps[0])
+
+
+def test_a_scale_that_an_update_takes_below_zero_counts_by_its_magnitude_and_is_told_of(store, tmp_path):
+    class Listener(Report):
+        heard = ""
+
+        def warn(self, message):
+            self.heard = message
+
+    student, recipe = untrained(store, "hqdm", "code")
+    tables = student.network.timestep_tables
+    smallest = min(scale.min().item() for scale in tables.scale)
+    teacher = load_denoiser(store.current("model").path)
+    with torch.no_grad():
+        tables.scale[1][3] = -smallest / 100  # so small that every value is clipped, and its site says nothing
+    listener, course = Listener(), Course(1, STEPS, 2, 1.5, 0.0, 0)
+    losses = distill(teacher, student, recipe, course, tmp_path / "state.pt", 2, listener)
+    scale, name = tables.raw()["scale"], list(quant_layers(student.network))[3]
+    assert all(map(math.isfinite, losses)) and (scale > 0).all()
+    assert torch.equal(scale[1, 3], tables.scale[1][3].abs() * (1.0 if tables.unit is None else tables.unit[3]))
+    assert f"1 activation scales were taken through zero, that of site {name} at timestep" in listener.heard
 
 
 def test_trained_at_other_steps_than_profiled_it_interpolates_the_scales(store):

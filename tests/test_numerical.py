@@ -282,7 +282,7 @@ SPOILS = {
 @pytest.mark.parametrize(
     "what, value",
     [("a loss", NAN), ("a weight scale", INF), ("an adapter", NAN), ("an activation scale", NAN),
-     ("an activation scale", -1.0), ("an activation scale", INF), ("a zero-point", NAN), ("the teacher", INF)],
+     ("an activation scale", 0.0), ("an activation scale", INF), ("a zero-point", NAN), ("the teacher", INF)],
 )  # fmt: skip
 def test_what_is_no_number_in_distillation_is_named_and_the_run_goes_on_from_its_last_good_state(
     store, undisturbed, tmp_path, what, value

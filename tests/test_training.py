@@ -54,7 +54,7 @@ def gradients(ours: QuantLayer, published: PublishedLayer, x: torch.Tensor) -> d
         "output": (y, expected),
         "x": (mine.grad, theirs.grad),
         "activation scale": (tables.scale[0].grad[0], published.scale.grad / root,
-                             (terms * x.abs()).sum() / tables.scale[0].detach()),
+                             (terms * x.abs()).sum() / tables.scale[0].detach().abs()),
         "weight scale": (ours.weight_scale.grad,
                          published.weight_scale.grad.flatten() / (root if plan.inverse == "double" else 1)),
         "A": (ours.lora_a.grad, published.lora_a.weight.grad),
@@ -69,6 +69,7 @@ def check(plan: SitePlan, x: torch.Tensor, change=lambda ours, published: None) 
     ours, published = both_layers(plan, x, rank=4)
     with torch.no_grad():
         change(ours, published)
+    ours._tables[0].set_timestep(1)  # reads the scales as they are now
     for what, (value, expected, size) in gradients(ours, published, x).items():
         assert expected.abs().max() > 0 and (value - expected).abs().max() <= TOLERANCE * size, what
 
@@ -94,6 +95,19 @@ def test_where_most_values_are_clipped_the_gradients_are_still_those(kind, activ
 
     plan = SitePlan(site, True, Transform("channels", 32), "single", 4, 4, "asymmetric", activation)
     check(plan, layer_input(site, tokens, 3), narrow)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_an_activation_scale_that_went_below_zero_learns_on_as_it_does_in_the_published_form(kind):
+    """Which does not look at its sign: a symmetric quantiser is the same at both."""
+    site, tokens = SITES[kind]
+
+    def mirrored(ours, published):
+        for scale in (ours._tables[0].scale[0], published.scale):
+            scale.neg_()
+
+    plan = SitePlan(site, True, Transform("channels", 32), "single", 4, 4, "asymmetric", "symmetric")
+    check(plan, layer_input(site, tokens, 3), mirrored)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "pointwise"])

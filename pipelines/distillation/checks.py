@@ -49,6 +49,19 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
         raise NumericalFault(f"the loss is {loss} at timestep {timestep:g}", way_out)
 
 
+def told_of_signs(student: Denoiser) -> str | None:
+    """A warning of the activation scales that updates took through zero, or None where there are none."""
+    names, found = list(quant_layers(student.network)), student.network.timestep_tables.below_zero()
+    if not found:
+        return None
+    timestep, first = found[0]
+    return (
+        f"{len(found)} activation scales were taken through zero, that of site {names[first]} at timestep {timestep:g} "
+        "for one, and count by their magnitude: they learn too fast for their size (activation_scale_rate of the "
+        "recipe in a plan edited by hand)"
+    )
+
+
 def check_teacher(target: torch.Tensor, timestep: float) -> None:
     """NumericalFault where it is the teacher that goes wrong."""
     if not target.isfinite().all():

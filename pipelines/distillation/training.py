@@ -20,7 +20,7 @@ import torch
 
 from pipelines import processes
 from pipelines.diffusion import conditions_of, generator, noise_of, timesteps_of, trajectory, walker
-from pipelines.distillation.checks import check_finite, check_teacher
+from pipelines.distillation.checks import check_finite, check_teacher, told_of_signs
 from pipelines.distillation.rates import parameter_groups
 from pipelines.distillation.relation import Relation, rows_of, whole_batch
 from pipelines.errors import HqdmError, UsageError
@@ -53,6 +53,8 @@ def distill(
     while training.done < course.updates:
         training.walk(save_every, report)
     report.end()
+    if warning := told_of_signs(student):
+        report.warn(warning)
     training.conclude()
     return training.losses
 
