@@ -294,6 +294,22 @@ def test_a_convolutions_scales_are_learned_too():
     assert gain.shape == (32,) and (gain > 0).all() and gain[5] < 0.5 * gain.median()
 
 
+def test_scales_are_learned_for_the_range_that_the_layer_will_have_and_not_for_the_samples():
+    """A channel whose outliers the sample missed is divided by more, since they set the activation's range."""
+
+    class Wider(Sampled):
+        def statistic(self, site, name):
+            found = super().statistic(site, name).clone()
+            found[:, 5] *= 20
+            return found
+
+    sample, weight = drawn(TOKENS)
+    method, _, chosen = find("dmq", None, {"steps": 100})
+    plan = method.decide(TOKENS, Bits(4, 4), Sampled(sample), chosen)
+    gains = [method.constants(plan, weight, measured, chosen)["gain"] for measured in (Sampled(sample), Wider(sample))]
+    assert gains[1][5] / gains[1].median() < 0.5 * gains[0][5] / gains[0].median()
+
+
 def test_the_weighting_keeps_timesteps_of_large_error_from_ruling_the_scales():
     """One timestep has an outlier of its own, far larger than all else."""
     sample, weight = drawn(TOKENS, timesteps=8)
@@ -324,8 +340,10 @@ def shortcut_sample():
 def test_powers_of_two_are_voted_for_and_a_divided_vote_counts_for_none():
     site = Site("shortcut", "conv", "skip", (8, 5, 1, 1), rank=4, positions=(8, 8))
     plan = SitePlan(site, activation_bits=8, scaling=True)
-    assert dmq.powers(shortcut_sample(), plan, 0.85).tolist() == [0, 1, 2, 3, 0]
-    assert dmq.powers(shortcut_sample(), plan, 0.6)[4] == 3
+    sample = shortcut_sample()
+    ends = sample.amin((1, 3)), sample.amax((1, 3))
+    assert dmq.powers(sample, *ends, plan, 0.85).tolist() == [0, 1, 2, 3, 0]
+    assert dmq.powers(sample, *ends, plan, 0.6)[4] == 3
 
 
 def test_a_shortcut_that_joins_two_inputs_is_divided_and_has_powers_of_two_alone():

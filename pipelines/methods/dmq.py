@@ -1,7 +1,7 @@
 """DMQ: channel scales learned against the layer's error, weighted over timesteps; powers of two where shortcuts join.
 
 Source: Lee et al., ICCV 2025 (arXiv 2507.12933), and LeeDongYeun/dmq. LES, learned equivalent scaling, γ of each input
-channel, by Adam from 1, straight through both quantisers (ranges by maxima of the moment):
+channel, by Adam from 1, straight through both quantisers (ranges by maxima):
 
     min_γ Σ_t λ_t·‖Q(x_t/γ)·Q(γW)ᵀ − x_t·Wᵀ‖²,  λ_t = (1 − Λ_t/ΣΛ)^r,  Λ ← 0.95·Λ + 0.05·(error at t)
 
@@ -24,7 +24,7 @@ projections are quantised as in the other methods (theirs: floating point).
 from typing import TYPE_CHECKING
 
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
-from pipelines.methods.equivalent import by_column, outputs, plan_of, tokens
+from pipelines.methods.equivalent import by_column, outputs, plan_of
 from pipelines.plans import Reconstruction
 from pipelines.quant.spec import Bits, Site, SitePlan
 
@@ -58,21 +58,24 @@ def constants(
     """The gain: 1/γ, or 2^p of a shortcut."""
     if not plan.scaling:
         return {}
-    sample = measured.sample(plan.site)
+    sample, (low, high) = measured.sample(plan.site), (measured.statistic(plan.site, end) for end in ("low", "high"))
     if plan.site.role == SHORTCUT:
-        return {"gain": 2.0 ** powers(sample, plan, variant.options["share"])}
-    return {"gain": 1 / learned_scale(sample, weight, plan, variant)}
+        return {"gain": 2.0 ** powers(sample, low, high, plan, variant.options["share"])}
+    return {"gain": 1 / learned_scale(sample, low, high, weight, plan, variant)}
 
 
-def powers(sample: "torch.Tensor", plan: SitePlan, share: float) -> "torch.Tensor":
-    """p (C,) int64 by vote; every row at every timestep has one."""
+def powers(
+    sample: "torch.Tensor", least: "torch.Tensor", largest: "torch.Tensor", plan: SitePlan, share: float
+) -> "torch.Tensor":
+    """p (C,) int64 by vote; every row at every timestep has one. least, largest: as low and high of `scaled_error`."""
     import torch
 
     from pipelines.quant.affine import cover, dequantise, quantise
 
     low, high = plan.activation_range
     along = (-1, *[1] * (sample.ndim - 1))
-    step, zero = (value.view(along) for value in cover(sample.flatten(1), low, high))
+    ends = torch.stack([least.amin(1), largest.amax(1)], 1)
+    step, zero = (value.view(along) for value in cover(ends, low, high))
     errors = []
     for power in POWERS:
         back = dequantise(quantise(sample * 2**power, step, zero, low, high), step, zero) / 2**power
@@ -84,14 +87,17 @@ def powers(sample: "torch.Tensor", plan: SitePlan, share: float) -> "torch.Tenso
     return torch.where(most >= share, winner, 0)
 
 
-def learned_scale(sample: "torch.Tensor", weight: "torch.Tensor", plan: SitePlan, variant: Variant) -> "torch.Tensor":
-    """γ (C,) after the updates; ones where there are none."""
+def learned_scale(
+    sample: "torch.Tensor", low: "torch.Tensor", high: "torch.Tensor", weight: "torch.Tensor", plan: SitePlan,
+    variant: Variant,
+) -> "torch.Tensor":  # fmt: skip
+    """γ (C,) after the updates; ones where there are none. low, high: as `scaled_error` takes them, of all that the
+    profile saw: by narrower ones a channel would be scaled for a range that the layer will not have.
+    """
     import torch
 
     options, count = variant.options, len(sample)
     generator = torch.Generator().manual_seed(0)
-    values = tokens(sample)
-    low, high = values.amin(1), values.amax(1)  # (T, C)
     rows = max(1, TOKENS // (sample.shape[3] if sample.ndim == 4 else 1))
     logarithm = torch.zeros(sample.shape[2], requires_grad=True)
     optimiser = torch.optim.Adam([logarithm], lr=options["rate"])
