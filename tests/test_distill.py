@@ -277,7 +277,7 @@ def test_a_scale_that_an_update_takes_below_zero_counts_by_its_magnitude_and_is_
     scale, name = tables.raw()["scale"], list(quant_layers(student.network))[3]
     assert all(map(math.isfinite, losses)) and (scale > 0).all()
     assert torch.equal(scale[1, 3], tables.scale[1][3].abs() * (1.0 if tables.unit is None else tables.unit[3]))
-    assert f"1 activation scales were taken through zero, that of site {name} at timestep" in listener.heard
+    assert f"left below zero, and that count by their magnitude: 1, the first that of site {name} at" in listener.heard
 
 
 def test_trained_at_other_steps_than_profiled_it_interpolates_the_scales(store):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import Course, Recipe, Reconstruction, read_plan, write_plan
 from pipelines.quant.layers import as_rows, quant_layers
 from pipelines.quant.spec import site_from_dict
+from pipelines.quant.tables import TimestepTables
 from pipelines.reconstruction import blocks as block_file
 from pipelines.reconstruction.blocks import TEMPORAL, ModuleBlock, TemporalBlock, find_blocks
 from pipelines.reconstruction.calibration import _normal_place, calibration, rescaled
-from pipelines.reconstruction.learning import Rounding, _learning, distance, reconstruct
+from pipelines.reconstruction.learning import Rounding, _check_scales, _learning, distance, reconstruct
 from pipelines.students import load_fake, new_student, student_tensors
 
 COURSE = Course(trajectories=8, steps=STEPS, batch=4, guidance=1.5, eta=0.0, seed=0)
@@ -278,3 +280,13 @@ def test_a_plan_with_a_reconstruction_survives_its_file(store, plans, tmp_path):
     (tmp_path / "plan.yaml").write_text(write_plan(plan))
     sites = json.loads(store.ancestor(artifact, "model").file("sites.json").read_text())
     assert read_plan(tmp_path / "plan.yaml", [site_from_dict(site) for site in sites]).recipe == plan.recipe
+
+
+def test_a_scale_that_learning_took_below_zero_ends_a_reconstruction_by_its_name():
+    tables = TimestepTables([1, 401], torch.ones(2, 2), torch.zeros(2, 2))
+    layers = {"first": SimpleNamespace(index=0), "second": SimpleNamespace(index=1)}
+    _check_scales(layers, tables)
+    with torch.no_grad():
+        tables.scale[1][1] = -0.5
+    with pytest.raises(NumericalFault, match="the activation scale of site second at timestep"):
+        _check_scales(layers, tables)

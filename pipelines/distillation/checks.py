@@ -1,4 +1,4 @@
-"""What ends a distillation: numbers that are none, named by their cause."""
+"""What ends a distillation, numbers that are none, named by their cause; and scales that lost their sign."""
 
 import math
 
@@ -50,15 +50,15 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
 
 
 def told_of_signs(student: Denoiser) -> str | None:
-    """A warning of the activation scales that updates took through zero, or None where there are none."""
+    """A warning of the activation scales that updates left below zero, or None where there are none."""
     names, found = list(quant_layers(student.network)), student.network.timestep_tables.below_zero()
     if not found:
         return None
     timestep, first = found[0]
     return (
-        f"{len(found)} activation scales were taken through zero, that of site {names[first]} at timestep {timestep:g} "
-        "for one, and count by their magnitude: they learn too fast for their size (activation_scale_rate of the "
-        "recipe in a plan edited by hand)"
+        f"activation scales that updates left below zero, and that count by their magnitude: {len(found)}, the first "
+        f"that of site {names[first]} at timestep {timestep:g}; they learn too fast for their size "
+        "(activation_scale_rate of the recipe in a plan edited by hand)"
     )
 
 

@@ -53,9 +53,9 @@ def distill(
     while training.done < course.updates:
         training.walk(save_every, report)
     report.end()
+    training.conclude()
     if warning := told_of_signs(student):
         report.warn(warning)
-    training.conclude()
     return training.losses
 
 

@@ -13,7 +13,8 @@ all that the profile saw (theirs: a moving average of the calibration batches' m
 Differences: log γ is learned, which keeps γ positive, in 100 updates of rate 0.05 instead of 6,000 of 0.001; the
 error of a k×k convolution counts its kernel's rows apart, since the sample has single image rows. r is for 20
 timesteps as there, and is taken in proportion for others. One vote holds for all timesteps (their code: for each), so
-that there is one weight; W·2^(−p) is quantised, whereas DMQ shifts after the weight's quantiser: a column of p has
+that there is one weight, and a channel whose values outside the sample are more than its p leaves room for widens the
+step of all; W·2^(−p) is quantised, whereas DMQ shifts after the weight's quantiser: a column of p has
 8 − p bits. Shortcuts have 8/8 bits and no γ here, since the other methods leave them in floating point. Time
 projections are quantised as in the other methods (theirs: floating point).
 

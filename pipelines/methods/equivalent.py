@@ -52,11 +52,6 @@ def extremes(site: Site, measured: Measured) -> "tuple[torch.Tensor, torch.Tenso
     return measured.statistic(site, "low").amin(0), measured.statistic(site, "high").amax(0)
 
 
-def tokens(sample: "torch.Tensor") -> "torch.Tensor":
-    """A sample (T, rows, C, W) or (T, rows, C) as (T, n, C)."""
-    return sample.movedim(2, -1).flatten(1, -2)
-
-
 def columns_max(weight: "torch.Tensor") -> "torch.Tensor":
     """max|w| of each input channel (C,) of a weight (out, C, …)."""
     return weight.abs().movedim(1, 0).flatten(1).amax(1)

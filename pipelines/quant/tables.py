@@ -194,16 +194,21 @@ class TimestepTables(nn.Module):
         """The scales of the row-th timestep (n,), without the unit.
 
         One that updates took below zero counts by its magnitude. To a symmetric quantiser that is the same, and so it
-        is what the public code of HQ-DM does, which goes on with whatever sign an update leaves; its zero-points are
-        not mirrored here.
+        is what the public code of HQ-DM does, which goes on with whatever sign an update leaves. An asymmetric one
+        keeps its zero-point here, and has its range mirrored there.
         """
         place = self._place[row]
         return self.scale[place].exp() * self.initial[place] if self.relative else self.scale[place].abs()
 
     def below_zero(self) -> list[tuple[float, int]]:
-        """(timestep, site's index) of every scale that updates took below zero."""
-        signs = [] if self.relative else [(self.scale[place] < 0).nonzero().flatten().tolist() for place in self._place]
-        return [(timestep, site) for timestep, sites in zip(self.timesteps, signs, strict=False) for site in sites]
+        """(timestep, site's index) of every scale that is below zero as it is learned; the first timestep of a group
+        stands for it.
+        """
+        if self.relative:
+            return []
+        first = [self.timesteps[self._place.index(place)] for place in range(len(self.scale))]
+        signs = [(scale < 0).nonzero().flatten().tolist() for scale in self.scale]
+        return [(timestep, site) for timestep, sites in zip(first, signs, strict=True) for site in sites]
 
     def _zero_at(self, row: int) -> torch.Tensor:
         return self.zero[self._place[row]]

@@ -296,9 +296,11 @@ def _learn_scales(
 
 
 def _check_scales(layers: Mapping[str, QuantLayer], tables: TimestepTables) -> None:
+    below = {site for _, site in tables.below_zero()}
     for name, layer in layers.items():
         for row, timestep in enumerate(tables.timesteps):
-            if not bool(tables.scale_at(row)[layer.index] > 0):  # NaN is not above zero either
+            # NaN is not above zero either.
+            if layer.index in below or not bool(tables.scale_at(row)[layer.index] > 0):
                 raise NumericalFault(
                     f"the activation scale of site {name} at timestep {timestep:g} is not a positive number",
                     "lower activation_scale_rate in a plan edited by hand; finished blocks are kept in the draft",
