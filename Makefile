@@ -73,7 +73,8 @@ tricks: $(READY)
 
 ORDERS := 8 16 32 64
 VARIANTS := hqdm/tuned efficientdm/tuned lsq/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned \
-	mpq_dm/tuned:mixed=false double_hadamard/distilled rtn/search hadanorm:convolutions=rotated
+	mpq_dm/tuned:mixed=false double_hadamard/distilled rtn/search smoothquant/search outlier_suppression/search \
+	hadanorm:convolutions=rotated q_diffusion:shortcuts=float
 # What reading the methods against their sources changed after the widths' own tables were made.
 MENDED := hqdm/auto hqdm/code efficientdm mpq_dm tfmq dmq hadanorm rtn smoothquant outlier_suppression
 WIDTHS := w8a8 w4a8 w8a4 w4a4 w4a3 w3a3 w2a4
@@ -91,6 +92,7 @@ benchmark-cifar10: $(READY)
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
 	python -m benchmarks.cifar10.run --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
 	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
+	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a3 --results benchmarks/results/cifar10/variants-w4a3
 	python -m benchmarks.cifar10.run --methods q_diffusion:shortcuts=float --bits w4a8 --results benchmarks/results/cifar10/shortcuts
 	python -m benchmarks.cifar10.run --methods hqdm/auto --results benchmarks/results/cifar10/auto
 	python -m benchmarks.cifar10.widths
