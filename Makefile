@@ -83,6 +83,8 @@ WIDTHS := w8a8 w4a8 w8a4 w4a4 w4a3 w3a3 w2a4
 benchmark-cifar10: $(READY)
 	python -m benchmarks.cifar10.run $(if $(DATA),--data '$(DATA)') --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --seeds 0 1 2 \
 		--results benchmarks/results/cifar10/seeds
+	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 16 \
+		--results benchmarks/results/cifar10/seconds
 	python -m benchmarks.cifar10.run --methods $(MENDED) --bits w4a4,w4a3,w3a3 --results benchmarks/results/cifar10/mended
 	python -m benchmarks.cifar10.run --methods $(ORDERS:%=hqdm/code:order=%) --bits w4a4,w4a3 \
 		--results benchmarks/results/cifar10/orders
