@@ -6,9 +6,13 @@ from roads import STEPS, make, tiny_store, tiny_student
 from test_students import refused_without, students
 
 from pipelines import diffusion
+from pipelines.distillation.side_by_side import measure_correction
+from pipelines.events import Report
 from pipelines.methods import METHODS
 from pipelines.models.denoiser import load_denoiser
+from pipelines.plans import Course
 from pipelines.quant.correction import FILE, Correction, Moments
+from pipelines.quant.layers import quant_layers
 
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
 SHAPE = (2, 8, 8)
@@ -87,11 +91,16 @@ def corrected(store):
 
 
 @pytest.mark.parametrize("variant", METHODS["ptqd"].variants)
-def test_it_brings_a_student_nearer_to_its_teacher_on_images_it_was_not_measured_on(store, variant):
+def test_a_systematic_error_of_a_student_is_taken_out_on_images_it_was_not_measured_on(store, variant):
+    """Its last layer adds a fifth to all it predicts: quantisation alone leaves noise on so small a network."""
     student = tiny_student(store, "ptqd", variant, "w4a4")
     teacher = load_denoiser(store.ancestor(student, "model").path)
     fake, _ = students(store, student)
-    kept, errors = fake.correction, {}
+    assert len(fake.correction.timesteps) == STEPS
+    fake.correction, errors = None, {}
+    with torch.no_grad():
+        quant_layers(fake.network)["conv_out"].bias.add_(0.2)
+    measured = measure_correction(teacher, fake, Course(1, STEPS, 8, 1.5, 0.0, 0), 16, Report())
     indices = list(range(100, 108))
     classes = diffusion.conditions_of(0, indices, 4)
     start = diffusion.noise_of(0, indices, (1, 8, 8))
@@ -99,13 +108,12 @@ def test_it_brings_a_student_nearer_to_its_teacher_on_images_it_was_not_measured
         for step, timestep, x, target in diffusion.trajectory(
             teacher, "DDIMScheduler", teacher.info.schedule, STEPS, start, classes, 1.5, 0.0, 0, indices
         ):
-            for fake.correction in (kept, None):
+            for fake.correction in (measured, None):
                 error = (fake.predict(x, timestep, classes, 1.5) - target).square().mean().item()
                 errors.setdefault(fake.correction is None, []).append(error)
             if step == STEPS - 1:
                 break
-    fake.correction = kept
-    assert sum(errors[False]) < sum(errors[True])
+    assert sum(errors[False]) < 0.5 * sum(errors[True])
 
 
 def test_integers_are_corrected_as_their_fakes_are_with_and_without_a_samplers_noise(store, corrected):
