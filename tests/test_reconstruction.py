@@ -288,5 +288,5 @@ def test_a_scale_that_learning_took_below_zero_ends_a_reconstruction_by_its_name
     _check_scales(layers, tables)
     with torch.no_grad():
         tables.scale[1][1] = -0.5
-    with pytest.raises(NumericalFault, match="the activation scale of site second at timestep"):
+    with pytest.raises(NumericalFault, match="the activation scale of site second at timestep 401"):
         _check_scales(layers, tables)

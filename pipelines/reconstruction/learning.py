@@ -296,15 +296,17 @@ def _learn_scales(
 
 
 def _check_scales(layers: Mapping[str, QuantLayer], tables: TimestepTables) -> None:
-    below = {site for _, site in tables.below_zero()}
-    for name, layer in layers.items():
-        for row, timestep in enumerate(tables.timesteps):
-            # NaN is not above zero either.
-            if layer.index in below or not bool(tables.scale_at(row)[layer.index] > 0):
-                raise NumericalFault(
-                    f"the activation scale of site {name} at timestep {timestep:g} is not a positive number",
-                    "lower activation_scale_rate in a plan edited by hand; finished blocks are kept in the draft",
-                )
+    names = {layer.index: name for name, layer in layers.items()}
+    bad = [(timestep, site) for timestep, site in tables.below_zero() if site in names]
+    for row, timestep in enumerate(tables.timesteps):
+        scale = tables.scale_at(row)
+        bad += [(timestep, site) for site in names if not bool(scale[site] > 0)]  # NaN is not above zero either
+    if bad:
+        timestep, site = bad[0]
+        raise NumericalFault(
+            f"the activation scale of site {names[site]} at timestep {timestep:g} is not a positive number",
+            "lower activation_scale_rate in a plan edited by hand; finished blocks are kept in the draft",
+        )
 
 
 def _row(before: float, after: float, kept: bool) -> dict[str, Any]:
