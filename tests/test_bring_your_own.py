@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from roads import make
+from roads import SAMPLE, make
 
 from pipelines import runner
 from pipelines.errors import HqdmError
@@ -62,7 +62,7 @@ def test_the_code_of_the_page_takes_the_model_through_every_stage(folder, tmp_pa
     model = runner.make(store, "model", config).artifact
     roles = {site["role"] for site in json.loads(model.file("sites.json").read_text())}
     assert roles == {"first", "time", "condition", "modulation", "last", "attention", "feed-forward"}
-    make(store, "profile", steps=2, batch=1)
+    make(store, "profile", steps=2, batch=1, sample=SAMPLE)
     make(store, "plan")
     make(store, "distill", trajectories=2, batch=1)
     make(store, "export")

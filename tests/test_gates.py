@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention import FeedForward
 from families import save_tiny
-from roads import make, tiny_student
+from roads import SAMPLE, make, tiny_student
 from test_native import layer
 from test_students import students
 from torch.nn import functional as F
@@ -132,7 +132,7 @@ def test_a_student_gates_in_its_prologues_and_keeps_its_bits_where_timesteps_are
     folder, options = save_tiny("sd", tmp_path / "model")
     store = Store(tmp_path / "workspace")
     runner.make(store, "model", runner.model_config(folder, **options))
-    make(store, "profile", steps=3, batch=1)
+    make(store, "profile", steps=3, batch=1, sample=SAMPLE)
     fake, integer = students(store, tiny_student(store))
     taken, forward = [], Prologue.forward
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from roads import STEPS, make, tiny_store, tiny_student
+from roads import SAMPLE, STEPS, make, tiny_store, tiny_student
 from test_students import plan_of, refused_without, students
 from tiny import tiny_denoiser
 
@@ -219,7 +219,7 @@ def test_a_model_without_classifier_free_guidance_has_no_shares(tmp_path, family
     path, options = save_tiny(family, tmp_path / "model")
     store = Store(tmp_path / "workspace")
     runner.make(store, "model", runner.model_config(path, **options))
-    make(store, "profile", steps=2, batch=1)
+    make(store, "profile", steps=2, batch=1, sample=SAMPLE)
     distilled = tiny_student(store, "efficientdm", "tuned")
     exported = make(store, "export")
     assert FILE not in distilled.manifest["files"] and FILE not in exported.manifest["files"]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.errors import FileFault, HqdmError, UsageError
+from pipelines.quant import affine
 from pipelines.quant.affine import centred_codes, choose, dequantise, quantise, sqnr
 from pipelines.quant.hadamard import hadamard, matrix, rotate_activation, rotate_weight
 from pipelines.quant.packing import pack, unpack
@@ -84,6 +85,19 @@ def test_more_bits_are_never_worse_and_codes_stay_in_range(bits, symmetric):
     error = sqnr(x, dequantise(codes, scale[:, None], zero[:, None]))
     finer = quantise(x, better[0][:, None], better[1][:, None], *wider)
     assert (sqnr(x, dequantise(finer, better[0][:, None], better[1][:, None])) > error).all()
+
+
+@pytest.mark.parametrize("norm", [2.0, 2.4])
+@pytest.mark.parametrize("columns", [1, 17, 300])
+def test_trials_of_a_scale_that_are_made_together_choose_the_bits_of_one_after_another(norm, columns, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(5, columns) * torch.tensor([1e-3, 0.1, 1.0, 30.0, 1e4])[:, None]
+    for low, high in ((-7, 7), (0, 15)):
+        monkeypatch.setattr(affine, "CACHED", 1 << 16)
+        together = choose(x, low, high, norm=norm)
+        for some in (1, 7 * x.numel()):  # one at a time, and a last few that are fewer
+            monkeypatch.setattr(affine, "CACHED", some)
+            assert all(map(torch.equal, together, choose(x, low, high, norm=norm)))
 
 
 def test_a_row_of_zeros_gets_a_scale_and_stays_zero():

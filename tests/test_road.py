@@ -11,7 +11,7 @@ import pytest
 from drawing import drawn
 from families import TINY, save_tiny
 from ldm_reference import checkpoint_of
-from roads import make
+from roads import SAMPLE, make
 from test_compvis_published import NAMES as COMPVIS
 from test_compvis_published import random_model, reduced, written
 
@@ -42,7 +42,7 @@ def road(request, tmp_path_factory):
     store = Store(folder / "workspace")
     made = {"model": runner.make(store, "model", runner.model_config(model, **options)).artifact}
     with drawn() if request.param in DRAWN else nullcontext():
-        made["profile"] = make(store, "profile", steps=STEPS, batch=1)
+        made["profile"] = make(store, "profile", steps=STEPS, batch=1, sample=SAMPLE)
     made["plan"] = make(store, "plan", bits="w4a4")
     made["distill"] = make(store, "distill", trajectories=2, batch=1)
     made["export"] = make(store, "export")

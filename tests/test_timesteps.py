@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from families import save_tiny
-from roads import make
+from roads import SAMPLE, make
 
 from pipelines import diffusion, runner
 from pipelines.models.denoiser import load_denoiser
@@ -27,7 +27,7 @@ def family(request, tmp_path_factory):
     folder, options = save_tiny(request.param, root / "model")
     store = Store(root / "workspace")
     model = runner.make(store, "model", runner.model_config(folder, **options)).artifact
-    make(store, "profile", steps=STEPS, batch=1)
+    make(store, "profile", steps=STEPS, batch=1, sample=SAMPLE)
     make(store, "plan", bits="w4a4")
     distilled = make(store, "distill", trajectories=1, batch=1)
     exported = make(store, "export")

@@ -11,6 +11,7 @@ import torch
 SHRINK_STEPS = 80  # EfficientDM's search for a weight scale
 TINY = 1e-36  # 100 times fp32's smallest normal number
 NORM = 2.4  # the exponent of the error that the search minimises
+CACHED = 1 << 16  # values that the search for a scale tries at once
 
 
 def quantise(
@@ -116,11 +117,13 @@ def choose(
     trials = width * shares / (high - low)  # (steps, rows)
     shifts = torch.zeros_like(trials) if symmetric else (-bottom * shares / trials).round_().clamp_(low, high)
     errors = []
-    for trial, shift in zip(trials[:, :, None], shifts[:, :, None], strict=True):
-        error = dequantise(quantise(x, trial, shift, low, high), trial, shift).sub_(x)
-        errors.append((error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(1))
+    # Of small x several trials at once, in as many calls as one; more than a cache holds would be slower together.
+    at_once = max(1, CACHED // max(1, x.numel()))
+    for some, moved in zip(trials[..., None].split(at_once), shifts[..., None].split(at_once), strict=True):
+        error = dequantise(quantise(x, some, moved, low, high), some, moved).sub_(x)
+        errors.append((error.square_() if norm == 2 else error.abs_().pow_(norm)).sum(2))
     # The first of the least; an error that fp32 does not hold is none, and without any the whole range stays.
-    best = torch.stack(errors).nan_to_num_(nan=math.inf, posinf=math.inf).argmin(0, keepdim=True)
+    best = torch.cat(errors).nan_to_num_(nan=math.inf, posinf=math.inf).argmin(0, keepdim=True)
     return trials.gather(0, best)[0], shifts.gather(0, best)[0]
 
 
