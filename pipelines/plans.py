@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pipelines.config import from_dict, read_yaml, strict_json, to_dict, write_yaml
 from pipelines.errors import FileFault, UsageError, did_you_mean
-from pipelines.quant.spec import Bits, Site, SitePlan, Transform, site_from_dict
+from pipelines.quant.spec import WEIGHT_BITS, Bits, Site, SitePlan, Transform, site_from_dict
 
 FORMAT = 2
 TRAINED = ("adapters", "weight_scales", "activation_scales", "zero_points")  # what the published recipes train
@@ -67,6 +67,8 @@ class Recipe:
 
     lora_rank: int = 32
     lora_rate_divisor: float = 2500.0  # a layer's LoRA learns at mean(weight scale) / divisor: scale-aware optimisation
+    # … or, by bits of the weights, at a divisor of their own: sites and outputs with fewer bits than were asked for.
+    narrow_rate_divisors: dict[str, float] | None = None
     weight_scale_rate: float = 1e-6
     activation_scale_rate: float = 5e-4  # of the scale in orthonormal coordinates
     zero_point_rate: float = 5e-4
@@ -129,6 +131,12 @@ class Recipe:
                 f"recipe: lora_rank {self.lora_rank} and lora_rate_divisor {self.lora_rate_divisor} must be positive",
                 "32 and 2500 are the published values",
             )
+        for bits, divisor in (self.narrow_rate_divisors or {}).items():
+            if bits not in map(str, WEIGHT_BITS) or divisor <= 0:
+                raise UsageError(
+                    f"recipe: narrow_rate_divisors cannot be {bits}: {divisor:g}",
+                    f"it takes positive numbers by bits of weights ({', '.join(map(str, WEIGHT_BITS))})",
+                )
         if self.correction_images < 1:
             raise UsageError(
                 f"recipe: correction_images cannot be {self.correction_images}",
@@ -243,7 +251,10 @@ def read_sites(path: Path) -> list[Site]:
 def write_plan(plan: Plan) -> str:
     """The plan as YAML text. A site left in floating point shows its reason and nothing that would not count."""
     sites, recipe = {}, to_dict(plan.recipe)
-    for name in ("guidance_signal", "weight_scale_rate_divisor", "site_factors", "order", "momentum", "step"):
+    for name in (
+        "guidance_signal", "weight_scale_rate_divisor", "site_factors", "order", "momentum", "step",
+        "narrow_rate_divisors",
+    ):  # fmt: skip
         if recipe[name] == getattr(Recipe, name):  # left out where unused: older plans made again are the same file
             del recipe[name]
     for site in plan.sites:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from drawing import drawn
-from roads import STEPS, make, tiny_store, tiny_student
+from roads import STEPS, make, quick_search, tiny_store, tiny_student
 from safetensors.torch import load_file
 
 from pipelines.distillation.rates import parameter_groups
@@ -130,9 +130,10 @@ def test_a_shuffled_order_learns_every_timestep_of_the_same_trajectories_once(tm
     assert [sorted(rows, reverse=True) for rows in found["shuffled"]] == found["trajectory"]
 
 
-def untrained(store, method, variant):
+def untrained(store, method, variant, **options):
     """A fresh student of a method's plan, and its recipe."""
-    plan = make(store, "plan", method=method, variant=variant)
+    with quick_search():
+        plan = make(store, "plan", method=method, variant=variant, options=options)
     model = store.ancestor(plan, "model")
     teacher, made = load_denoiser(model.path), read_plan(plan.file("plan.yaml"), read_sites(model.file("sites.json")))
     return new_student(teacher, made, load_file(plan.file("scales.safetensors")), 0), made.recipe
@@ -170,6 +171,37 @@ def test_gains_count_in_the_rate_of_tuned_adapters_and_not_in_that_of_mpq_dm_as_
     assert any(gain < 0.9 for _, (_, gain) in found.values())
     for (published, _), (tuned, gain) in found.values():
         assert published == pytest.approx(1) and tuned == pytest.approx(gain)
+
+
+def rates_of(store, *names, **options):
+    """Of the adapters of a student that begins: name of its site -> (rate, its layer)."""
+    student, recipe = untrained(store, *names, **options)
+    of = {id(parameter): group["rate"] for group in parameter_groups(student, recipe) for parameter in group["params"]}
+    return {name: (of[id(layer.lora_b)], layer) for name, layer in quant_layers(student.network).items()}
+
+
+def test_tuned_adapters_learn_by_the_width_of_each_site_within_a_budget(store):
+    """Or those of the narrowest, whose steps are several times as wide, would be thrown off."""
+    uniform = rates_of(store, "hqdm", "auto", centring="false", scaling="false")
+    mixed = rates_of(store, "hqdm", "auto", centring="false", scaling="false", budget="0.75")
+    narrow = {name: layer.plan.weight_bits for name, (_, layer) in mixed.items() if layer.plan.weight_bits < 4}
+    assert {2, 3} >= set(narrow.values()) and narrow
+    for name, (rate, layer) in mixed.items():
+        longer = layer.plan.transform.order**0.5 if layer.plan.inverse == "double" else 1
+        divisor = {3: 20, 2: 30}.get(narrow.get(name), 10)
+        assert rate == pytest.approx(layer.weight_scale.mean().item() / longer / divisor)
+        if name not in narrow and layer.plan.weight_bits == uniform[name][1].plan.weight_bits:
+            assert rate == pytest.approx(uniform[name][0])
+
+
+def test_outputs_of_fewer_bits_count_less_in_the_rate_of_a_tuned_layer(store):
+    for name, (rate, layer) in rates_of(store, "mpq_dm", "tuned").items():
+        gain, bits = layer.surroundings.gain, layer.surroundings.row_bits
+        scale = layer.weight_scale.flatten()
+        widths = [layer.plan.weight_bits] * len(scale) if bits is None else bits.tolist()
+        shares = [step / {3: 20, 2: 30}.get(width, 10) for step, width in zip(scale.tolist(), widths, strict=True)]
+        length = 1.0 if gain is None else 1 / gain.log().mean().exp().item()
+        assert rate == pytest.approx(sum(shares) / len(shares) / length, rel=1e-5), name
 
 
 @pytest.mark.parametrize("momentum", ["shared", "own"])

@@ -1,6 +1,7 @@
 """The contract that every method and variant keeps, and what each one claims."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,6 +190,10 @@ def test_recipes_are_the_same_at_all_widths_but_for_tuned_adapters_at_three_bits
     for bits, divisor in ((2, 30), (3, 20), (4, 10), (8, 10)):
         wanted = divisor if tuned else about.recipe.lora_rate_divisor
         assert about.recipe_at(Bits(bits, 4)).lora_rate_divisor == wanted
+    narrower = [replace(plan, weight_bits=3) for plan in decide("hqdm", "ours").values() if plan.quantised]
+    own = {"3": 20, "2": 30} if tuned else None
+    assert about.recipe_at(Bits(4, 4), narrower).narrow_rate_divisors == own
+    assert about.recipe_at(Bits(3, 4), narrower).narrow_rate_divisors is None
 
 
 def test_efficientdm_rotates_nothing_and_is_asymmetric():

@@ -96,13 +96,17 @@ class Variant:
     recipe: Recipe = Recipe()
     options: Mapping[str, Any] = field(default_factory=dict)  # read by the method's own functions
 
-    def recipe_at(self, bits: Bits) -> Recipe:
-        """The recipe at a width. Weights of three bits and two have steps so wide that adapters at the rate of `TUNED`,
-        a share of the step, throw the student off.
+    def recipe_at(self, bits: Bits, plans: Sequence[SitePlan] = ()) -> Recipe:
+        """The recipe at a width, of sites that may have others. Weights of three bits and two have steps so wide that
+        adapters at the rate of `TUNED`, a share of the step, throw the student off.
         """
-        if bits.weight in WIDE_STEPS and self.recipe.lora_rate_divisor == TUNED.lora_rate_divisor:
-            return replace(self.recipe, lora_rate_divisor=WIDE_STEPS[bits.weight])
-        return self.recipe
+        if self.recipe.lora_rate_divisor != TUNED.lora_rate_divisor:
+            return self.recipe
+        recipe = replace(self.recipe, lora_rate_divisor=WIDE_STEPS.get(bits.weight, TUNED.lora_rate_divisor))
+        narrow = {str(width): divisor for width, divisor in WIDE_STEPS.items() if width < bits.weight}
+        if narrow and any(plan.quantised and (plan.mixed or plan.weight_bits < bits.weight) for plan in plans):
+            return replace(recipe, narrow_rate_divisors=narrow)
+        return recipe
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "plan"
-VERSION = 13
+VERSION = 14
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,8 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
             decided = method.allocate(decided, bits, measured, variant)
         groups = method.groups(measured, variant) if method.groups else []
         shown = {name: variant.options[name] for name in method.options_of(variant_name)}
-        plan = Plan(
-            method.name, variant_name, bits, variant.recipe_at(bits), measured.timesteps, decided, groups, shown
-        )  # fmt: skip
+        recipe = variant.recipe_at(bits, decided)
+        plan = Plan(method.name, variant_name, bits, recipe, measured.timesteps, decided, groups, shown)
 
     recipe = plan.recipe
     tensors = {"timesteps": torch.tensor(sorted(measured.timesteps), dtype=torch.float64)}
