@@ -29,7 +29,7 @@ WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1]))
 FOLDERS = {
     "unet": (
         "mended", "variants-w4a3", "w8a4", "w4a4", "w4a3", "w3a3", "auto", "w8a8", "w4a8", "w2a4", "variants",
-        "shortcuts", "large-w4a3", "large",
+        "shortcuts", "large", "large-w4a3",
     ),
     "dit": ("dit",),
 }  # fmt: skip
