@@ -67,7 +67,7 @@ class Recipe:
 
     lora_rank: int = 32
     lora_rate_divisor: float = 2500.0  # a layer's LoRA learns at mean(weight scale) / divisor: scale-aware optimisation
-    # … or, by bits of the weights, at a divisor of their own: sites and outputs with fewer bits than were asked for.
+    # … or, by bits of the weights, at a divisor of their own: sites with fewer bits than were asked for.
     narrow_rate_divisors: dict[str, float] | None = None
     weight_scale_rate: float = 1e-6
     activation_scale_rate: float = 5e-4  # of the scale in orthonormal coordinates

@@ -194,14 +194,12 @@ def test_tuned_adapters_learn_by_the_width_of_each_site_within_a_budget(store):
             assert rate == pytest.approx(uniform[name][0])
 
 
-def test_outputs_of_fewer_bits_count_less_in_the_rate_of_a_tuned_layer(store):
-    for name, (rate, layer) in rates_of(store, "mpq_dm", "tuned").items():
-        gain, bits = layer.surroundings.gain, layer.surroundings.row_bits
-        scale = layer.weight_scale.flatten()
-        widths = [layer.plan.weight_bits] * len(scale) if bits is None else bits.tolist()
-        shares = [step / {3: 20, 2: 30}.get(width, 10) for step, width in zip(scale.tolist(), widths, strict=True)]
-        length = 1.0 if gain is None else 1 / gain.log().mean().exp().item()
-        assert rate == pytest.approx(sum(shares) / len(shares) / length, rel=1e-5), name
+@pytest.mark.parametrize("divisors", [{"5": 20.0}, {"3": 0.0}, {"3": -20.0}])
+def test_divisors_of_widths_that_weights_do_not_have_or_that_are_not_positive_are_refused(divisors):
+    (bits, divisor), *_ = divisors.items()
+    with pytest.raises(UsageError, match=f"narrow_rate_divisors cannot be {bits}: {divisor:g}") as caught:
+        Recipe(narrow_rate_divisors=divisors)
+    assert "positive numbers by bits of weights (2, 3, 4, 8)" in caught.value.hint
 
 
 @pytest.mark.parametrize("momentum", ["shared", "own"])

@@ -11,11 +11,15 @@ WEIGHT_DECAY = 0.01  # of the adapters; scales have none
 def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     """Trained parameters with their peak learning rates (facts of the recipe; `rate` is what the decay multiplies).
 
-    A layer's adapters learn at mean(weight scale)/divisor: scale-aware optimisation, EfficientDM; in a recipe with
-    `narrow_rate_divisors` by the divisor of each output's bits. Adapters add to the
+    A layer's adapters learn at mean(weight scale)/divisor: scale-aware optimisation, EfficientDM. Adapters add to the
     weight as it is; where its quantiser has it longer (`_length`), its scale counts less by that, and learns faster by
     that where its rate is absolute.
     """
+    narrow = recipe.narrow_rate_divisors or {}
+
+    def divisor(layer: QuantLayer) -> float:
+        return narrow.get(str(layer.plan.weight_bits), recipe.lora_rate_divisor)
+
     length = _length if recipe.step == "weight" else lambda layer: 1.0
     layers = quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
@@ -24,7 +28,7 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     if "adapters" in recipe.trains:
         groups += [
             {"params": [layer.lora_a, layer.lora_b], "weight_decay": WEIGHT_DECAY,
-             "rate": _share_of_step(layer, recipe) / length(layer)}
+             "rate": layer.weight_scale.mean().item() / length(layer) / divisor(layer)}
             for layer in chosen
         ]  # fmt: skip
     if "weights" in recipe.trains:
@@ -48,16 +52,6 @@ def parameter_groups(student: Denoiser, recipe: Recipe) -> list[dict]:
     if tables.factor is not None:
         groups.append({"params": list(tables.factor), "rate": recipe.activation_scale_rate})
     return [{"weight_decay": 0.0, "lr": 0.0} | group for group in groups if group["rate"] > 0 and group["params"]]
-
-
-def _share_of_step(layer: QuantLayer, recipe: Recipe) -> float:
-    """The mean over a layer's outputs of their weight scales over the divisors for their bits."""
-    scale, narrow = layer.weight_scale, recipe.narrow_rate_divisors or {}
-    bits = layer.surroundings.row_bits
-    if bits is None or not narrow:
-        return scale.mean().item() / narrow.get(str(layer.plan.weight_bits), recipe.lora_rate_divisor)
-    divisors = [narrow.get(str(width), recipe.lora_rate_divisor) for width in bits.tolist()]
-    return (scale.flatten() / scale.new_tensor(divisors)).mean().item()
 
 
 def _length(layer: QuantLayer) -> float:

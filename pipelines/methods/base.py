@@ -104,7 +104,7 @@ class Variant:
             return self.recipe
         recipe = replace(self.recipe, lora_rate_divisor=WIDE_STEPS.get(bits.weight, TUNED.lora_rate_divisor))
         narrow = {str(width): divisor for width, divisor in WIDE_STEPS.items() if width < bits.weight}
-        if narrow and any(plan.quantised and (plan.mixed or plan.weight_bits < bits.weight) for plan in plans):
+        if narrow and any(plan.quantised and plan.weight_bits < bits.weight for plan in plans):
             return replace(recipe, narrow_rate_divisors=narrow)
         return recipe
 
