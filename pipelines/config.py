@@ -49,10 +49,8 @@ if yaml.__with_libyaml__:
             yaml.CSafeLoader.__init__(self, stream)
             Composer.__init__(self)
 
-    _Dumper = yaml.CSafeDumper  # the same text in a quarter of the time
-
 else:
-    _Loader, _Dumper = yaml.SafeLoader, yaml.SafeDumper
+    _Loader = yaml.SafeLoader
 
 
 class _StrictLoader(_Loader):
@@ -191,7 +189,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 def write_yaml(values: Mapping[str, Any]) -> str:
     """A mapping of plain values as YAML text, keys in their order."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _name_of(kind: Any) -> str:

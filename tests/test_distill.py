@@ -330,4 +330,8 @@ def test_a_recipe_that_contradicts_itself_is_refused_with_the_way_out(recipe, wh
 
 
 def test_the_recipe_is_the_published_one_unless_a_variant_says_otherwise():
-    assert Recipe() == Recipe(32, 2500.0, 1e-6, 5e-4, 5e-4, "quantised", "own", "weight", False)
+    assert Recipe() == Recipe(
+        lora_rank=32, lora_rate_divisor=2500.0, narrow_rate_divisors=None, weight_scale_rate=1e-6,
+        activation_scale_rate=5e-4, zero_point_rate=5e-4, base_weight="quantised", momentum="own", step="weight",
+        weight_factors=False,
+    )  # fmt: skip
