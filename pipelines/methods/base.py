@@ -103,10 +103,10 @@ class Variant:
         if self.recipe.lora_rate_divisor != TUNED.lora_rate_divisor:
             return self.recipe
         recipe = replace(self.recipe, lora_rate_divisor=WIDE_STEPS.get(bits.weight, TUNED.lora_rate_divisor))
+        if not any(plan.quantised and plan.weight_bits < bits.weight for plan in plans):
+            return recipe
         narrow = {str(width): divisor for width, divisor in WIDE_STEPS.items() if width < bits.weight}
-        if narrow and any(plan.quantised and plan.weight_bits < bits.weight for plan in plans):
-            return replace(recipe, narrow_rate_divisors=narrow)
-        return recipe
+        return replace(recipe, narrow_rate_divisors=narrow)
 
 
 @dataclass(frozen=True)
