@@ -121,6 +121,28 @@ def test_the_placement_that_is_taken_costs_least_of_all_that_are_tried(site):
     assert len(tried) > 50 and total(chosen) == min(tried) < 0.8 * max(tried)
 
 
+def test_what_8_bits_serve_badly_is_moved_where_8_are_asked_for_and_left_where_others_have_four():
+    generator = torch.Generator().manual_seed(0)
+    sample, weight = torch.rand(2, 200, 64, generator=generator) - 0.5, torch.randn(48, 64, generator=generator)
+    even, outlying = Sampled(sample.clone(), weight), Sampled(sample, weight)
+    sample[:, :, 0] *= 8  # 8 bits leave the output 33 dB, of even channels 43
+    kept = replace(TOKENS, role="last")  # at 8 bits, whatever is asked for
+    _, _, variant = find("hqdm", "auto")
+
+    def placed(site, bits, measured):
+        plan = auto.decide(site, bits, measured, variant)
+        constants = auto.constants(plan, weight, measured, variant)
+        cost = SiteSearch(measured.sample(site), weight).cost(plan, constants.get("centre"), constants.get("gain"))
+        return plan.transform.is_identity and plan.centring == "none" and not plan.scaling, cost.total(3)
+
+    assert placed(TOKENS, Bits(8, 8), even)[0]
+    plain, much = placed(kept, Bits(4, 4), outlying)
+    assert plain and 1e-4 < much < 1e-3
+    for site in (TOKENS, kept):
+        plain, little = placed(site, Bits(8, 8), outlying)
+        assert not plain and little < 0.4 * much
+
+
 def test_a_byte_budget_is_kept_and_spent_where_noise_is_dear():
     """One of two sites has a column that sets the range and says little. Layers that are kept at 8 bits stay."""
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipelines.methods.base import NOT_AS_ASKED, Measured, Option, Variant
+from pipelines.methods.base import NOT_AS_ASKED, Measured, Option, Variant, enough_db
 from pipelines.quant.spec import IDENTITY, ORDERS, QUANTISERS, WEIGHT_BITS, Bits, Site, SitePlan, Transform
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SIGNS = (None, 1, 2, 3)  # seeds of the diagonals that are tried
 ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
-ENOUGH = 1e-3  # noise of a share of this is not worth a transform (30 dB)
 # Of 1, 3 and 10 the scores of students before training at w4a3 were best with 1 to 3.
 OPTIONS = {
     "bias": Option(3.0, "weight of an activation's systematic error against its noise", variants=("auto",), least=0),
@@ -51,7 +50,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     quantiser = min(unrotated, key=lambda each: unrotated[each].total(factor))
     best, least = replace(plain, activation_quantiser=quantiser), unrotated[quantiser]
     first = least
-    if least.activation + factor * least.bias > ENOUGH:
+    if least.total(factor) > 10 ** (-enough_db(bits) / 10):
         for plan in _placements(plain, variant):
             cost = _cost(search, plan, measured)
             if cost.total(factor) < least.total(factor):

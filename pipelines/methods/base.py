@@ -171,6 +171,13 @@ TUNED = Recipe(
 WIDE_STEPS = {3: 20.0, 2: 30.0}
 
 
+def enough_db(bits: Bits) -> float:
+    """dB: what is nearer than this to what a site was given is not worth a transform's time. Sites that the widths
+    asked for narrow are far from it below 8 bits; at 8 bits a well-behaved one has 40 to 45.
+    """
+    return 40.0 if bits.activation == 8 else 30.0
+
+
 def left_in_float(site: Site, reason: str) -> SitePlan:
     """The plan of a site that stays as it is."""
     return SitePlan(site, quantised=False, why=reason)

@@ -31,6 +31,7 @@ from pipelines.methods.base import (
     Option,
     Recipe,
     Variant,
+    enough_db,
     left_in_float,
 )  # fmt: skip
 from pipelines.quant.spec import IDENTITY, ORDERS, QUANTISERS, Bits, Site, SitePlan, Transform, largest_block
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     import torch
 
 ORDER = 32  # k = 5, the best of the paper's table 4
-ENOUGH_DB = 30.0  # above this a rotation buys nothing, and at 8 bits it costs a second int8 digit
 
 
 def _inverse(transform: Transform) -> str:
@@ -59,10 +59,12 @@ def _published(site: Site, variant: Variant) -> Transform:
     return whole if site.admits(whole) else IDENTITY
 
 
-def _best(site: Site, activation: int, measured: Measured) -> tuple[Transform, str]:
-    """The transform and activation quantiser with the highest measured SQNR; the identity where it is enough."""
+def _best(site: Site, activation: int, measured: Measured, enough: float) -> tuple[Transform, str]:
+    """The transform and activation quantiser with the highest measured SQNR; the identity where it is `enough` dB: a
+    rotation that goes to the weight's side costs 8 bits a second int8 digit.
+    """
     plain = max(QUANTISERS, key=lambda quantiser: measured.sqnr(site, IDENTITY, quantiser, activation))
-    if measured.sqnr(site, IDENTITY, plain, activation) >= ENOUGH_DB:
+    if measured.sqnr(site, IDENTITY, plain, activation) >= enough:
         return IDENTITY, plain
     pairs = [
         (transform, quantiser)
@@ -95,12 +97,12 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     eight = site.role in NOT_AS_ASKED
     weight, activation = (8, 8) if eight else (bits.weight, bits.activation)
     if search:
-        transform, quantiser = _best(site, activation, measured)
+        transform, quantiser = _best(site, activation, measured, enough_db(bits))
     else:
         transform, quantiser = _published(site, variant), "symmetric"
     plain, chosen = (measured.sqnr(site, candidate, quantiser, activation) for candidate in (IDENTITY, transform))
     if search and transform.is_identity:
-        reason = "enough" if plain >= ENOUGH_DB else "the best measured"
+        reason = "enough" if plain >= enough_db(bits) else "the best measured"
         why = f"{plain:.1f} dB unrotated at {activation} bits ({quantiser}), {reason}"
     elif search:
         why = f"the best measured: {chosen:.1f} dB at {activation} bits ({quantiser}), {plain:.1f} unrotated"

@@ -22,7 +22,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "plan"
-VERSION = 14
+VERSION = 15
 
 
 @dataclass(frozen=True)
