@@ -172,8 +172,8 @@ WIDE_STEPS = {3: 20.0, 2: 30.0}
 
 
 def enough_db(bits: Bits) -> float:
-    """dB: what is nearer than this to what a site was given is not worth a transform's time. Sites that the widths
-    asked for narrow are far from it below 8 bits; at 8 bits a well-behaved one has 40 to 45.
+    """What a site has to keep as it is, in dB, for no transform to be tried. Below 8 bits no site at the width that was
+    asked for keeps 30, and those that stay at 8 bits do; at 8 bits a well-behaved one keeps 40 to 45.
     """
     return 40.0 if bits.activation == 8 else 30.0
 
