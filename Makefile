@@ -87,7 +87,7 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/seconds
 	python -m benchmarks.cifar10.run --methods hqdm/auto:budget=1 hqdm/auto:budget=0.75 --bits w4a3 \
 		--results benchmarks/results/cifar10/budget
-	python -m benchmarks.cifar10.run --methods $(MENDED) --bits w8a8,w2a4,w4a8,w8a4 --results benchmarks/results/cifar10/mended
+	python -m benchmarks.cifar10.run --methods $(MENDED) --bits w8a8,w4a8,w8a4,w2a4 --results benchmarks/results/cifar10/mended
 	python -m benchmarks.cifar10.run --methods $(ORDERS:%=hqdm/code:order=%) --bits w4a4,w4a3 \
 		--results benchmarks/results/cifar10/orders
 	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --count 10000 \
