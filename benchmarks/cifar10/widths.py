@@ -24,12 +24,11 @@ from pipelines.report.pictures import figure_file, wrapped
 
 RESULTS = ROOT / "benchmarks/results/cifar10"
 WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1])))  # 8-bit activations first
-# The first that has a cell counts. `mended` and `variants-w4a3` are of methods that were changed after the tables of
-# other widths and `variants` were made.
+# The first that has a cell counts. `mended` is of methods that were changed after the tables of other widths were made.
 FOLDERS = {
     "unet": (
-        "w4a4", "w4a3", "w3a3", "mended", "w8a8", "w4a8", "w8a4", "w2a4", "variants-w4a3", "variants", "shortcuts",
-        "large", "large-w4a3",
+        "w4a4", "w4a3", "w3a3", "mended", "w8a8", "w4a8", "w8a4", "w2a4", "variants", "shortcuts", "large",
+        "large-w4a3",
     ),
     "dit": ("dit",),
 }  # fmt: skip
