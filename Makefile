@@ -69,7 +69,7 @@ scaling: $(READY)
 	python -m benchmarks.scaling
 
 tricks: $(READY)
-	python -m benchmarks.tricks
+	hqdm compare --from benchmarks/tricks.yaml -w runs/tricks
 
 ORDERS := 8 16 32 64
 VARIANTS := hqdm/tuned efficientdm/tuned lsq/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned \
@@ -96,6 +96,7 @@ benchmark-cifar10: $(READY)
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
 	python -m benchmarks.cifar10.run --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
 	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
+	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks
 	python -m benchmarks.cifar10.run --methods q_diffusion:shortcuts=float --bits w4a8 --results benchmarks/results/cifar10/shortcuts
 	python -m benchmarks.cifar10.widths
 	python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png

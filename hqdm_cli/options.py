@@ -29,7 +29,11 @@ Method = Annotated[str | None, typer.Option(help="Quantisation method; `hqdm met
 Variant = Annotated[str | None, typer.Option(help="Variant of the method.", metavar="NAME")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="An option of the method, as in order=16; may be given again.", metavar="NAME=VALUE"),
+    typer.Option(
+        "--set",
+        help="An option of the method, as in order=16, or a key of its recipe, as in recipe.ema=0; may be given again.",
+        metavar="NAME=VALUE",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="Where floating point is computed.", metavar="cpu|cuda")]
 Processes = Annotated[

@@ -7,6 +7,7 @@ when it is made.
 """
 
 import dataclasses
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from pipelines.workspace.store import Store
 
 T = TypeVar("T")
 TEACHER, FLOAT = "teacher", "fp32"
+COMMAS = re.compile(r",(?![^\[{]*[\]}])")  # outside a list or a mapping
 WAIT = 5.0  # seconds until what another process is at is looked at again
 ROAD = ("plan", "distill", "export", "sample", "score")
 FROM = {"plan": "profile", "distill": "plan", "export": "distill", "sample": "source", "score": "samples"}
@@ -51,7 +53,7 @@ class MethodSpec:
 
         head, colon, tail = text.strip().partition(":")
         method, slash, variant = head.partition("/")
-        pairs = [part.partition("=") for part in tail.split(",")] if colon else []
+        pairs = [part.partition("=") for part in COMMAS.split(tail)] if colon else []
         names = [name.strip() for name, _, _ in pairs]
         if not method or (slash and not variant) or not all(n and e and v.strip() for n, (_, e, v) in
                                                             zip(names, pairs, strict=True)):  # fmt: skip
@@ -71,7 +73,8 @@ class MethodSpec:
     def resolved(self) -> tuple:
         """Equal for specs that mean the same, whether or not default variant and options are spelled out."""
         _, variant, about = self._found()
-        return (self.method, variant, tuple(sorted(about.options.items(), key=lambda option: option[0])))
+        options = tuple(sorted(about.options.items(), key=lambda option: option[0]))
+        return (self.method, variant, options, repr(about.recipe), about.given)
 
     @property
     def label(self) -> str:

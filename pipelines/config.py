@@ -187,6 +187,16 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return values
 
 
+def yaml_value(text: str, name: str) -> Any:
+    """One plain value as YAML writes it: `0.5`, `false`, `[adapters, biases]`. UsageError, by its name, for what is no
+    YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise UsageError(f"{name} cannot be {_shown(text)}", "write 0.5, true, null or [adapters, biases]") from None
+
+
 def write_yaml(values: Mapping[str, Any]) -> str:
     """A mapping of plain values as YAML text, keys in their order."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)

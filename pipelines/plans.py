@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.config import from_dict, read_yaml, strict_json, to_dict, write_yaml
+from pipelines.config import from_dict, read_yaml, strict_json, to_dict, write_yaml, yaml_value
 from pipelines.errors import FileFault, UsageError, did_you_mean
 from pipelines.quant.spec import WEIGHT_BITS, Bits, Site, SitePlan, Transform, site_from_dict
 
@@ -159,6 +159,22 @@ class Recipe:
                 what = f"recipe: updates is {self.updates}, which takes no reconstruction"
                 raise UsageError(what, "updates: reconstruct, or leave it out")
             object.__setattr__(self, "reconstruction", Reconstruction())
+
+
+def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
+    """A recipe with some of its keys anew, their values as YAML writes them; `reconstruction.images` is a key inside
+    another. UsageError for a key that there is not, and for a value that it does not take.
+    """
+    values = to_dict(recipe)
+    for key, text in changes.items():
+        *outer, name = key.split(".")
+        place: Any = values
+        for part in outer:
+            place = place.get(part)
+            if not isinstance(place, dict):
+                raise UsageError(f"recipe.{key}: this recipe has no {part}", "`hqdm methods NAME` shows what it has")
+        place[name] = yaml_value(text, f"recipe.{key}")
+    return from_dict(Recipe, values, "recipe") if changes else recipe
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from fake_stages import ROAD
 
 from hqdm_cli.app import main
 from hqdm_cli.console import duration
+from pipelines.methods import METHODS, find
 from pipelines.methods.base import Option
+from pipelines.plans import Recipe
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
@@ -349,7 +351,8 @@ def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_pat
     best, share = Option(True, "the best or all"), Option(0.5, "of the bytes", least=0, most=1)
     method.options = {"order": order, "best": best, "share": share}
     method.variants = {
-        name: types.SimpleNamespace(summary=line) for name, line in (("ours", "signs"), ("paper", "width"))
+        name: types.SimpleNamespace(summary=line, recipe=Recipe())
+        for name, line in (("ours", "signs"), ("paper", "width"))
     }
     table, grids = types.ModuleType("pipelines.report.table"), types.ModuleType("pipelines.report.grids")
     table.collect = lambda store: [
@@ -360,7 +363,8 @@ def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_pat
     table.equal_images = lambda store: [("sample/0002", "sample/0003")]
     grids.side_by_side = lambda store, path: Path(path).write_text("picture")
     monkeypatch.setitem(sys.modules, "pipelines.methods", types.ModuleType("pipelines.methods"))
-    sys.modules["pipelines.methods"].METHODS = {"hqdm": method}
+    fake = sys.modules["pipelines.methods"]
+    fake.METHODS, fake.find, fake.text_of = {"hqdm": method}, lambda *_: (method,), lambda _: "equations"
     monkeypatch.setitem(sys.modules, table.__name__, table)
     monkeypatch.setitem(sys.modules, grids.__name__, grids)
     assert hqdm("methods")[1].splitlines() == [
@@ -379,6 +383,31 @@ def test_methods_and_report_print_what_the_engine_has(hqdm, monkeypatch, tmp_pat
     assert hqdm("report", "--format", "csv")[1].splitlines()[1] == "teacher,1.23456789,"
     assert json.loads(hqdm("report", "--json")[1])[1]["psnr"] == 30.0
     assert "\nwrote out.png\n" in hqdm("report", "--picture", "out.png")[2] and (tmp_path / "out.png").exists()
+
+
+def test_a_method_that_is_named_is_told_with_its_equations_and_what_its_recipes_set(hqdm):
+    code, out, _ = hqdm("methods", "quest", "hqdm")
+    quest, rotating = out.split("\n\nhqdm: ")
+    assert code == 0 and "min Σ_t ‖ε̂(x_t, t) − ε(x_t, t)‖²" in quest and "W₀ + BA" in rotating
+    lines = quest.splitlines()
+    at = lines.index("recipe of published: EfficientDM's and HQ-DM's as published, but")
+    assert "  --set recipe.trains=[weights,biases,activation_scales]" in lines[at:]
+    assert "\nrecipe of code: " in rotating
+    listed = json.loads(hqdm("methods", "dmq", "--json")[1])
+    assert list(listed) == ["dmq"] and listed["dmq"]["recipes"]["scaling"]["updates"] == "none"
+    assert "LES" in listed["dmq"]["text"]
+    code, _, err = hqdm("methods", "hadanom")
+    assert code == 2 and "did you mean 'hadanorm'?" in err
+
+
+def test_what_methods_says_of_a_recipe_can_be_typed_as_it_stands(hqdm):
+    """Every `--set recipe.…` line of every variant, given to that variant, is the recipe that it has."""
+    for name, method in METHODS.items():
+        for block in hqdm("methods", name)[1].split("\nrecipe of ")[1:]:
+            variant = block.partition(":")[0]
+            words = (line.split("--set ")[1].partition("=") for line in block.splitlines()[1:] if "--set" in line)
+            given = {key: value for key, _, value in words}
+            assert find(name, variant, given)[2].recipe == method.variants[variant].recipe
 
 
 def test_a_reader_that_leaves_early_is_no_error(road, tmp_path):

@@ -157,6 +157,16 @@ def test_a_method_named_twice_in_other_words_is_one():
     ]
 
 
+def test_a_key_of_the_recipe_makes_another_method_and_a_list_may_hold_commas():
+    text = "hqdm/auto:recipe.ema=0,recipe.trains=[biases,adapters]"
+    spec = compare.MethodSpec.parse(text)
+    assert dict(spec.options) == {"recipe.ema": "0", "recipe.trains": "[biases,adapters]"} and str(spec) == text
+    assert spec._found()[2].recipe.trains == ["biases", "adapters"]
+    methods = ("hqdm/auto", "hqdm/auto:recipe.ema=0", "hqdm/auto:recipe.ema=0.0")
+    assert len(compare.comparison(methods, ["w4a4"], [0]).methods) == 2
+    assert not compare.MethodSpec.parse("hqdm/auto:recipe.updates=none").learns
+
+
 def test_an_option_spelled_out_at_its_default_is_no_other_method():
     same = ("hqdm/paper", "hqdm/paper:order=32", "hqdm/paper:order=16")
     assert [str(spec) for spec in asked(methods=same).methods] == ["hqdm/paper", "hqdm/paper:order=16"]
@@ -259,6 +269,22 @@ def test_the_best_of_each_width_is_marked_and_a_tie_marks_none(store, fakes):
     assert "FD(digits)" not in result.outcome.artifact.figures["best"]["w4a4"]
     page = result.outcome.artifact.file("table.md").read_text()
     assert "**25.50 ± 0.71**" in page and "**25.00 ± 0.71**" not in page
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 400])
+def test_a_terminal_gets_tables_as_narrow_as_it_is_quality_first_and_every_column_once(store, fakes, width):
+    view = comparison.shown(table_of(made(store)))
+    parts = view.parts(width)
+    head, rest = ["bits", "method"], [name for part in parts for name in part.headings[2:]]
+    assert all(part.headings[:2] == head for part in parts) and sorted(head + rest) == sorted(view.headings)
+    quality = [key in (*comparison.QUALITY, "contrast") for part in parts for key in part.keys[2:]]
+    assert quality == sorted(quality, reverse=True)
+    for part in parts:
+        columns = zip(part.headings, *part.lines, strict=True)
+        assert len(part.headings) == 3 or sum(max(map(len, column)) + 2 for column in columns) - 2 <= width
+        at = view.headings.index(part.headings[2])
+        assert [line[2] for line in part.lines] == [line[at] for line in view.lines]
+        assert [best[2] for best in part.best] == [best[at] for best in view.best]
 
 
 def test_profile_and_teacher_are_made_once_whatever_is_compared(store, fakes):

@@ -196,6 +196,39 @@ def test_recipes_are_the_same_at_all_widths_but_for_tuned_adapters_at_three_bits
     assert about.recipe_at(Bits(3, 4), narrower).narrow_rate_divisors is None
 
 
+def test_a_key_of_the_recipe_is_set_as_an_option_is_and_holds_at_every_width():
+    plain, given = find("hqdm", "auto")[2], find("hqdm", "auto", {"recipe.ema": "0", "bias": "1"})[2]
+    assert given.recipe == replace(plain.recipe, ema=0.0) and given.options == plain.options | {"bias": 1.0}
+    for divisor in ("10", "40"):  # of which 10 is what is in force at four bits and more
+        about = find("hqdm", "auto", {"recipe.lora_rate_divisor": divisor})[2]
+        assert {about.recipe_at(Bits(bits, 3)).lora_rate_divisor for bits in (2, 3, 4, 8)} == {float(divisor)}
+    trains = find("lsq", None, {"recipe.trains": "[weights, biases]"})[2].recipe.trains
+    assert trains == ["weights", "biases"]
+    settings = find("q_diffusion", None, {"recipe.reconstruction.images": "4"})[2].recipe.reconstruction
+    assert settings == replace(find("q_diffusion", None)[2].recipe.reconstruction, images=4)
+    with pytest.raises(UsageError, match="option order belongs to"):
+        find("hqdm", "auto", {"recipe.ema": "0", "order": "16"})
+
+
+@pytest.mark.parametrize(
+    "key, value, what",
+    [
+        ("emma", "0", "unknown key 'emma'"),
+        ("ema", "2", "ema cannot be 2.0"),
+        ("ema", "fast", "ema cannot be 'fast'"),
+        ("order", "backwards", "no choice"),
+        ("trains", "[adapters", "recipe.trains cannot be"),
+        ("reconstruction.images", "4", "this recipe has no reconstruction"),
+        ("reconstruction.", "4", "this recipe has no reconstruction"),
+        ("", "4", "unknown key ''"),
+    ],
+)
+def test_a_recipe_that_there_cannot_be_is_refused_with_a_way_out(key, value, what):
+    with pytest.raises(UsageError, match=what.replace("[", "\\[")) as fault:
+        find("hqdm", "code", {f"recipe.{key}": value})
+    assert fault.value.hint
+
+
 def test_efficientdm_rotates_nothing_and_is_asymmetric():
     for plan in decide("efficientdm", None).values():
         if plan.quantised:

@@ -102,7 +102,8 @@ def run(options: argparse.Namespace) -> None:
     against = reference.written(options.data, "test", options.work)
     drawn = {"steps": options.steps, "guidance": options.guidance}
     asked = compare.comparison(
-        options.methods, options.bits.split(","), options.seeds,
+        compare.read_recipe(options.recipe).methods if options.recipe else options.methods, options.bits.split(","),
+        options.seeds,
         {
             "profile": drawn,
             "distill": {"trajectories": options.trajectories, "guidance": options.guidance},
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
     parser.add_argument("--teacher", default="unet", help=f"{', '.join(TEACHERS)}, or a checkpoint's path")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="method/variant:option=value …; all by default")
+    parser.add_argument("--from", dest="recipe", type=Path, help="take the methods of a file for hqdm compare --from")
     parser.add_argument("--bits", default=BITS, help="with commas")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of distillation and images")
     parser.add_argument("--count", type=int, default=IMAGES, help="images of each cell")

@@ -202,7 +202,9 @@ def _show_plan(result: Any, as_json: bool) -> None:
 
 
 def _show_table(artifact: Any) -> None:
-    """On a terminal a drawn table, the best of each width in bold green; elsewhere aligned text with a star."""
+    """On a terminal drawn tables as wide as it is, the best of each width in bold green; elsewhere aligned text with a
+    star.
+    """
     import sys
 
     from pipelines.report.comparison import note, shown
@@ -215,14 +217,16 @@ def _show_table(artifact: Any) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        drawn = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-        for heading, number in zip(view.headings, view.numbers, strict=True):
-            drawn.add_column(heading, justify="right" if number else "left", overflow="fold")
-        for texts, best in zip(view.lines, view.best, strict=True):
-            drawn.add_row(
-                *(Text(console.plain(t), "bold green" if b else "") for t, b in zip(texts, best, strict=True))
-            )
-        Console().print(drawn)
+        terminal = Console()
+        for part in view.parts(terminal.width):
+            drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for heading, number in zip(part.headings, part.numbers, strict=True):
+                drawn.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
+            for texts, best in zip(part.lines, part.best, strict=True):
+                drawn.add_row(
+                    *(Text(console.plain(t), "bold green" if b else "") for t, b in zip(texts, best, strict=True))
+                )
+            terminal.print(drawn)
     else:
         rows = [
             dict(zip(view.headings, (f"{t}*" if b else t for t, b in zip(texts, best, strict=True)), strict=True))

@@ -1,35 +1,38 @@
 """hqdm methods: what `hqdm plan --method` takes."""
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from hqdm_cli import console
 from hqdm_cli.options import Debug, Json
 
-EXAMPLE = "hqdm methods"
+EXAMPLE = """hqdm methods
+  hqdm methods hadanorm mpq_dm"""
 
 
-def methods(as_json: Json = False, debug: Debug = False) -> None:
-    """List the quantisation methods, their variants and options.
+def methods(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Methods to tell more of. [default: a few lines of each]", metavar="[NAME]..."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the quantisation methods, their variants and options; of those that are named, equations and recipes too.
 
     Each is one file that declares transforms, quantisers and what trains; the source says where it comes from. An
-    option is set with `hqdm plan --set NAME=VALUE`.
+    option, or a key of the recipe, is set with `hqdm plan --set NAME=VALUE`.
     """
-    from pipelines.methods import METHODS
+    from pipelines.methods import METHODS, find
 
+    chosen = {name: find(name, None)[0] for name in names or METHODS}
     if as_json:
-        listed = {
-            name: {
-                "summary": m.summary,
-                "source": m.source,
-                "default": m.default_variant,
-                "variants": {n: v.summary for n, v in m.variants.items()},
-                "options": {n: _plain(option, m.variants) for n, option in m.options.items()},
-            }
-            for name, m in METHODS.items()
-        }
-        console.print_json(listed)
+        console.print_json({name: _listed(name, method) for name, method in chosen.items()})
         return
-    for name, method in METHODS.items():
+    for place, (name, method) in enumerate(chosen.items()):
+        if names and place:
+            console.out("")
         console.out(f"{name}: {method.summary}")
         console.out(f"  source: {method.source}")
         width = max(map(len, method.variants), default=0)
@@ -40,6 +43,55 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
         width = max(map(len, settings), default=0)
         for setting, about in settings.items():
             console.out(f"  --set {setting:<{width}}  {about.summary}{_bounds(about)}")
+        if names:
+            _tell(name, method)
+
+
+def _tell(name: str, method: Any) -> None:
+    """The method's own text, and where each variant's recipe is not EfficientDM's and HQ-DM's, the defaults."""
+    from pipelines.config import to_dict
+    from pipelines.methods import text_of
+    from pipelines.plans import Recipe
+
+    console.out(f"\n{text_of(name)}")
+    usual = to_dict(Recipe())
+    for variant, about in method.variants.items():
+        own = {key: value for key, value in to_dict(about.recipe).items() if value != usual[key]}
+        console.out(f"\nrecipe of {variant}: EfficientDM's and HQ-DM's as published{', but' if own else ''}")
+        for key, value in own.items():
+            for inner, part in _flat(key, value):
+                console.out(f"  --set recipe.{inner}={_yaml(part)}")
+
+
+def _flat(key: str, value: Any) -> Any:
+    """A value with its key; of a mapping each entry with its own, joined by dots."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _flat(f"{key}.{name}", inner)
+
+
+def _yaml(value: Any) -> str:
+    """A recipe's value as --set takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_yaml, value))}]"
+    return "null" if value is None else _word(value)
+
+
+def _listed(name: str, method: Any) -> dict[str, Any]:
+    from pipelines.config import to_dict
+    from pipelines.methods import text_of
+
+    return {
+        "summary": method.summary,
+        "source": method.source,
+        "default": method.default_variant,
+        "variants": {variant: about.summary for variant, about in method.variants.items()},
+        "options": {option: _plain(about, method.variants) for option, about in method.options.items()},
+        "recipes": {variant: to_dict(about.recipe) for variant, about in method.variants.items()},
+        "text": text_of(name),
+    }
 
 
 def _plain(option: Any, variants: Any) -> dict[str, Any]:

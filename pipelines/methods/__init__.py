@@ -3,6 +3,8 @@
 The contract tests read this table, so that they take a new method by themselves.
 """
 
+import inspect
+import sys
 from collections.abc import Mapping
 
 from pipelines.errors import UsageError, did_you_mean
@@ -58,3 +60,8 @@ def find(name: str, variant: str | None, options: Mapping[str, str] | None = Non
     if chosen not in method.variants:
         raise UsageError(f"method {name} has no variant {chosen!r}", did_you_mean(chosen, method.variants))
     return method, chosen, method.with_options(chosen, options or {})
+
+
+def text_of(name: str) -> str:
+    """What a method's file says of it: equations, source, and where it differs from the paper and why."""
+    return inspect.getdoc(sys.modules[f"{__name__}.{name}"]) or ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.errors import UsageError, did_you_mean
-from pipelines.plans import Recipe
+from pipelines.plans import Recipe, changed
 from pipelines.quant.spec import Bits, Site, SitePlan, Transform
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 EIGHT_BIT_ROLES = ("first", "last", "time", "condition")
 FLOAT_ROLES = ("skip", "downsample")  # left in floating point by both
 NOT_AS_ASKED = EIGHT_BIT_ROLES + FLOAT_ROLES  # and of those that quantise them nevertheless: at 8 bits
+
+
+RECIPE = "recipe."  # in front of a key of the recipe, among a method's options
 
 
 class Measured(Protocol):
@@ -95,15 +98,17 @@ class Variant:
     summary: str
     recipe: Recipe = Recipe()
     options: Mapping[str, Any] = field(default_factory=dict)  # read by the method's own functions
+    given: frozenset[str] = frozenset()  # keys of the recipe that a user gave, the same at every width
 
     def recipe_at(self, bits: Bits, plans: Sequence[SitePlan] = ()) -> Recipe:
         """The recipe at a width, of sites that may have others. Weights of three bits and two have steps so wide that
         adapters at the rate of `TUNED`, a share of the step, throw the student off.
         """
-        if self.recipe.lora_rate_divisor != TUNED.lora_rate_divisor:
+        if self.recipe.lora_rate_divisor != TUNED.lora_rate_divisor or "lora_rate_divisor" in self.given:
             return self.recipe
         recipe = replace(self.recipe, lora_rate_divisor=WIDE_STEPS.get(bits.weight, TUNED.lora_rate_divisor))
-        if not any(plan.quantised and plan.weight_bits < bits.weight for plan in plans):
+        narrow = any(plan.quantised and plan.weight_bits < bits.weight for plan in plans)
+        if not narrow or "narrow_rate_divisors" in self.given:
             return recipe
         narrow = {str(width): divisor for width, divisor in WIDE_STEPS.items() if width < bits.weight}
         return replace(recipe, narrow_rate_divisors=narrow)
@@ -137,10 +142,15 @@ class Method:
         return {key: option for key, option in self.options.items() if not option.variants or name in option.variants}
 
     def with_options(self, chosen: str, given: Mapping[str, str]) -> Variant:
-        """A variant, by its name, with the method's defaults, its own options and those that a user gave, as values.
-        UsageError for an option that the method or this variant does not have, and for a value that it does not take.
+        """A variant, by its name, with the method's defaults, its own options and those that a user gave, as values; of
+        these `recipe.KEY` is a key of the recipe.
+
+        UsageError for an option or a key that the method or this variant does not have, and for a value that it does
+        not take.
         """
         variant, mine = self.variants[chosen], self.options_of(chosen)
+        changes = {name.removeprefix(RECIPE): text for name, text in given.items() if name.startswith(RECIPE)}
+        given = {name: text for name, text in given.items() if not name.startswith(RECIPE)}
         for name in given:
             if name not in self.options:
                 hint = did_you_mean(name, self.options) if self.options else "it takes none"
@@ -154,7 +164,8 @@ class Method:
                 )
         defaults = {name: option.default for name, option in mine.items()}
         parsed = {name: self.options[name].parse(name, text) for name, text in given.items()}
-        return Variant(variant.summary, variant.recipe, {**defaults, **variant.options, **parsed})
+        options = {**defaults, **variant.options, **parsed}
+        return Variant(variant.summary, changed(variant.recipe, changes), options, frozenset(changes))
 
 
 # A recipe that was tried for `hqdm --variant auto`, and that every trained method may have: a comparison that tunes one

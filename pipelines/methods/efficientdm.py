@@ -1,7 +1,12 @@
 """EfficientDM, the baseline: per-tensor asymmetric activations with a learned scale and zero-point per timestep.
 
+    y ≈ Q_t(x)·Q(W₀ + BA)ᵀ + b,   Q(v) = s·(clamp(⌊v/s⌉ + z, 0, 2^b − 1) − z)
+    min Σ_t ‖ε̂(x_t, t) − ε(x_t, t)‖²   over A, B, the weights' s and the activations' s_t and z_t
+
+with x_t of the teacher's own trajectories, both predictions guided; A and B learn at mean(s)/2500 of their layer.
+
 Source: He et al., "EfficientDM", ICLR 2024, and ThisisBillhe/EfficientDM. No transform. Weights per output channel,
-asymmetric; LoRA of rank 32 merged before the quantiser, Q(W + BA), on the dequantised base weight. Scales and
+asymmetric; LoRA of rank 32 merged before the quantiser, on the dequantised base weight W₀ = Q(W). Scales and
 zero-points of all timesteps share a momentum, as the code's one tensor of each layer does (`Recipe.momentum`).
 Otherwise than in the code: all timesteps start there from one scale and one zero-point found on one calibration batch,
 here each from its own, found by error on the profile's sample, so that this baseline is nearer to its end when training

@@ -1,11 +1,19 @@
 """HQ-DM: the Single Hadamard transform, x̃ = xH quantised, the weight quantised unrotated, H folded into its integers.
 
+With H of entries ±1 in blocks of the order n, so that H·Hᵀ = n·I, and Q_t symmetric at its timestep's scale:
+
+    y ≈ Q_t(x·H)·(Q(W₀ + BA)·H/n)ᵀ + b              single, along the channels (equations 11, 14 and 15)
+    y ≈ (Q_t(x·H)·Hᵀ/n) ⊛ Q(W₀ + BA) + b            a convolution along its width (16 to 18)
+    min Σ_t ‖ε̂(x_t, t) − ε(x_t, t)‖²                over A, B and the scales, on the teacher's x_t (12)
+
+Q(W)·H is of integers, and 1/n joins the scales: no value is rounded twice.
+
 Source: Mao et al., "HQ-DM" (equations 11–18) and msz12345/HQ-DM; paper and code differ, so both are variants.
 
     paper   linears along the channels, convolutions along the width (undone on the activation's side, equation 18),
             order 32, learned weight factors per timestep; symmetric activations.
     code    convolutions along the channels, order 32, none where 32 does not divide them; linears of rank-2 inputs
-    alone.
+            alone.
     ours    every site along its channels, at every rank; order, ±1 signs before it and the activation quantiser are the
             measured best of each site; shortcut and downsampling convolutions are quantised too, at 8 bits.
     tuned   `code` with the recipe of `auto`, which tells what that gives from what the placement gives.

@@ -4,7 +4,10 @@ Channels are smoothed first, x/s and W·s with s = √(max|x|/max|w|) (SmoothQua
 weights the kurtosis is taken: the k largest get a wider quantiser, and as many of the smallest a narrower one as keep
 the layer's mean width. k, from none to all that can be paid for, has the least error of the layer's output on samples
 of its input, which is not quantised in this search. Then the student is distilled as EfficientDM's (adapters, scales
-and zero-points, one activation scale per timestep), but on the float weight: Q(W + BA).
+and zero-points, one activation scale per timestep), but on the float weight:
+
+    y ≈ Q_t(x/s)·Q_{b(j)}((W + BA)·s)ᵀ + b,   κ_j = mean((W_j·s − μ_j)⁴)/σ_j⁴ orders the outputs j,   Σ_j b(j) ≤ N·J
+    min_k ‖x/s·(Q_{b(k)}(W·s) − W·s)ᵀ‖²,   then   min Σ_t ‖ε̂ − ε‖² + λ·KL(softmax F̄ᵀF̄ ‖ softmax F̂ᵀF̂)
 
 Source: Feng et al., "MPQ-DM", AAAI 2025 (arXiv 2412.11549), and cantbebetter2/MPQ-DM. There k channels get N + 1 bits
 and k get N − 1, with k of 0 or a tenth. Integers here have 2, 3, 4 or 8 bits: at N = 3 that is 4 and 2; at N = 4 one

@@ -7,7 +7,8 @@ where the code has all 2^b levels; weights per output channel, activations per t
 calibration.
 
 Variant `published` learns nothing, as the published scripts do not; `reconstructed` adds AdaRound and learned scales,
-as the code's option does (QDrop's random dropping of quantisers is not built).
+as the code's option does: min ‖block(x; Ŵ) − block(x; W)‖² by blocks, the equations in `q_diffusion` (QDrop's random
+dropping of quantisers is not built).
 Different here: the code compares the drawn t with a counter that begins at the noise, so that t and x belong to
 opposite ends; they belong together here. It quantises layers' outputs, here inputs are quantised; its scales are moving
 averages of ranges found on batches. First and last layer, time embedding and conditions at 8 bits; shortcut and

@@ -2,8 +2,13 @@
 
 Source: Li et al., "Q-Diffusion", ICCV 2023 (2302.04304), and Xiuyu-Li/q-diffusion. A layer that reads a concatenation
 [h, skip] has an input of two distributions: X = [Q₁(X₁), Q₂(X₂)] and W = [Q₃(W₁), Q₄(W₂)], two layers whose outputs add
-up. Calls of the teacher at evenly spread timesteps calibrate; AdaRound and learned activation scales per block
-(`pipelines/reconstruction/`). Static: one activation scale and zero-point for all timesteps.
+up. Calls of the teacher at evenly spread timesteps calibrate; AdaRound and learned activation scales follow, block by
+block (`pipelines/reconstruction/`):
+
+    min_V ‖block(x; Ŵ) − block(x; W)‖² + λ·Σ(1 − |2h(V) − 1|^β),   Ŵ = s·(clamp(⌊W/s⌋ + h(V) + z, 0, 2^b − 1) − z)
+    h(V) = clamp(1.2·sigmoid(V) − 0.1, 0, 1),   then min over the block's activation scales of the first term
+
+Static: one activation scale and zero-point for all timesteps.
 
 From the public code: shortcut convolutions alone are split (`split_main` splits the main path's, too), by its commands
 for CIFAR-10 and Stable Diffusion, not by those for LDM-4 and LDM-8. Weights per output channel, asymmetric, L2.4

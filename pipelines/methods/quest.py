@@ -1,7 +1,10 @@
 """QuEST: of the weights only those train that low bits hurt: time embedding, attention and feed-forward layers.
 
 The student follows its teacher's ε along teacher trajectories: weights and biases of the chosen layers learn, and every
-activation scale does; all other weights stay rounded to the nearest. Timesteps in `groups` equal spans share scales.
+activation scale does; all other weights stay rounded to the nearest. Timesteps in `groups` equal spans share scales,
+where there are more of them than spans; on 20 timesteps or fewer each has its own.
+
+    y ≈ Q_g(x)·Q(W)ᵀ + b,   min Σ_t ‖ε̂(x_t, t) − ε(x_t, t)‖²   over W and b of the chosen layers and all s_g
 
 Source: Wang et al., "QuEST", ICCV 2025 (arXiv 2402.03666), and hatchetProject/QuEST. From the code: Adam at 1e-5 for
 weights and biases, 1e-4 for activation scales, 20 groups of 10 timesteps; layers by name, not by a computed

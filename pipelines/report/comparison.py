@@ -6,6 +6,7 @@ Takes plain cells (a mapping of COLUMNS' keys for every method, width and seed) 
 import csv
 import io
 import math
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,12 +115,39 @@ def _text(column: Column, figure: Mapping[str, Any] | None) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table for people: headings, lines of texts, which of them are the best, which headings hold numbers."""
+    """A table for people: headings, lines of texts, which of them are the best, which headings hold numbers, and the
+    figures' keys (empty of words).
+    """
 
     headings: list[str]
     lines: list[list[str]]
     best: list[list[bool]]
     numbers: list[bool]
+    keys: list[str]
+
+    def part(self, places: Sequence[int]) -> "Shown":
+        """Some of its columns, in that order."""
+        pick = operator.itemgetter(*places)
+        return Shown(
+            [*pick(self.headings)], [[*pick(line)] for line in self.lines], [[*pick(line)] for line in self.best],
+            [*pick(self.numbers)], [*pick(self.keys)],
+        )  # fmt: skip
+
+    def parts(self, width: int) -> "list[Shown]":
+        """As tables of at most `width` characters, where columns allow it: quality first, then cost, each with the
+        bits and the method.
+        """
+        head = [place for place, name in enumerate(self.headings) if name in ("bits", "method")]
+        rest = [place for place in range(len(self.headings)) if place not in head]
+        rest.sort(key=lambda place: self.keys[place] not in (*QUALITY, "contrast"))
+        room = [max(map(len, [name, *(line[place] for line in self.lines)])) + 2 for place, name in
+                enumerate(self.headings)]  # fmt: skip
+        parts: list[list[int]] = []
+        for place in rest:
+            if not parts or sum(room[each] for each in (*head, *parts[-1], place)) > width + 2:
+                parts.append([])
+            parts[-1].append(place)
+        return [self.part(head + part) for part in parts] or [self]
 
 
 def shown(table: Mapping[str, Any]) -> Shown:
@@ -141,7 +169,7 @@ def shown(table: Mapping[str, Any]) -> Shown:
         lines.append(head + [_text(column, row[column.key]) for column in used])
         best.append([False] * len(head) + [(row["bits"], row["spec"], column.key) in winners for column in used])
     numbers = [name not in ("bits", "method", LAYERS) for name in headings]
-    return Shown(headings, lines, best, numbers)
+    return Shown(headings, lines, best, numbers, [""] * len(words) + [column.key for column in used])
 
 
 def layers_text(counts: Mapping[str, int] | None) -> str:
