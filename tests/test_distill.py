@@ -221,14 +221,18 @@ def test_scales_of_other_timesteps_move_on_at_an_update_where_all_share_a_moment
     assert moved == ([1, 2, 3, 3, 3, 3] if momentum == "shared" else [1] * 6)
 
 
-def test_the_loss_falls(store, monkeypatch):
+@pytest.mark.parametrize(
+    "method, variant, bits, trajectories",
+    [("hqdm", "ours", "w2a8", 12), ("lsq", "tuned", "w3a8", 6), ("quest", "tuned", "w3a8", 6)],
+)
+def test_the_loss_falls(store, monkeypatch, method, variant, bits, trajectories):
     """On one trajectory that is walked again and again, so that nothing but learning can move the loss."""
     from pipelines.distillation import training
 
     noise_of, conditions_of = training.noise_of, training.conditions_of
     monkeypatch.setattr(training, "noise_of", lambda seed, indices, *rest: noise_of(seed, [0, 1], *rest))
     monkeypatch.setattr(training, "conditions_of", lambda seed, indices, count: conditions_of(seed, [0, 1], count))
-    distilled = tiny_student(store, "hqdm", "ours", "w2a8", trajectories=12, eta=0.0)
+    distilled = tiny_student(store, method, variant, bits, trajectories=trajectories, eta=0.0)
     assert distilled.figures["last_loss"] < distilled.figures["first_loss"]
 
 

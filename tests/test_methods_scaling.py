@@ -13,9 +13,11 @@ from pipelines.methods import METHODS, auto, dmq, find
 from pipelines.methods.equivalent import few, outputs
 from pipelines.quant.affine import choose, cover, dequantise, quantise
 from pipelines.quant.candidates import rotated_rows
-from pipelines.quant.hadamard import rotate_activation, rotate_weight
-from pipelines.quant.spec import HALVES, Bits, Site, SitePlan, Transform
-from pipelines.quant.surroundings import Surroundings, taps_of
+from pipelines.quant.hadamard import rotate_last, rotate_weight
+from pipelines.quant.layers import QuantLayer, as_rows, from_rows
+from pipelines.quant.spec import HALVES, Bits, Site, SitePlan, Transform, integer_range
+from pipelines.quant.surroundings import taps_of
+from pipelines.quant.tables import TimestepTables
 
 TOKENS = Site("tokens", "linear", "attention", (48, 64), rank=3)
 VECTORS = Site("vectors", "linear", "time-projection", (48, 64))
@@ -101,8 +103,10 @@ def in_quantiser(weight, plan, constants):
     return rotate_weight(weight, plan.transform) if plan.inverse == "double" else weight
 
 
-def rounded_error(name, site, sample, weight, **options):
-    """Relative squared error of the layer's outputs, quantised as a method plans it, activations by maxima."""
+def rounded_error(name, site, sample, weight, at=None, **options):
+    """Relative squared error of the layer's outputs, quantised as a method plans it, activations by maxima; of the
+    timestep `at` alone where one is named.
+    """
     plan, constants, measured, chosen = planned(name, site, sample, weight, **options)
     method = METHODS[name]
     rows = rotated_rows(measured.moved(plan, constants), plan.transform)
@@ -120,30 +124,30 @@ def rounded_error(name, site, sample, weight, **options):
         large = rotate_weight(large, plan.transform)
     found = x.view(len(sample), -1, large.shape[1]) @ large.T
     before = sample @ weight.T  # a rotation multiplies the product with its order
+    if at is not None:
+        found, true, before = found[at], true[at], before[at]
     return ((found - true).square().sum() / plan.transform.order**2 / before.square().sum()).item()
 
 
 def unrounded(plan, constants, weight):
-    """(what the layer of a plan computes of a random input where nothing is rounded, what it computed before)."""
-    site = plan.site
+    """(what the student's layer computes of a random input while nothing of either operand is rounded, what the
+    teacher's did).
+    """
+    site, outputs = plan.site, len(weight)
     if "centre" in constants:
         constants["taps"] = taps_of(constants["centre"], weight, site)
     x = torch.randn((2, site.channels, 8, 8) if site.kind == "conv" else (2, *[5] * (site.rank - 2), site.channels)) + 3
-    around = Surroundings(plan, constants)
-    moved, mean = around.before(x)
-    spatial = site.kind == "conv"
-    turned = rotate_activation(moved, plan.transform, spatial)
-    large = in_quantiser(weight, plan, constants)
-    if plan.inverse == "single":
-        large = rotate_weight(large, plan.transform)
-    if plan.inverse == "activation":
-        turned = rotate_activation(turned, plan.transform, spatial, inverse=True)
-
-    def product(x, weight):
-        return F.conv2d(x, weight, None, site.stride, site.padding) if spatial else F.linear(x, weight)
-
-    y = product(turned, large) / plan.transform.order
-    return around.after(y, x, mean, lambda: large, torch.ones(site.outputs)), product(x, weight)
+    tables = TimestepTables([1.0], torch.tensor([[0.3]]), torch.tensor([[2.0]]))
+    tables.set_timestep(1.0)
+    bias, scale = torch.randn(outputs), torch.rand(outputs) + 0.5
+    layer = QuantLayer(plan, weight, bias, scale, torch.zeros(outputs), tables, 0, slice(0, outputs), constants)
+    codes = as_rows(in_quantiser(weight, plan, constants)) / scale[:, None]
+    layer.float_inputs, layer.soft_codes = True, lambda: codes
+    single = plan.inverse == "single"
+    layer.folded = lambda: from_rows(rotate_last(codes, plan.transform) if single else codes, weight.shape)
+    true = F.conv2d(x, weight, bias, site.stride, site.padding) if site.kind == "conv" else F.linear(x, weight, bias)
+    with torch.no_grad():
+        return layer(x), true
 
 
 @pytest.mark.parametrize(
@@ -384,6 +388,29 @@ def test_full_normalisation_gives_all_channels_one_deviation():
     sample, weight = drawn(TOKENS, rows=400)
     plan, constants, measured, _ = planned("hadanorm", TOKENS, sample, weight, alpha=1)
     assert torch.allclose(measured.moved(plan, constants).flatten(0, 1).std(0), torch.ones(64), atol=0.01)
+
+
+def test_hqdm_spreads_an_outlying_channel_and_its_error_shrinks():
+    sample, weight = drawn(TOKENS)
+    sample = torch.randn_like(sample)
+    sample[:, :, 5] *= 10
+    single = rounded_error("hqdm", TOKENS, sample, weight, variant="paper", bits="w8a4")
+    assert single < 0.5 * rounded_error("efficientdm", TOKENS, sample, weight, bits="w8a4")
+
+
+def test_efficientdm_follows_each_timestep_where_one_static_range_drowns_the_small_ones():
+    sample, weight = drawn(TOKENS)
+    sample = F.silu(torch.randn_like(sample)) * torch.tensor([1.0, 8.0, 64.0]).view(3, 1, 1)
+    errors = {name: rounded_error(name, TOKENS, sample, weight, at=0) for name in ("efficientdm", "rtn")}
+    assert errors["efficientdm"] < 0.05 * errors["rtn"]
+    plan, *_ = planned("efficientdm", TOKENS, sample, weight)
+    rows = sample.flatten(1)
+    lopsided = []  # after SiLU a symmetric range spends almost half of its codes on nothing
+    for quantiser in ("asymmetric", "symmetric"):
+        low, high = integer_range(plan.activation_bits, quantiser == "symmetric")
+        scale, zero = (value[:, None] for value in choose(rows, low, high, norm=2.0))
+        lopsided.append((dequantise(quantise(rows, scale, zero, low, high), scale, zero) - rows).square().mean(1))
+    assert (lopsided[0] < 0.7 * lopsided[1]).all()
 
 
 def test_double_hadamard_amplifies_outliers_of_a_weight_that_single_hadamard_leaves_as_they_are():
