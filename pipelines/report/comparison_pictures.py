@@ -188,7 +188,7 @@ def weight_outliers(path: Path, layers: Sequence[Mapping[str, float]], order: st
     count = np.arange(len(layers))
     caption = (
         f"Order {order}. A rotation spreads the outliers of a heavy-tailed weight. It makes the harder one of a weight "
-        "that is still as uniform as it was initialised (kurtosis 1.8), since any mixture is nearer to a normal one (3, "
+        "that is still as uniform as it was initialised (kurtosis 1.8), since a mixture is nearer to a normal one (3, "
         "grey), and of one whose columns have a sign in common, which it gathers in each block's first coordinate."
     )
     higher = [layer["peak_rotated"] > layer["peak"] for layer in layers]
