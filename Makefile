@@ -85,6 +85,8 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/seeds
 	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 16 \
 		--results benchmarks/results/cifar10/seconds
+	python -m benchmarks.cifar10.run --methods hqdm/code efficientdm --bits w4a3 --trajectories 160 \
+		--results benchmarks/results/cifar10/longer
 	python -m benchmarks.cifar10.run --methods hqdm/auto:budget=1 hqdm/auto:budget=0.75 --bits w4a3 \
 		--results benchmarks/results/cifar10/budget
 	python -m benchmarks.cifar10.run --methods $(MENDED) --bits w8a8,w4a8,w8a4,w2a4 --results benchmarks/results/cifar10/mended
