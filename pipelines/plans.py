@@ -61,8 +61,8 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code, but for `momentum`
-    and for `headroom`, which has none.
+    """How the student is trained; the defaults are those of EfficientDM's and HQ-DM's public code, but for `momentum`,
+    `activation_scale_from` and `headroom`, which has none.
     """
 
     lora_rank: int = 32
@@ -93,6 +93,9 @@ class Recipe:
     activation_scale_by: Literal["error", "max"] = (
         "error"  # how initial scales are found: least squared error, or range
     )
+    # … and on what: the sample of the timestep that it is of (or of its group), or that of all of them, from where each
+    # timestep learns apart (the public code's one calibration batch).
+    activation_scale_from: Literal["timestep", "trajectory"] = "timestep"
     weight_scale_by: Literal["error", "max"] = "error"
     headroom: float = 1.3  # of 8-bit activations beyond what was found in a sample: rare values show when clipped
     relative_scales: bool = False  # activation scales learn by their logarithm, so the rate is a share of them

@@ -11,7 +11,7 @@ from pipelines.errors import UsageError
 from pipelines.measures import Measures as RealMeasures
 from pipelines.methods import METHODS, find
 from pipelines.methods.base import EIGHT_BIT_ROLES, FLOAT_ROLES
-from pipelines.plans import Plan, read_plan, write_plan
+from pipelines.plans import Plan, Recipe, read_plan, write_plan
 from pipelines.quant.spec import IDENTITY, Bits, Site, Transform
 
 VARIANTS = [(name, variant) for name, method in METHODS.items() for variant in method.variants]
@@ -208,6 +208,22 @@ def test_a_key_of_the_recipe_is_set_as_an_option_is_and_holds_at_every_width():
     assert settings == replace(find("q_diffusion", None)[2].recipe.reconstruction, images=4)
     with pytest.raises(UsageError, match="option order belongs to"):
         find("hqdm", "auto", {"recipe.ema": "0", "order": "16"})
+
+
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_of_a_recipe_placements_hang_on_the_roles_that_train_alone(name, variant):
+    """For the plan stage finds them once for recipes that differ otherwise."""
+    method, _, about = find(name, variant)
+    other = Recipe(
+        lora_rank=3, lora_rate_divisor=7, base_weight="float", momentum="shared", step="quantiser", site_factors=True,
+        updates="none", trains=["biases"], roles=about.recipe.roles, activation_scale_by="max", headroom=2, ema=0.5,
+        activation_scale_from="trajectory", weight_scale_by="max", guidance_signal=3, correction=True,
+    )  # fmt: skip
+    measured = Measures()
+    with quick_search():
+        for site in SITES:
+            found = [method.decide(site, Bits(3, 4), measured, each) for each in (about, replace(about, recipe=other))]
+            assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The plan stage: scales that are the profile's, a file that can be edited and handed back."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from roads import STEPS, make, tiny_store
 from safetensors.torch import load_file
 
 from pipelines import runner
+from pipelines.methods import METHODS
 from pipelines.workspace.seals import sha256_of_file
 
 
@@ -28,6 +31,36 @@ def test_scales_are_positive_one_for_each_timestep_and_output(store):
                 scales[f"{name}/activation_scale"].shape == (STEPS,) and (scales[f"{name}/activation_scale"] > 0).all()
             )
             assert scales[f"{name}/weight_scale"].shape == (sites[name]["weight"][0],)
+
+
+def test_all_timesteps_may_start_from_one_scale_and_learn_apart(store):
+    """As EfficientDM's code does, whose one calibration batch gives every timestep the same scale."""
+    options = {"recipe.activation_scale_from": "trajectory"}
+    one = make(store, "plan", method="efficientdm", bits="w4a4", options=options)
+    static = make(store, "plan", method="rtn", variant="search", bits="w4a4")
+    mine, theirs = (load_file(plan.file("scales.safetensors")) for plan in (one, static))
+    names = [key for key in mine if key.endswith("/activation_scale")]
+    assert names and all(torch.equal(mine[key], theirs[key]) for key in names)  # what all timesteps' sample gives
+    plan = yaml.safe_load(one.file("plan.yaml").read_text())
+    assert plan["groups"] == [] and plan["recipe"]["activation_scale_from"] == "trajectory"
+    learned = load_file(make(store, "distill", {"plan": one.id}, trajectories=1, batch=2).file("student.safetensors"))
+    assert (learned["tables/scale"][0] != learned["tables/scale"][1]).any()
+
+
+def test_plans_that_differ_in_the_recipe_alone_are_searched_for_once(store, monkeypatch):
+    asked = []
+
+    def decide(site, bits, *rest):
+        asked.append((site.name, bits))
+        return METHODS["efficientdm"].decide(site, bits, *rest)
+
+    monkeypatch.setitem(METHODS, "hqdm", replace(METHODS["hqdm"], decide=decide))
+    plans = []
+    for bits, options in (("w3a4", {}), ("w3a4", {"recipe.ema": "0.9"}), ("w3a3", {"recipe.ema": "0.9"})):
+        plans.append(make(store, "plan", bits=bits, options=options, variant="code"))
+    assert len(asked) == len(set(asked)) and {str(bits) for _, bits in asked} == {"w3a4", "w3a3"}
+    first, second = (yaml.safe_load(plan.file("plan.yaml").read_text()) for plan in plans[:2])
+    assert first["sites"] == second["sites"] and second["recipe"] == first["recipe"] | {"ema": 0.9}
 
 
 def test_the_reason_of_every_site_is_a_measured_number(store):

@@ -24,7 +24,10 @@ PLACEMENTS = {
     "centred": {"centring": "static"},
     "scaled": {"scaling": True},
     "all": {"transform": ROTATED, "inverse": "double", "centring": "static", "scaling": True},
-}
+    "width": {
+        "transform": Transform("width", 8, 1), "inverse": "activation", "centring": "static", "scaling": True,
+    },
+}  # fmt: skip
 
 
 def rounded(values, scale, zero, low, high):
@@ -53,6 +56,8 @@ def operands(plan, x, weight, constants):
     back = rounded(weight, scale.view(by_row), zero.view(by_row), *plan.weight_range)
     if plan.inverse == "single":
         weight, back = (rotate_weight(each, plan.transform) for each in (weight, back))
+    if plan.inverse == "activation":
+        x, coarse = (rotate_activation(each, plan.transform, spatial, inverse=True) for each in (x, coarse))
     return x, coarse, weight / plan.transform.order, back / plan.transform.order
 
 
@@ -64,8 +69,11 @@ def images(site, seed=0):
     return sample[0].view(50, 8, site.channels, 8).transpose(1, 2).contiguous(), sample, weight
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
-@pytest.mark.parametrize("site", [TOKENS, POINTWISE], ids=lambda site: site.name)
+@pytest.mark.parametrize(
+    "site, name",
+    [(site, name) for site in (TOKENS, POINTWISE) for name in PLACEMENTS if site is POINTWISE or name != "width"],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_a_placements_cost_is_the_error_that_its_layer_makes(site, name):
     x, sample, weight = images(site)
     plan = SitePlan(site, weight_bits=3, activation_bits=4, **PLACEMENTS[name])
@@ -119,6 +127,30 @@ def test_the_placement_that_is_taken_costs_least_of_all_that_are_tried(site):
     plain = SitePlan(site, weight_bits=4, activation_bits=3, weight_quantiser="asymmetric")
     tried = [total(plan) for plan in auto._placements(plain, variant)]
     assert len(tried) > 50 and total(chosen) == min(tried) < 0.8 * max(tried)
+
+
+@pytest.mark.parametrize("site", [TOKENS, POINTWISE], ids=lambda site: site.name)
+def test_a_placement_costs_the_same_whatever_was_priced_before_it(site):
+    sample, weight = drawn(site, 2, 60)
+    measured, variant = Sampled(sample, weight), find("hqdm", "auto", {"axis": "any"})[2]
+    search, known = SiteSearch(sample, weight), {}
+    for plan in auto._placements(SitePlan(site, weight_bits=3, activation_bits=4), variant):
+        assert auto._cost(search, plan, measured, known) == auto._cost(SiteSearch(sample, weight), plan, measured, {})
+
+
+def test_along_the_width_it_looks_where_it_is_told_to_and_takes_it_for_an_outlying_column():
+    """A column of the image that stands out in every channel: a rotation along the channels leaves it as it is."""
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(2, 60, 32, 8, generator=generator)
+    sample[..., 3] *= 12
+    weight = torch.randn(CONV.weight, generator=generator)
+    measured = Sampled(sample, weight)
+    taken = {
+        axis: auto.decide(CONV, Bits(4, 3), measured, find("hqdm", "auto", {"axis": axis})[2])
+        for axis in ("channels", "any")
+    }
+    assert taken["channels"].transform.axis != "width"
+    assert taken["any"].transform.axis == "width" and taken["any"].inverse == "activation"
 
 
 def test_what_8_bits_serve_badly_is_moved_where_8_are_asked_for_and_left_where_others_have_four():

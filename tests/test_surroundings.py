@@ -88,6 +88,19 @@ def test_fake_and_integer_layers_give_the_same_bits(transform, inverse, kind, pl
     assert torch.equal(trained, expected)
 
 
+def test_centred_and_scaled_before_a_rotation_along_the_width_they_give_the_same_bits_too():
+    plan = SitePlan(
+        site("conv", 32), True, Transform("width", 8, 1), "activation", 4, 4, centring="static", scaling=True
+    )
+    x = input_for(plan.site, 4)
+    fake = placed(plan, x)
+    with torch.no_grad():
+        fake.freeze()
+        expected = fake(x)
+    for name in ("reference", "cpu"):
+        assert torch.equal(IntegerLayer(fake.integers().packed(), fake._tables[0], 0, fake.span, name)(x), expected)
+
+
 def test_a_dynamic_centre_is_each_images_own_and_loses_nothing():
     plan = SitePlan(site("linear", 32), True, weight_bits=8, activation_bits=8, centring="dynamic")
     plain = SitePlan(site("linear", 32), True, weight_bits=8, activation_bits=8)

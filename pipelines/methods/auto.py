@@ -1,7 +1,8 @@
 """The search behind `hqdm --variant auto`: for every site, the placement that costs its output least.
 
-Over transform (none; along the channels at every order, without signs and with several diagonals of them), where its
-inverse goes (single, double), activation quantiser (symmetric, asymmetric), static centring and scaling, the least of
+Over transform (none; along the channels at every order, without signs and with several diagonals of them; with `axis`
+any along the width of images, too, undone on the activation's side), where its inverse goes (single, double),
+activation quantiser (symmetric, asymmetric), static centring and scaling, the least of
 
     noise of the activation + `bias` · its part that is the same for all tokens + noise of the weight,
 
@@ -23,10 +24,14 @@ if TYPE_CHECKING:
     from pipelines.quant.search import Cost, SiteSearch
 
 SIGNS = (None, 1, 2, 3)  # seeds of the diagonals that are tried
+INVERSES = {"channels": ("single", "double"), "width": ("activation",)}
 ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
 # Of 1, 3 and 10 the scores of students before training at w4a3 were best with 1 to 3.
 OPTIONS = {
     "bias": Option(3.0, "weight of an activation's systematic error against its noise", variants=("auto",), least=0),
+    "axis": Option(
+        "channels", "along what transforms are tried; any: along the width, too", ("channels", "any"), ("auto",)
+    ),
     "centring": Option(True, "try static centring, whose constants join the biases", variants=("auto",)),
     "scaling": Option(True, "try a gain of each channel", variants=("auto",)),
     "budget": Option(
@@ -42,9 +47,9 @@ OPTIONS = {
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """The cheapest placement of one site at its bits."""
     weight, activation = (8, 8) if site.role in NOT_AS_ASKED else (bits.weight, bits.activation)
-    search = _search(site, measured)
+    search, known = _search(site, measured), {}
     plain = _of_width(SitePlan(site, True, activation_bits=activation), weight)
-    unrotated = {quantiser: _cost(search, replace(plain, activation_quantiser=quantiser), measured)
+    unrotated = {quantiser: _cost(search, replace(plain, activation_quantiser=quantiser), measured, known)
                  for quantiser in QUANTISERS}  # fmt: skip
     factor = variant.options["bias"]
     quantiser = min(unrotated, key=lambda each: unrotated[each].total(factor))
@@ -52,7 +57,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     first = least
     if least.total(factor) > 10 ** (-enough_db(bits) / 10):
         for plan in _placements(plain, variant):
-            cost = _cost(search, plan, measured)
+            cost = _cost(search, plan, measured, known)
             if cost.total(factor) < least.total(factor):
                 best, least = plan, cost
     words = f"{_db(least)} dB of the output kept from noise"
@@ -64,11 +69,11 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
 
 
 def _placements(plain: SitePlan, variant: Variant) -> Iterator[SitePlan]:
-    transforms = [Transform("channels", order, signs) for order in ORDERS for signs in SIGNS]
     rotations = [(IDENTITY, "none")]
-    for transform in transforms:
-        if plain.site.admits(transform):
-            rotations += [(transform, "single"), (transform, "double")]
+    for axis in ("channels", "width") if variant.options["axis"] == "any" else ("channels",):
+        for transform in (Transform(axis, order, signs) for order in ORDERS for signs in SIGNS):
+            if plain.site.admits(transform):
+                rotations += [(transform, inverse) for inverse in INVERSES[axis]]
     centrings = (
         ["none", "static"] if variant.options["centring"] and not plain.site.role.startswith("time") else ["none"]
     )
@@ -103,9 +108,11 @@ def _search(site: Site, measured: Measured) -> "SiteSearch":
     return SiteSearch(measured.sample(site), measured.weight(site))
 
 
-def _cost(search: "SiteSearch", plan: SitePlan, measured: Measured) -> "Cost":
-    tensors = constants(plan, search.weight, measured, None)
-    return search.cost(plan, tensors.get("centre"), tensors.get("gain"))
+def _cost(search: "SiteSearch", plan: SitePlan, measured: Measured, known: dict) -> "Cost":
+    """known: the constants of the site's placements so far, which no transform changes."""
+    if (kind := (plan.centring, plan.scaling)) not in known:
+        known[kind] = constants(plan, search.weight, measured, None)
+    return search.cost(plan, known[kind].get("centre"), known[kind].get("gain"))
 
 
 def _db(cost: "Cost") -> str:

@@ -4,11 +4,11 @@ Source: Federici et al., 2025 (arXiv 2506.09932), of diffusion transformers' lin
 
     Y·W + b = [(Y − 1μᵀ)·S⁻¹·H]·[Hᵀ·S·W] + 1·(μᵀW) + b
 
-Both brackets are quantised. μ is dynamic, each image's mean over its tokens, and S static. The last product is with
-the weight as it is quantised, μᵀ·S⁻¹·H·Q(Hᵀ·S·W), as a dynamic centre meets the same integers as the rest does; a
-static one meets W itself. Where an image has one token, as the context of a class-conditional LDM has, that token is
-its own mean, nothing is left in the first bracket, and its activation is not rounded at all. Mixing channels makes them
-Gaussian only where they share mean and scale, hence the two.
+Both brackets are quantised. μ is dynamic, each image's mean over its tokens, and S static. The last product is with the
+weight as it is quantised, μᵀ·S⁻¹·H·Q(Hᵀ·S·W), since an integer model has no W beside it for a μ that only sampling
+tells; a static one meets W itself, once, when the plan is made. Where an image has one token, as the context of a
+class-conditional LDM has, that token is its own mean, nothing is left in the first bracket, and its activation is not
+rounded at all. Mixing channels makes them Gaussian only where they share mean and scale, hence the two.
 
 The paper as far as it could be read does not give S, the granularity of activations or its blocks. Here S_j =
 σ_j^α·(max|W_j|)^(α−1) with σ_j the deviation from each image's own mean in the profile's sample (α = 1: equal scales),

@@ -44,6 +44,7 @@ class SiteSearch:
         self.together = self.weight.sum((2, 3)) if weight.ndim == 4 else self.weight  # (out, C), inside the image
         self.energy = self._energy(tokens, self.rows).clamp(min=1e-12)  # (T,)
         self._weights: dict[tuple, float] = {}
+        self._errors: dict[tuple, torch.Tensor] = {}  # by placement of the weight, the last two
         self._activations: dict[tuple, tuple[float, float]] = {}
 
     def cost(self, plan: SitePlan, centre: torch.Tensor | None = None, gain: torch.Tensor | None = None) -> Cost:
@@ -99,22 +100,32 @@ class SiteSearch:
         double = plan.inverse == "double"
         key = (double and plan.transform, plan.weight_quantiser, plan.weight_bits, plan.centring, gain is not None)
         if key not in self._weights:
-            weight = self.weight
-            if gain is not None:
-                weight = weight / gain.view(1, -1, *[1] * (weight.ndim - 2))
-            turned = rotate_weight(weight, plan.transform) if double else weight
-            low, high = plan.weight_range
-            scale, zero = choose(turned.flatten(1), low, high)
-            shape = (-1, *[1] * (weight.ndim - 1))
-            codes = quantise(turned, scale.view(shape), zero.view(shape), low, high)
-            error = dequantise(codes, scale.view(shape), zero.view(shape)) - turned
-            if double:
-                error = rotate_weight(error, plan.transform, inverse=True) / plan.transform.order
-            if gain is not None:
-                error = error * gain.view(1, -1, *[1] * (weight.ndim - 2))
+            placed = (*key[:3], gain is not None and key[3:])  # without a gain a centre leaves the weight alone
+            if placed not in self._errors:
+                if len(self._errors) > 1:
+                    del self._errors[next(iter(self._errors))]
+                self._errors[placed] = self._weight_error(plan, gain)
             tokens = self.tokens if centre is None else self.tokens - centre
-            self._weights[key] = (self._energy(tokens, _by_place(error)) / self.energy).mean().item()
+            self._weights[key] = (self._energy(tokens, self._errors[placed]) / self.energy).mean().item()
         return self._weights[key]
+
+    def _weight_error(self, plan: SitePlan, gain: torch.Tensor | None) -> torch.Tensor:
+        """What rounding does to the weight, in the input's own coordinates: the products of `_by_place`."""
+        weight = self.weight
+        if gain is not None:
+            weight = weight / gain.view(1, -1, *[1] * (weight.ndim - 2))
+        double = plan.inverse == "double"
+        turned = rotate_weight(weight, plan.transform) if double else weight
+        low, high = plan.weight_range
+        scale, zero = choose(turned.flatten(1), low, high)
+        shape = (-1, *[1] * (weight.ndim - 1))
+        codes = quantise(turned, scale.view(shape), zero.view(shape), low, high)
+        error = dequantise(codes, scale.view(shape), zero.view(shape)) - turned
+        if double:
+            error = rotate_weight(error, plan.transform, inverse=True) / plan.transform.order
+        if gain is not None:
+            error = error * gain.view(1, -1, *[1] * (weight.ndim - 2))
+        return _by_place(error)
 
     @staticmethod
     def _energy(tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

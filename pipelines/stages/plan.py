@@ -14,7 +14,7 @@ from pathlib import Path
 from pipelines.errors import HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.measures import Measures
-from pipelines.methods import find
+from pipelines.methods import Method, Variant, find
 from pipelines.plans import Plan, read_plan, read_sites, write_plan
 from pipelines.quant.spec import Bits, SitePlan
 from pipelines.workspace.artifacts import Artifact
@@ -23,6 +23,7 @@ from pipelines.workspace.store import Store
 
 NAME = "plan"
 VERSION = 15
+_DECIDED: dict[tuple, list[SitePlan]] = {}
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     else:
         method, variant_name, variant = find(config.method, config.variant, config.options)
         bits = Bits.parse(config.bits)
-        report.begin("placements", len(sites), unit="sites")
-        decided: list[SitePlan] = []
-        for done, site in enumerate(sites, 1):
-            made = method.decide(site, bits, measured, variant)
-            decided += made if isinstance(made, tuple) else (made,)
-            report.advance(done)
-        report.end()
-        if method.allocate:
-            decided = method.allocate(decided, bits, measured, variant)
+        decided = _placements(method, variant_name, variant, bits, measured, inputs["profile"], report)
         groups = method.groups(measured, variant) if method.groups else []
         shown = {name: variant.options[name] for name in method.options_of(variant_name)}
         recipe = variant.recipe_at(bits, decided)
@@ -95,6 +88,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
 
     recipe = plan.recipe
     tensors = {"timesteps": torch.tensor(sorted(measured.timesteps), dtype=torch.float64)}
+    together = [0] * len(plan.timesteps) if recipe.activation_scale_from == "trajectory" else plan.groups
     divide(network, [site.site for site in plan.quantised])
     (out.path / "plan.yaml").write_text(write_plan(plan))
     report.begin("scales", len(plan.quantised), unit="sites")
@@ -104,9 +98,7 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         _check_constants(site, constants)
         if "centre" in constants:
             constants["taps"] = taps_of(constants["centre"], weight, site.site)
-        scale, zero = measured.activation_scales(
-            site, constants, plan.groups, recipe.activation_scale_by, recipe.headroom
-        )
+        scale, zero = measured.activation_scales(site, constants, together, recipe.activation_scale_by, recipe.headroom)
         mine = {"activation_scale": scale, "activation_zero": zero}
         if "gain" in constants:
             weight = weight / constants["gain"].view(1, -1, *[1] * (weight.ndim - 2))
@@ -129,6 +121,27 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
     report.end()
     save_file(tensors, out.path / "scales.safetensors")
     return _figures(plan)
+
+
+def _placements(
+    method: Method, name: str, variant: Variant, bits: Bits, measured: Measures, profile: Artifact, report: Report
+) -> list[SitePlan]:
+    """Every site's decision. Those of the last plan where the recipe alone is another, of which a decision reads the
+    roles that train and nothing else: the rows of a comparison by recipes are then searched for once.
+    """
+    options = tuple(sorted((option, repr(value)) for option, value in variant.options.items()))
+    key = (profile.digest, method.decide, name, options, str(bits), tuple(variant.recipe.roles))
+    if key not in _DECIDED:
+        report.begin("placements", len(measured.sites), unit="sites")
+        decided: list[SitePlan] = []
+        for done, site in enumerate(measured.sites, 1):
+            made = method.decide(site, bits, measured, variant)
+            decided += made if isinstance(made, tuple) else (made,)
+            report.advance(done)
+        report.end()
+        _DECIDED.clear()
+        _DECIDED[key] = method.allocate(decided, bits, measured, variant) if method.allocate else decided
+    return _DECIDED[key]
 
 
 def _check_constants(site: SitePlan, constants: Mapping) -> None:
