@@ -15,6 +15,7 @@ from pipelines.errors import Busy, FileFault, HqdmError, UsageError
 from pipelines.workspace import locks
 from pipelines.workspace.artifacts import key_of, links
 from pipelines.workspace.drafts import remove
+from pipelines.workspace.machine import processor
 from pipelines.workspace.store import Store
 
 
@@ -361,3 +362,12 @@ def test_a_workspace_that_is_a_file_is_named(tmp_path):
 def test_the_workspace_never_imports_torch():
     code = "import sys, pipelines.runner, pipelines.stages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_processor_is_told_by_its_generation_where_the_system_says_it(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 18\n")
+    assert processor(file) == "AMD EPYC (family 25, model 17)"
+    file.write_text("processor : 0\nmodel name : ARMv8\n")  # which has no such numbers
+    assert processor(file) == "ARMv8"
+    assert processor(tmp_path / "none") == processor(tmp_path)

@@ -366,7 +366,7 @@ def _draw(
         last = len(timesteps) - 1
         pictures.channel_maxima(
             folder / "outliers.png",
-            f"Outlier channels before and after a Hadamard transform, timestep {timesteps[last]}",
+            f"Outlier channels before and after a Hadamard transform, timestep {timesteps[last]:g}",
             source,
             [(part, _panels(maxima[site.name], last, short(site.name))) for part, site in shown.items()],
             share="row",
@@ -406,7 +406,7 @@ def _draw_site(
 ) -> None:  # fmt: skip
     rows = []
     for key, name in _transforms_of(maxima):
-        titles = [f"timestep {timesteps[row]}" if name == "none" else "" for row in instants]
+        titles = [f"timestep {timesteps[row]:g}" if name == "none" else "" for row in instants]
         panels = [
             pictures.Panel(title, maxima[key][row], _colour(name)) for title, row in zip(titles, instants, strict=True)
         ]

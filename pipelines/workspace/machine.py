@@ -27,14 +27,26 @@ def libraries(names: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def machine() -> dict[str, Any]:
-    """The CPU's name and the threads in use; torch is asked only where it is loaded already."""
+def processor(file: Path = Path("/proc/cpuinfo")) -> str:
+    """`AMD EPYC (family 25, model 17)`: a virtual machine's name alone is that of many generations, whose fp32 sums
+    differ in their last bits.
+    """
     cpu = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
-        pass
+        return cpu
+    found: dict[str, str] = {}
+    for name, colon, value in (line.partition(":") for line in lines):
+        if colon:
+            found.setdefault(name.strip(), value.strip())
+    cpu, family, model = found.get("model name", cpu), found.get("cpu family"), found.get("model")
+    return f"{cpu} (family {family}, model {model})" if family and model else cpu
+
+
+def machine() -> dict[str, Any]:
+    """The CPU's name and the threads in use; torch is asked only where it is loaded already."""
+    cpu = processor()
     torch = sys.modules.get("torch")
     if torch is None:
         return {"cpu": cpu, "threads": os.cpu_count(), "device": "cpu"}
