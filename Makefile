@@ -72,6 +72,7 @@ tricks: $(READY)
 	hqdm compare --from benchmarks/tricks.yaml -w runs/tricks
 
 ORDERS := 8 16 32 64
+TUNED := hqdm/tuned efficientdm/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned mpq_dm/tuned:mixed=false
 VARIANTS := hqdm/tuned efficientdm/tuned lsq/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned \
 	mpq_dm/tuned:mixed=false double_hadamard/distilled rtn/search smoothquant/search outlier_suppression/search \
 	hadanorm:convolutions=rotated q_diffusion:shortcuts=float
@@ -98,6 +99,7 @@ benchmark-cifar10: $(READY)
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
 	python -m benchmarks.cifar10.run --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
 	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
+	python -m benchmarks.cifar10.run --methods $(TUNED) --bits w3a3 --results benchmarks/results/cifar10/variants-w3a3
 	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks
 	python -m benchmarks.cifar10.run --methods q_diffusion:shortcuts=float --bits w4a8 --results benchmarks/results/cifar10/shortcuts
 	python -m benchmarks.cifar10.widths
