@@ -20,6 +20,7 @@ from pipelines import processes, runner, stages
 from pipelines.config import from_dict, read_yaml, replace
 from pipelines.errors import Busy, FileFault, HqdmError, UsageError, did_you_mean
 from pipelines.events import Report
+from pipelines.methods.base import BY_WIDTH
 from pipelines.quant.spec import Bits
 from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.locks import owner_of
@@ -74,7 +75,7 @@ class MethodSpec:
         """Equal for specs that mean the same, whether or not default variant and options are spelled out."""
         _, variant, about = self._found()
         options = tuple(sorted(about.options.items(), key=lambda option: option[0]))
-        return (self.method, variant, options, repr(about.recipe), about.given)
+        return (self.method, variant, options, repr(about.recipe), about.given & BY_WIDTH)
 
     @property
     def label(self) -> str:

@@ -175,7 +175,10 @@ def changed(recipe: Recipe, changes: Mapping[str, str]) -> Recipe:
         for part in outer:
             place = place.get(part)
             if not isinstance(place, dict):
-                raise UsageError(f"recipe.{key}: this recipe has no {part}", "`hqdm methods NAME` shows what it has")
+                raise UsageError(
+                    f"recipe.{key}: {part} of this recipe has no keys inside it",
+                    f"give all of it, recipe.{part}=…; `hqdm methods NAME` shows what a recipe sets",
+                )
         place[name] = yaml_value(text, f"recipe.{key}")
     return from_dict(Recipe, values, "recipe") if changes else recipe
 
@@ -272,7 +275,7 @@ def write_plan(plan: Plan) -> str:
     sites, recipe = {}, to_dict(plan.recipe)
     for name in (
         "guidance_signal", "weight_scale_rate_divisor", "site_factors", "order", "momentum", "step",
-        "narrow_rate_divisors",
+        "narrow_rate_divisors", "activation_scale_from",
     ):  # fmt: skip
         if recipe[name] == getattr(Recipe, name):  # left out where unused: older plans made again are the same file
             del recipe[name]

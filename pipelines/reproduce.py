@@ -140,7 +140,15 @@ def _about(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def _same_processor(one: str | None, other: str | None) -> bool:
+    """Whether two names may be one processor's: older manifests have it without family and model."""
+    short, long = sorted((one or "", other or ""), key=len)
+    return long == short or long.startswith(f"{short} (family ")
+
+
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for name in sorted(before.keys() | now.keys()):
+        if name == "cpu" and _same_processor(before.get(name), now.get(name)):
+            continue
         if before.get(name) != now.get(name):
             yield f"{name} {before.get(name)} -> {now.get(name)}"

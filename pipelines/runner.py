@@ -323,7 +323,9 @@ def _command_of(stage: str, artifact: Artifact | None, above: Artifact) -> str:
         return _profile_command(above)
     if stage == "plan":
         given = [name for name in ("method", "variant", "bits") if known.get(name)]
-        return shlex.join(["hqdm", "plan", *(word for name in given for word in (f"--{name}", str(known[name])))])
+        words = [word for name in given for word in (f"--{name}", str(known[name]))]
+        words += [word for item in (known.get("options") or {}).items() for word in ("--set", "=".join(item))]
+        return shlex.join(["hqdm", "plan", *words])
     if stage == "distill":
         edited = above.config["edited_sha256"]  # then its bits are in the file
         return "hqdm distill" if edited else shlex.join(["hqdm", "distill", "--bits", str(above.config["bits"])])

@@ -1,6 +1,7 @@
 """The command line: help at once, data on stdout, everything else on stderr, and errors with a way out."""
 
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -390,8 +391,9 @@ def test_a_method_that_is_named_is_told_with_its_equations_and_what_its_recipes_
     quest, rotating = out.split("\n\nhqdm: ")
     assert code == 0 and "min Σ_t ‖ε̂(x_t, t) − ε(x_t, t)‖²" in quest and "W₀ + BA" in rotating
     lines = quest.splitlines()
-    at = lines.index("recipe of published: EfficientDM's and HQ-DM's as published, but")
-    assert "  --set recipe.trains=[weights,biases,activation_scales]" in lines[at:]
+    at = lines.index("recipe of published: the defaults, but")
+    assert "  --set 'recipe.trains=[weights,biases,activation_scales]'" in lines[at:]
+    assert "recipe.lora_rate_divisor=10.0  (30 at 2 bits of weights, 20 at 3 bits of weights)" in rotating
     assert "\nrecipe of code: " in rotating
     listed = json.loads(hqdm("methods", "dmq", "--json")[1])
     assert list(listed) == ["dmq"] and listed["dmq"]["recipes"]["scaling"]["updates"] == "none"
@@ -405,7 +407,8 @@ def test_what_methods_says_of_a_recipe_can_be_typed_as_it_stands(hqdm):
     for name, method in METHODS.items():
         for block in hqdm("methods", name)[1].split("\nrecipe of ")[1:]:
             variant = block.partition(":")[0]
-            words = (line.split("--set ")[1].partition("=") for line in block.splitlines()[1:] if "--set" in line)
+            typed = [shlex.split(line)[1] for line in block.splitlines()[1:] if "--set" in line]
+            words = (word.partition("=") for word in typed)
             given = {key: value for key, _, value in words}
             assert find(name, variant, given)[2].recipe == method.variants[variant].recipe
 

@@ -164,6 +164,8 @@ def test_a_key_of_the_recipe_makes_another_method_and_a_list_may_hold_commas():
     assert spec._found()[2].recipe.trains == ["biases", "adapters"]
     methods = ("hqdm/auto", "hqdm/auto:recipe.ema=0", "hqdm/auto:recipe.ema=0.0")
     assert len(compare.comparison(methods, ["w4a4"], [0]).methods) == 2
+    same = ("hqdm/code", "hqdm/code:recipe.ema=0", "hqdm/auto:recipe.lora_rate_divisor=10", "hqdm/auto")
+    assert len(compare.comparison(same, ["w3a3"], [0]).methods) == 3  # of auto 10 is in force at four bits alone
     assert not compare.MethodSpec.parse("hqdm/auto:recipe.updates=none").learns
 
 

@@ -118,6 +118,17 @@ def test_a_plan_survives_its_file(name, variant, tmp_path):
     assert read_plan(tmp_path / "plan.yaml", SITES) == plan
 
 
+def test_a_key_that_older_plans_did_not_have_is_in_no_file_that_does_not_use_it():
+    """Such a plan made again is the same file, and its students stay up to date."""
+    files = [
+        write_plan(Plan("hqdm", "code", Bits(4, 4), recipe, [1], []))
+        for recipe in (Recipe(), Recipe(activation_scale_from="trajectory", momentum="shared"))
+    ]
+    for key in ("activation_scale_from", "momentum"):
+        assert key not in files[0] and key in files[1]
+    assert METHODS["hqdm"].options["axis"].quiet
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_an_options_default_is_one_that_it_takes_and_its_variants_are_the_methods(name):
     method = METHODS[name]
@@ -231,11 +242,12 @@ def test_of_a_recipe_placements_hang_on_the_roles_that_train_alone(name, variant
     [
         ("emma", "0", "unknown key 'emma'"),
         ("ema", "2", "ema cannot be 2.0"),
+        ("ema.x", "2", "ema of this recipe has no keys inside"),
         ("ema", "fast", "ema cannot be 'fast'"),
         ("order", "backwards", "no choice"),
         ("trains", "[adapters", "recipe.trains cannot be"),
-        ("reconstruction.images", "4", "this recipe has no reconstruction"),
-        ("reconstruction.", "4", "this recipe has no reconstruction"),
+        ("reconstruction.images", "4", "reconstruction of this recipe has no keys inside"),
+        ("reconstruction.", "4", "reconstruction of this recipe has no keys inside"),
         ("", "4", "unknown key ''"),
     ],
 )

@@ -408,6 +408,7 @@ def test_efficientdm_follows_each_timestep_where_one_static_range_drowns_the_sma
     errors = {name: rounded_error(name, TOKENS, sample, weight, at=0) for name in ("efficientdm", "rtn")}
     assert errors["efficientdm"] < 0.05 * errors["rtn"]
     plan, *_ = planned("efficientdm", TOKENS, sample, weight)
+    assert plan.activation_quantiser == "asymmetric"
     rows = sample.flatten(1)
     lopsided = []  # after SiLU a symmetric range spends almost half of its codes on nothing
     for quantiser in ("asymmetric", "symmetric"):

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -370,4 +371,4 @@ def test_a_processor_is_told_by_its_generation_where_the_system_says_it(tmp_path
     assert processor(file) == "AMD EPYC (family 25, model 17)"
     file.write_text("processor : 0\nmodel name : ARMv8\n")  # which has no such numbers
     assert processor(file) == "ARMv8"
-    assert processor(tmp_path / "none") == processor(tmp_path)
+    assert processor(tmp_path / "none") == (platform.processor() or platform.machine())

@@ -221,7 +221,10 @@ def _show_table(artifact: Any) -> None:
         for part in view.parts(terminal.width):
             drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
             for heading, number in zip(part.headings, part.numbers, strict=True):
-                drawn.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
+                drawn.add_column(
+                    heading, justify="right" if number else "left", no_wrap=number, overflow="fold",
+                    max_width=None if number else max(terminal.width // 3 - 2, 1),
+                )  # fmt: skip
             for texts, best in zip(part.lines, part.best, strict=True):
                 drawn.add_row(
                     *(Text(console.plain(t), "bold green" if b else "") for t, b in zip(texts, best, strict=True))

@@ -1,5 +1,6 @@
 """hqdm methods: what `hqdm plan --method` takes."""
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -19,10 +20,11 @@ def methods(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the quantisation methods, their variants and options; of those that are named, equations and recipes too.
+    """List the quantisation methods, their variants and options.
 
-    Each is one file that declares transforms, quantisers and what trains; the source says where it comes from. An
-    option, or a key of the recipe, is set with `hqdm plan --set NAME=VALUE`.
+    Of those that are named also their equations, where they differ from their papers, and what their recipes set. Each
+    is one file that declares transforms, quantisers and what trains; the source says where it comes from. An option, or
+    a key of the recipe, is set with `hqdm plan --set NAME=VALUE`.
     """
     from pipelines.methods import METHODS, find
 
@@ -48,7 +50,7 @@ def methods(
 
 
 def _tell(name: str, method: Any) -> None:
-    """The method's own text, and where each variant's recipe is not EfficientDM's and HQ-DM's, the defaults."""
+    """The method's own text, and what each variant's recipe sets, as --set takes it."""
     from pipelines.config import to_dict
     from pipelines.methods import text_of
     from pipelines.plans import Recipe
@@ -57,10 +59,23 @@ def _tell(name: str, method: Any) -> None:
     usual = to_dict(Recipe())
     for variant, about in method.variants.items():
         own = {key: value for key, value in to_dict(about.recipe).items() if value != usual[key]}
-        console.out(f"\nrecipe of {variant}: EfficientDM's and HQ-DM's as published{', but' if own else ''}")
+        console.out(f"\nrecipe of {variant}: the defaults{', but' if own else ''}")
         for key, value in own.items():
+            others = _by_width(about, key, value)
             for inner, part in _flat(key, value):
-                console.out(f"  --set recipe.{inner}={_yaml(part)}")
+                console.out(f"  --set {shlex.quote(f'recipe.{inner}={_yaml(part)}')}{others}")
+
+
+def _by_width(variant: Any, key: str, value: Any) -> str:
+    """Where it is another for some widths of the weights: which, in brackets."""
+    from pipelines.methods.base import BY_WIDTH
+    from pipelines.quant.spec import WEIGHT_BITS, Bits
+
+    if key not in BY_WIDTH:
+        return ""
+    found = {bits: getattr(variant.recipe_at(Bits(bits, 4)), key) for bits in WEIGHT_BITS}
+    words = [f"{other:g} at {bits} bits of weights" for bits, other in found.items() if other != value]
+    return f"  ({', '.join(words)})" if words else ""
 
 
 def _flat(key: str, value: Any) -> Any:

@@ -15,7 +15,7 @@ def check_finite(student: Denoiser, loss: float, timestep: float) -> None:
     """NumericalFault that names the timestep and, where a parameter is the cause, its site."""
     layers = quant_layers(student.network)
     tables: TimestepTables = student.network.timestep_tables
-    way_out = "distill with lower rates (the recipe in a plan edited by hand); the last good state is kept in the draft"
+    way_out = "plan lower rates (--set recipe.lora_rate_divisor=…); the last good state is kept in the draft"
     bad = [
         f"{what} of site {name}"
         for name, layer in layers.items()
@@ -58,7 +58,7 @@ def told_of_signs(student: Denoiser) -> str | None:
     return (
         f"activation scales that updates left below zero, and that count by their magnitude: {len(found)}, the first "
         f"that of site {names[first]} at timestep {timestep:g}; they learn too fast for their size "
-        "(activation_scale_rate of the recipe in a plan edited by hand)"
+        "(hqdm plan --set recipe.activation_scale_rate=…)"
     )
 
 
@@ -75,5 +75,5 @@ def check_student(predicted: torch.Tensor, timestep: float, purpose: str) -> Non
     if not predicted.isfinite().all():
         raise NumericalFault(
             f"{purpose}: the student's prediction holds NaN or Inf at timestep {timestep:g}",
-            "distill again at lower rates (the recipe in a plan edited by hand)",
+            "plan lower rates and distill again (hqdm plan --set recipe.lora_rate_divisor=…)",
         )

@@ -30,8 +30,12 @@ ALPHA = 0.25  # of the gain that is tried, maxima to the power −α
 OPTIONS = {
     "bias": Option(3.0, "weight of an activation's systematic error against its noise", variants=("auto",), least=0),
     "axis": Option(
-        "channels", "along what transforms are tried; any: along the width, too", ("channels", "any"), ("auto",)
-    ),
+        "channels",
+        "along what transforms are tried; any: along the width, too",
+        ("channels", "any"),
+        ("auto",),
+        quiet=True,
+    ),  # fmt: skip
     "centring": Option(True, "try static centring, whose constants join the biases", variants=("auto",)),
     "scaling": Option(True, "try a gain of each channel", variants=("auto",)),
     "budget": Option(

@@ -20,6 +20,7 @@ NOT_AS_ASKED = EIGHT_BIT_ROLES + FLOAT_ROLES  # and of those that quantise them 
 
 
 RECIPE = "recipe."  # in front of a key of the recipe, among a method's options
+BY_WIDTH = frozenset(("lora_rate_divisor", "narrow_rate_divisors"))  # which `recipe_at` sets, where no user did
 
 
 class Measured(Protocol):
@@ -56,6 +57,9 @@ class Option:
     least: float | None = None  # the smallest number that is taken …
     above: float | None = None  # … or the largest that is too small
     most: float | None = None
+    quiet: bool = (
+        False  # left out of a plan at its default: a plan of before it was there, made again, is the same file
+    )
 
     def parse(self, name: str, text: str) -> Any:
         """A value from a command line. UsageError where it is none."""

@@ -184,7 +184,7 @@ def reconstruct(
             if not math.isfinite(value):
                 raise NumericalFault(
                     f"the loss of block {block.name} is {value}",
-                    "lower the recipe's rates in a plan edited by hand; finished blocks are kept in the draft",
+                    "plan a lower --set recipe.reconstruction.rounding_rate=…; finished blocks are kept in the draft",
                 )
             report.advance(done, loss=value)
 
@@ -305,7 +305,7 @@ def _check_scales(layers: Mapping[str, QuantLayer], tables: TimestepTables) -> N
         timestep, site = bad[0]
         raise NumericalFault(
             f"the activation scale of site {names[site]} at timestep {timestep:g} is not a positive number",
-            "lower activation_scale_rate in a plan edited by hand; finished blocks are kept in the draft",
+            "plan a lower rate (--set recipe.activation_scale_rate=…); finished blocks are kept in the draft",
         )
 
 

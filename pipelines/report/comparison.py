@@ -142,9 +142,11 @@ class Shown:
         rest.sort(key=lambda place: self.keys[place] not in (*QUALITY, "contrast"))
         room = [max(map(len, [name, *(line[place] for line in self.lines)])) + 2 for place, name in
                 enumerate(self.headings)]  # fmt: skip
+        for place in head:
+            room[place] = min(room[place], width // 3)  # words fold
         parts: list[list[int]] = []
         for place in rest:
-            if not parts or sum(room[each] for each in (*head, *parts[-1], place)) > width + 2:
+            if not parts or sum(room[each] for each in (*head, *parts[-1], place)) > width:
                 parts.append([])
             parts[-1].append(place)
         return [self.part(head + part) for part in parts] or [self]

@@ -82,7 +82,11 @@ def run(config: Config, inputs: dict[str, Artifact], out: Draft, report: Report)
         bits = Bits.parse(config.bits)
         decided = _placements(method, variant_name, variant, bits, measured, inputs["profile"], report)
         groups = method.groups(measured, variant) if method.groups else []
-        shown = {name: variant.options[name] for name in method.options_of(variant_name)}
+        shown = {
+            name: variant.options[name]
+            for name, option in method.options_of(variant_name).items()
+            if not (option.quiet and variant.options[name] == option.default)
+        }
         recipe = variant.recipe_at(bits, decided)
         plan = Plan(method.name, variant_name, bits, recipe, measured.timesteps, decided, groups, shown)
 
