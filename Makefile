@@ -88,6 +88,8 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/seconds
 	python -m benchmarks.cifar10.run --methods hqdm/code efficientdm --bits w4a3 --trajectories 160 \
 		--results benchmarks/results/cifar10/longer
+	python -m benchmarks.cifar10.run --bits w4a3,w4a4 --seeds 0 1 2 --results benchmarks/results/cifar10/start \
+		--methods efficientdm:recipe.activation_scale_from=trajectory hqdm/code:recipe.activation_scale_from=trajectory
 	python -m benchmarks.cifar10.run --methods hqdm/auto:budget=1 hqdm/auto:budget=0.75 --bits w4a3 \
 		--results benchmarks/results/cifar10/budget
 	python -m benchmarks.cifar10.run --methods $(MENDED) --bits w8a8,w4a8,w8a4,w2a4 --results benchmarks/results/cifar10/mended
@@ -100,6 +102,8 @@ benchmark-cifar10: $(READY)
 	python -m benchmarks.cifar10.run --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
 	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
 	python -m benchmarks.cifar10.run --methods $(TUNED) --bits w3a3 --results benchmarks/results/cifar10/variants-w3a3
+	python -m benchmarks.cifar10.run --methods hqdm/auto:recipe.guidance_signal=0 --bits w4a4,w4a3,w3a3 \
+		--results benchmarks/results/cifar10/guidance
 	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks
 	python -m benchmarks.cifar10.run --methods q_diffusion:shortcuts=float --bits w4a8 --results benchmarks/results/cifar10/shortcuts
 	python -m benchmarks.cifar10.widths
