@@ -86,6 +86,8 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/seeds
 	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 16 \
 		--results benchmarks/results/cifar10/seconds
+	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 3 \
+		--results benchmarks/results/cifar10/searched
 	python -m benchmarks.cifar10.run --methods hqdm/code efficientdm --bits w4a3 --trajectories 160 \
 		--results benchmarks/results/cifar10/longer
 	python -m benchmarks.cifar10.run --bits w4a3,w4a4 --seeds 0 1 2 --results benchmarks/results/cifar10/start \
