@@ -73,8 +73,7 @@ tricks: $(READY)
 
 ORDERS := 8 16 32 64
 TUNED := hqdm/tuned efficientdm/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned mpq_dm/tuned:mixed=false
-VARIANTS := hqdm/tuned efficientdm/tuned lsq/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned \
-	mpq_dm/tuned:mixed=false double_hadamard/distilled rtn/search smoothquant/search outlier_suppression/search \
+VARIANTS := $(TUNED) lsq/tuned double_hadamard/distilled rtn/search smoothquant/search outlier_suppression/search \
 	hadanorm:convolutions=rotated q_diffusion:shortcuts=float
 # What was changed after some of the widths' own tables were made.
 MENDED := hqdm/auto hqdm/ours hqdm/code efficientdm mpq_dm tfmq dmq hadanorm rtn smoothquant outlier_suppression

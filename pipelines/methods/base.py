@@ -57,9 +57,7 @@ class Option:
     least: float | None = None  # the smallest number that is taken …
     above: float | None = None  # … or the largest that is too small
     most: float | None = None
-    quiet: bool = (
-        False  # left out of a plan at its default: a plan of before it was there, made again, is the same file
-    )
+    quiet: bool = False  # left out of a plan at its default, so that older plans made again are the same file
 
     def parse(self, name: str, text: str) -> Any:
         """A value from a command line. UsageError where it is none."""

@@ -36,19 +36,20 @@ def _legend(figure, names: Sequence[str], styles: Mapping[str, Mapping[str, Any]
 
     width = figure.get_size_inches()[0]
     legend = figure.legend(
-        [Line2D([], [], **styles[name]) for name in names], names, loc="outside lower left", ncols=_per_line(width),
-        title=wrapped(caption, width), title_fontsize=7, alignment="left", borderaxespad=0.2,
+        [Line2D([], [], **styles[name]) for name in names], names, loc="outside lower left",
+        ncols=_per_line(names, width), title=wrapped(caption, width), title_fontsize=7, alignment="left",
+        borderaxespad=0.2,
     )  # fmt: skip
     legend.get_title().set_color(MUTED)
 
 
-def _per_line(width: float) -> int:
+def _per_line(names: Sequence[str], width: float) -> int:
     """Methods in one line of a legend under a picture of that many inches."""
-    return max(1, int(width / 1.8))
+    return max(1, int(width / max(1.8, 0.4 + 0.045 * max(map(len, names), default=0))))
 
 
 def _legend_height(names: Sequence[str], width: float) -> float:
-    return 0.4 + 0.16 * -(-len(names) // _per_line(width))  # inches
+    return 0.4 + 0.16 * -(-len(names) // _per_line(names, width))  # inches
 
 
 def _finite(figure: Mapping[str, float | None] | None) -> tuple[float, float]:
