@@ -98,6 +98,8 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/orders
 	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --count 10000 \
 		--results benchmarks/results/cifar10/large
+	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w8a8,w4a8,w8a4,w2a4 --count 10000 \
+		--results benchmarks/results/cifar10/large-widths
 	for width in $(WIDTHS); do \
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
 	python -m benchmarks.cifar10.run --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3

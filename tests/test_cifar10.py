@@ -366,6 +366,14 @@ def test_the_pages_show_what_the_command_of_widths_prints_of_the_committed_table
             assert "\n".join(["", *widths.rows(bits, large), ""]) in section
     other = (run.ROOT / "docs/comparison.md").read_text(encoding="utf-8")
     assert "\n".join(["", *widths.rows("w4a4", widths.cells(count=500, teacher="dit")), ""]) in other
+    many = other.partition("\n## With 10,000 images\n")[2].partition("\n## ")[0].replace("**", "")
+    for bits in widths.WIDTHS:
+        for name in ("hqdm (auto)", "hqdm (code", "efficientdm"):
+            line = next(line for line in many.splitlines() if line.startswith(f"| {bits} {name}"))
+            cell = next(cell for (method, width), cell in large.items() if width == bits and method.startswith(name))
+            fid, sfid, score, *mine = (line.strip("| ").split(" | "))[1:]  # in another order than the pages of widths
+            told = widths.texts(cell)
+            assert [score, fid, sfid, *mine[:4], mine[-1]] == told, line
 
 
 def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys):

@@ -207,7 +207,7 @@ def _show_table(artifact: Any) -> None:
     """
     import sys
 
-    from pipelines.report.comparison import note, shown
+    from pipelines.report.comparison import note, shown, words_width
 
     table = artifact.values("table.json")
     view = shown(table)
@@ -223,7 +223,7 @@ def _show_table(artifact: Any) -> None:
             for heading, number in zip(part.headings, part.numbers, strict=True):
                 drawn.add_column(
                     heading, justify="right" if number else "left", no_wrap=number, overflow="fold",
-                    max_width=None if number else max(terminal.width // 3 - 2, 1),
+                    max_width=None if number else words_width(terminal.width),
                 )  # fmt: skip
             for texts, best in zip(part.lines, part.best, strict=True):
                 drawn.add_row(

@@ -113,6 +113,11 @@ def _text(column: Column, figure: Mapping[str, Any] | None) -> str:
     return text if not figure["sd"] else f"{text} ± {figure['sd'] * column.scale:.{column.digits}f}"
 
 
+def words_width(width: int) -> int:
+    """The most characters of a column of words in a table of `width`: longer ones fold, so that figures have room."""
+    return max(width // 3 - 2, 1)
+
+
 @dataclass(frozen=True)
 class Shown:
     """A table for people: headings, lines of texts, which of them are the best, which headings hold numbers, and the
@@ -143,7 +148,7 @@ class Shown:
         room = [max(map(len, [name, *(line[place] for line in self.lines)])) + 2 for place, name in
                 enumerate(self.headings)]  # fmt: skip
         for place in head:
-            room[place] = min(room[place], width // 3)  # words fold
+            room[place] = min(room[place], words_width(width) + 2)
         parts: list[list[int]] = []
         for place in rest:
             if not parts or sum(room[each] for each in (*head, *parts[-1], place)) > width:

@@ -13,7 +13,7 @@ from pipelines.report.comparison import COLUMNS, QUALITY, TEACHER, Column, headi
 from pipelines.report.grids import GAP, SCALE_TO
 from pipelines.report.pictures import COLOURS, MUTED, figure_file, wrapped
 
-LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)))
+LINES = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 2, 1, 2)), (0, (5, 1.5, 1, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHOWN = 10  # images a row
 MOST_BANDS = 6
@@ -21,7 +21,7 @@ LIGHT = 2.5  # a kurtosis between those of a uniform (1.8) and a normal distribu
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour, a line and a marker for each name: 24 that can be told apart."""
+    """A colour, a line and a marker for each name: 30 that can be told apart."""
     colours = COLOURS[1:]
     return {
         name: {"color": colours[i % len(colours)], "linestyle": LINES[i // len(colours) % len(LINES)],
