@@ -422,6 +422,19 @@ def test_contrast_is_about_an_images_own_mean_and_measured_as_its_deviation():
     assert scores.pair_figures(stronger, images)["contrast"] == pytest.approx(1.5, rel=2e-3)
 
 
+def test_sharpness_is_about_a_pixels_neighbours_and_leaves_what_is_even_alone():
+    images = photographs(3) // 4 + 96
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[:, None, None] * 4, (1, 32, 32, 3))
+    assert np.array_equal(contrast.with_sharpness(images, 1), images)
+    assert np.array_equal(contrast.with_sharpness(ramp, 3)[:, 1:-1], ramp[:, 1:-1])
+    assert contrast.detail(ramp[:, 1:-1]) < contrast.detail(images)
+    levels = [contrast.detail(contrast.with_sharpness(images, factor)) for factor in (0.5, 1, 1.5)]
+    assert levels == sorted(levels)
+    one = np.zeros((1, 3, 3, 1), np.uint8)
+    one[0, 1, 1, 0] = 80  # 80 from its neighbours, of which each has a quarter of it
+    assert contrast.with_sharpness(one, 1.5)[0, :, :, 0].tolist() == [[0, 0, 0], [0, 100, 0], [0, 0, 0]]
+
+
 def test_figures_at_the_contrast_that_is_there_are_the_scores_of_the_images(tmp_path, capsys):
     images = photographs(24)
     as_folder(tmp_path / "test", images[12:])
@@ -435,12 +448,15 @@ def test_figures_at_the_contrast_that_is_there_are_the_scores_of_the_images(tmp_
         reference_path=str(reference.written(None, "test", tmp_path)),
     )  # fmt: skip
     score = runner.make(Store(tmp_path / "workspace"), "score", stage.with_hashes(asked), {}).artifact.figures
-    keys = {2: "fd_cifar10", 3: "sfd_cifar10", 5: "precision", 6: "recall", 7: "class_accuracy"}
+    keys = {3: "fd_cifar10", 4: "sfd_cifar10", 6: "precision", 7: "recall", 8: "class_accuracy"}
     assert {place: float(same[place]) for place in keys} == pytest.approx(
         {place: score[key] for place, key in keys.items()}, abs=6e-3
     )
-    assert same[8].strip(" |") == "" and float(paler[8].strip(" |")) > 0
+    assert same[9].strip(" |") == "" and float(paler[9].strip(" |")) > 0
     assert float(paler[1]) < float(same[1])
+    contrast.main([words[0], "--sharpness", "1,0.5", *words[3:]])
+    as_they_are, softer = (row.split(" | ") for row in capsys.readouterr().out.splitlines()[-2:])
+    assert as_they_are == same and float(softer[2]) < float(same[2])
     for wrong in ("", "much", "1,-2", "nan"):
         with pytest.raises(SystemExit):
             contrast.main([*words[:1], "--contrast", wrong])
