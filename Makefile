@@ -109,6 +109,9 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/guidance
 	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks
 	python -m benchmarks.cifar10.run --methods q_diffusion:shortcuts=float --bits w4a8 --results benchmarks/results/cifar10/shortcuts
+	python -m benchmarks.cifar10.run --teacher dit --bits w4a4 --count 500 --workspace runs/cifar10/dit \
+		--methods hqdm/auto hqdm/code efficientdm hadanorm rtn smoothquant double_hadamard \
+		--results benchmarks/results/cifar10/dit
 	python -m benchmarks.cifar10.widths
 	python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png
 

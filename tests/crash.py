@@ -27,8 +27,9 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {
     signal.SIGKILL: (-9, 0), signal.SIGTERM: (143, -15, 0), signal.SIGINT: (130, -2, 0),
 }  # fmt: skip
-CLOCK = {"seconds", "images_per_second", "peak_memory_bytes", "distill_seconds", "seconds_per_update"}
-CLOCK |= {"distillation s", "images/s", "peak MB", "s/update"}  # a comparison's columns that are made from those
+CLOCK = {"seconds", "images_per_second", "peak_memory_bytes", "plan_seconds", "distill_seconds", "seconds_per_update"}
+# A comparison's columns that are made from those.
+CLOCK |= {"plan s", "distillation s", "images/s", "peak MB", "s/update"}
 PATIENCE = 600  # seconds that one command may take on a busy machine
 # Of the embedded model at half its width and one resolution.
 YAML = """model:

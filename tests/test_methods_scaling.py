@@ -141,7 +141,7 @@ def unrounded(plan, constants, weight):
     tables.set_timestep(1.0)
     bias, scale = torch.randn(outputs), torch.rand(outputs) + 0.5
     layer = QuantLayer(plan, weight, bias, scale, torch.zeros(outputs), tables, 0, slice(0, outputs), constants)
-    codes = as_rows(in_quantiser(weight, plan, constants)) / scale[:, None]
+    codes = layer._rows(slice(0, outputs)).turned(as_rows(weight)) / scale[:, None]
     layer.float_inputs, layer.soft_codes = True, lambda: codes
     single = plan.inverse == "single"
     layer.folded = lambda: from_rows(rotate_last(codes, plan.transform) if single else codes, weight.shape)

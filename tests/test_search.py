@@ -129,6 +129,24 @@ def test_the_placement_that_is_taken_costs_least_of_all_that_are_tried(site):
     assert len(tried) > 50 and total(chosen) == min(tried) < 0.8 * max(tried)
 
 
+@pytest.mark.parametrize("asked, wrong", [
+    ({"rotation": "false"}, lambda plan: not plan.transform.is_identity),
+    ({"orders": "32"}, lambda plan: plan.transform.order not in (1, 32)),
+    ({"signs": "false"}, lambda plan: plan.transform.signs is not None),
+    ({"double": "false"}, lambda plan: plan.inverse == "double"),
+    ({"quantiser": "symmetric"}, lambda plan: plan.activation_quantiser != "symmetric"),
+    ({"centring": "false"}, lambda plan: plan.centring != "none"),
+    ({"scaling": "false"}, lambda plan: plan.scaling),
+], ids=lambda asked: next(iter(asked)) if isinstance(asked, dict) else "")  # fmt: skip
+def test_a_search_without_a_part_tries_all_that_has_nothing_of_it(asked, wrong):
+    plain = SitePlan(TOKENS, weight_bits=4, activation_bits=3)
+    whole = [*auto._placements(plain, find("hqdm", "auto")[2])]
+    without = [*auto._placements(plain, find("hqdm", "auto", asked)[2])]
+    assert any(map(wrong, whole)) and without == [plan for plan in whole if not wrong(plan)]
+    sample, weight = drawn(TOKENS, 2, 60)
+    assert not wrong(auto.decide(TOKENS, Bits(4, 3), Sampled(sample, weight), find("hqdm", "auto", asked)[2]))
+
+
 @pytest.mark.parametrize("site", [TOKENS, POINTWISE], ids=lambda site: site.name)
 def test_a_placement_costs_the_same_whatever_was_priced_before_it(site):
     sample, weight = drawn(site, 2, 60)

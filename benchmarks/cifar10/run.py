@@ -101,12 +101,15 @@ def run(options: argparse.Namespace) -> None:
         )
     against = reference.written(options.data, "test", options.work)
     drawn = {"steps": options.steps, "guidance": options.guidance}
+    learned = {"trajectories": options.trajectories, "guidance": options.guidance}
+    if options.images:
+        learned["batch"] = options.images
     asked = compare.comparison(
         compare.read_recipe(options.recipe).methods if options.recipe else options.methods, options.bits.split(","),
         options.seeds,
         {
             "profile": drawn,
-            "distill": {"trajectories": options.trajectories, "guidance": options.guidance},
+            "distill": learned,
             "sample": drawn | {"count": options.count, "batch": options.batch},
             "score": {"extractor": "cifar10", "reference_path": str(against)},
         },
@@ -144,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of DDIM, in distillation and sampling")
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--trajectories", type=int, default=20, help="of each distillation")
+    parser.add_argument("--images", type=int, help="of each update of a distillation; by default as hqdm distill")
     parser.add_argument("--batch", type=int, default=50, help="images sampled at a time")
     parser.add_argument("--work", type=Path, default=reference.WORK, help="folder for the test images")
     parser.add_argument("--workspace", type=Path, default=reference.WORK / "benchmark")

@@ -11,8 +11,9 @@ to all tokens alike is not averaged out over a sampler's steps, hence the factor
 chosen too: the width is lowered, site after site, where it costs least for the bytes it saves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 from pipelines.methods.base import NOT_AS_ASKED, Measured, Option, Variant, enough_db
@@ -36,6 +37,14 @@ OPTIONS = {
         ("auto",),
         quiet=True,
     ),  # fmt: skip
+    # What a search without one of its parts finds tells what the part gives.
+    "rotation": Option(True, "try transforms at all", variants=("auto",), quiet=True),
+    "orders": Option(
+        "any", "orders of the transforms that are tried", ("any", *map(str, ORDERS)), ("auto",), quiet=True
+    ),
+    "signs": Option(True, "try diagonals of ±1 signs before a transform", variants=("auto",), quiet=True),
+    "double": Option(True, "try transforms of activation and weight, too", variants=("auto",), quiet=True),
+    "quantiser": Option("any", "activation quantisers that are tried", ("any", *QUANTISERS), ("auto",), quiet=True),
     "centring": Option(True, "try static centring, whose constants join the biases", variants=("auto",)),
     "scaling": Option(True, "try a gain of each channel", variants=("auto",)),
     "budget": Option(
@@ -54,7 +63,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     search, known = _search(site, measured), {}
     plain = _of_width(SitePlan(site, True, activation_bits=activation), weight)
     unrotated = {quantiser: _cost(search, replace(plain, activation_quantiser=quantiser), measured, known)
-                 for quantiser in QUANTISERS}  # fmt: skip
+                 for quantiser in _quantisers(variant)}  # fmt: skip
     factor = variant.options["bias"]
     quantiser = min(unrotated, key=lambda each: unrotated[each].total(factor))
     best, least = replace(plain, activation_quantiser=quantiser), unrotated[quantiser]
@@ -72,18 +81,33 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     return replace(best, why=why, sqnr=measured.record(best))
 
 
+def _quantisers(variant: Variant) -> Sequence[str]:
+    """The activation quantisers that are tried."""
+    only = variant.options["quantiser"]
+    return QUANTISERS if only == "any" else (only,)
+
+
+def _transforms(variant: Variant) -> Iterator[tuple[Transform, str]]:
+    """Those that are tried, each with where its inverse goes."""
+    options = variant.options
+    if not options["rotation"]:
+        return
+    orders = ORDERS if options["orders"] == "any" else (int(options["orders"]),)
+    for axis in ("channels", "width") if options["axis"] == "any" else ("channels",):
+        for order, signs in product(orders, SIGNS if options["signs"] else SIGNS[:1]):
+            for inverse in INVERSES[axis]:
+                if options["double"] or inverse != "double":
+                    yield Transform(axis, order, signs), inverse
+
+
 def _placements(plain: SitePlan, variant: Variant) -> Iterator[SitePlan]:
-    rotations = [(IDENTITY, "none")]
-    for axis in ("channels", "width") if variant.options["axis"] == "any" else ("channels",):
-        for transform in (Transform(axis, order, signs) for order in ORDERS for signs in SIGNS):
-            if plain.site.admits(transform):
-                rotations += [(transform, inverse) for inverse in INVERSES[axis]]
+    rotations = [(IDENTITY, "none"), *(pair for pair in _transforms(variant) if plain.site.admits(pair[0]))]
     centrings = (
         ["none", "static"] if variant.options["centring"] and not plain.site.role.startswith("time") else ["none"]
     )
     scalings = [False, True] if variant.options["scaling"] else [False]
     for transform, inverse in rotations:
-        for quantiser in QUANTISERS:
+        for quantiser in _quantisers(variant):
             for centring in centrings:
                 for scaling in scalings:
                     yield replace(

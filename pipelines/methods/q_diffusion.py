@@ -6,7 +6,7 @@ up. Calls of the teacher at evenly spread timesteps calibrate; AdaRound and lear
 block (`pipelines/reconstruction/`):
 
     min_V ‖block(x; Ŵ) − block(x; W)‖² + λ·Σ(1 − |2h(V) − 1|^β),   Ŵ = s·(clamp(⌊W/s⌋ + h(V) + z, 0, 2^b − 1) − z)
-    h(V) = clamp(1.2·sigmoid(V) − 0.1, 0, 1),   then min over the block's activation scales of the first term
+    h(V) = clamp(1.2·sigmoid(V) − 0.1, 0, 1),   then min Σ|block(x̂; Ŵ) − block(x; W)|^2.4 over its activation scales
 
 Static: one activation scale and zero-point for all timesteps.
 

@@ -28,6 +28,7 @@ class Column:
 
 
 COLUMNS = (
+    Column("plan_seconds", "plan s", 0, -1),
     Column("updates", "updates", 0),
     Column("distill_seconds", "distillation s", 0, -1),
     Column("seconds_per_update", "s/update", 3, -1),
@@ -203,7 +204,8 @@ def note(about: Mapping[str, Any]) -> str:
     else:
         sentences.append(f"One seed ({seeds[0]}).")
     sentences.append(
-        "Seconds are of the whole stage, loading included; peak MB is the largest resident memory of the process while "
+        "Seconds are of the whole stage, loading included (rows that differ in their recipe alone may share a search, "
+        "which the first of them waits for); peak MB is the largest resident memory of the process while "
         "it distilled, with what earlier cells left; MB is the export's weights; last loss is the squared error "
         "of the guided prediction, per image over the last trajectory. The best of each width is marked, of the digits "
         "shown."

@@ -32,7 +32,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "compare"
-VERSION = 3
+VERSION = 4
 
 ORDER = 32  # of the rotated weights in the picture, or less where 32 does not divide them
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -183,6 +183,7 @@ def _cell(config: Config, chain: Mapping[str, Artifact], spec: str, bits: str, s
     return {
         "spec": spec, "method": f"{plan.config['method']} ({words})" if words else plan.config["method"],
         "variant": variant, "options": options, "bits": bits, "seed": seed,
+        "plan_seconds": plan.manifest["seconds"],
         "updates": updates, "distill_seconds": seconds, "seconds_per_update": seconds / updates if updates else None,
         "peak_memory_bytes": distilled.figures.get("peak_memory_bytes"),
         "last_loss": _number(distilled.figures.get("last_loss")),
