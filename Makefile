@@ -106,6 +106,8 @@ benchmark-cifar10: $(READY)
 	python -m benchmarks.cifar10.run --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
 	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
 	python -m benchmarks.cifar10.run --methods $(TUNED) --bits w3a3 --results benchmarks/results/cifar10/variants-w3a3
+	python -m benchmarks.cifar10.run --bits w4a4,w4a3,w3a3 --seeds 0 1 2 --results benchmarks/results/cifar10/tuned \
+		--methods hqdm/tuned efficientdm/tuned mpq_dm/tuned mpq_dm/tuned:mixed=false smoothquant/search
 	python -m benchmarks.cifar10.run --methods hqdm/auto:recipe.guidance_signal=0 --bits w4a4,w4a3,w3a3 \
 		--results benchmarks/results/cifar10/guidance
 	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks
