@@ -77,7 +77,7 @@ VARIANTS := $(TUNED) lsq/tuned double_hadamard/distilled rtn/search smoothquant/
 	hadanorm:convolutions=rotated q_diffusion:shortcuts=float
 # What was changed after some of the widths' own tables were made.
 MENDED := hqdm/auto hqdm/ours hqdm/code efficientdm mpq_dm tfmq dmq hadanorm rtn smoothquant outlier_suppression
-PARTS := rotation=false orders=32 signs=false double=false quantiser=symmetric
+PARTS := orders=none orders=32 signs=false double=false quantiser=symmetric
 WIDTHS := w8a8 w4a8 w8a4 w4a4 w4a3 w3a3 w2a4
 
 # DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/.
@@ -113,6 +113,8 @@ benchmark-cifar10: $(READY)
 	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks
 	python -m benchmarks.cifar10.run --methods hqdm/auto $(PARTS:%=hqdm/auto:%) hqdm/code hqdm/paper --bits w4a3 \
 		--results benchmarks/results/cifar10/parts
+	python -m benchmarks.cifar10.run --methods hqdm/auto:signs=false --bits w4a4,w4a3 --seeds 0 1 2 \
+		--results benchmarks/results/cifar10/signs
 	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a3 --trajectories 10 --images 16 \
 		--results benchmarks/results/cifar10/images-16
 	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a3 --trajectories 40 --images 4 \

@@ -366,14 +366,42 @@ def test_the_pages_show_what_the_command_of_widths_prints_of_the_committed_table
             assert "\n".join(["", *widths.rows(bits, large), ""]) in section
     other = (run.ROOT / "docs/comparison.md").read_text(encoding="utf-8")
     assert "\n".join(["", *widths.rows("w4a4", widths.cells(count=500, teacher="dit")), ""]) in other
-    many = other.partition("\n## With 10,000 images\n")[2].partition("\n## ")[0].replace("**", "")
-    for bits in widths.WIDTHS:
-        for name in ("hqdm (auto)", "hqdm (code", "efficientdm"):
-            line = next(line for line in many.splitlines() if line.startswith(f"| {bits} {name}"))
-            cell = next(cell for (method, width), cell in large.items() if width == bits and method.startswith(name))
-            fid, sfid, score, *mine = (line.strip("| ").split(" | "))[1:]  # in another order than the pages of widths
-            told = widths.texts(cell)
-            assert [score, fid, sfid, *mine[:4], mine[-1]] == told, line
+
+
+KEYS = {"FD": ("fid", 2, -1), "sFD": ("sfid", 2, -1), "IS": ("is", 3, 1), "precision": ("precision", 3, 1),
+        "recall": ("recall", 3, 1), "named right": ("class_accuracy", 3, 1), "contrast": ("contrast", 2, 0),
+        "PSNR of the mean error, dB": ("psnr", 2, 1), "weights, MB": ("bytes", 2, -1)}  # fmt: skip
+
+
+def shown_in(section: str) -> list[tuple[str, str, dict[str, str]]]:
+    """(width, method, heading -> text) of the rows of the first table in a section of docs/comparison.md."""
+    page = (run.ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    lines = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
+    table = [[word.strip() for word in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    rows = [(*row[0].split(" ", 1), dict(zip(table[0][1:], row[1:], strict=True))) for row in table[2:]]
+    return [row for row in rows if row[0] in widths.WIDTHS]
+
+
+@pytest.mark.parametrize("section, folders", [
+    ("With 10,000 images", ("large", "large-widths")), ("Against tuned baselines", ("tuned", "seeds"))
+])  # fmt: skip
+def test_the_tables_of_the_comparisons_page_are_the_committed_ones_with_the_best_marked(section, folders):
+    held = [json.loads((widths.RESULTS / folder / "table.json").read_text())["rows"] for folder in folders]
+    figures = {(row["bits"], row["method"]): row for rows in held for row in rows}
+    shown = shown_in(section)
+    assert len(shown) > 15
+    for bits in {row[0] for row in shown}:
+        mine = [(named.replace(": as published", ""), told) for width, named, told in shown if width == bits]
+        for heading in mine[0][1]:
+            key, digits, better = KEYS[heading]
+            scale = 1e-6 if key == "bytes" else 1
+            means = {name: figures[bits, name][key] for name, _ in mine}
+            best = max(round(figure["mean"] * scale, digits) * better for figure in means.values())
+            for name, told in mine:
+                mean, sd = means[name]["mean"] * scale, means[name]["sd"]
+                text = f"{mean:.{digits}f}" + (f" ± {sd * scale:.{digits}f}" if sd is not None else "")
+                text = f"**{text}**" if better and round(mean, digits) * better == best else text
+                assert told[heading] == text, (bits, name, heading)
 
 
 def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys):

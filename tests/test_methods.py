@@ -126,7 +126,7 @@ def test_a_key_that_older_plans_did_not_have_is_in_no_file_that_does_not_use_it(
     ]
     for key in ("activation_scale_from", "momentum"):
         assert key not in files[0] and key in files[1]
-    later = ("axis", "rotation", "orders", "signs", "double", "quantiser")
+    later = ("axis", "orders", "signs", "double", "quantiser")
     assert all(METHODS["hqdm"].options[key].quiet for key in later)
 
 

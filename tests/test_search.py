@@ -130,14 +130,14 @@ def test_the_placement_that_is_taken_costs_least_of_all_that_are_tried(site):
 
 
 @pytest.mark.parametrize("asked, wrong", [
-    ({"rotation": "false"}, lambda plan: not plan.transform.is_identity),
+    ({"orders": "none"}, lambda plan: not plan.transform.is_identity),
     ({"orders": "32"}, lambda plan: plan.transform.order not in (1, 32)),
     ({"signs": "false"}, lambda plan: plan.transform.signs is not None),
     ({"double": "false"}, lambda plan: plan.inverse == "double"),
     ({"quantiser": "symmetric"}, lambda plan: plan.activation_quantiser != "symmetric"),
     ({"centring": "false"}, lambda plan: plan.centring != "none"),
     ({"scaling": "false"}, lambda plan: plan.scaling),
-], ids=lambda asked: next(iter(asked)) if isinstance(asked, dict) else "")  # fmt: skip
+], ids=lambda asked: "-".join(*asked.items()) if isinstance(asked, dict) else "")  # fmt: skip
 def test_a_search_without_a_part_tries_all_that_has_nothing_of_it(asked, wrong):
     plain = SitePlan(TOKENS, weight_bits=4, activation_bits=3)
     whole = [*auto._placements(plain, find("hqdm", "auto")[2])]

@@ -33,7 +33,7 @@ def neighbours(images: np.ndarray) -> np.ndarray:
 
 
 def with_sharpness(images: np.ndarray, factor: float) -> np.ndarray:
-    """Each of `images` (as above) with its pixels' distance to the mean of them and their neighbours times `factor`."""
+    """Each pixel x of `images` (as above) with its distance to (x + n)/2 times `factor`, n its neighbours' mean."""
     means = (images + neighbours(images)) / 2
     return np.clip(np.rint(means + (images - means) * factor), 0, 255).astype(np.uint8)
 
@@ -76,8 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path, help="a sample artifact, or images as hqdm score takes them")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--contrast", type=factors, default="0.95,1,1.05,1.1,1.2", help="factors, with commas")
-    which.add_argument("--sharpness", type=factors, help="factors, instead of contrast")
+    which.add_argument(
+        "--contrast",
+        type=factors,
+        default="0.95,1,1.05,1.1,1.2",
+        help="factors of a pixel's distance to its image's mean",
+    )
+    which.add_argument(
+        "--sharpness", type=factors, help="factors of its distance to the mean of itself and its neighbours' mean"
+    )
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
     parser.add_argument("--work", type=Path, default=reference.WORK, help="folder for the test images")
     options = parser.parse_args(arguments)

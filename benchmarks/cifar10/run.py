@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     against = reference.written(options.data, "test", options.work)
     drawn = {"steps": options.steps, "guidance": options.guidance}
     learned = {"trajectories": options.trajectories, "guidance": options.guidance}
-    if options.images:
+    if options.images is not None:
         learned["batch"] = options.images
     asked = compare.comparison(
         compare.read_recipe(options.recipe).methods if options.recipe else options.methods, options.bits.split(","),
@@ -154,6 +154,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=reference.WORK / "results", help="folder of the table")
     parser.add_argument("--dry-run", action="store_true", help="say which cells are missing")
     options = parser.parse_args(arguments)
+    if options.images is not None and options.images < 1:
+        parser.error(f"--images {options.images}: an update needs an image at least")
     with reference.told():
         run(options)
 

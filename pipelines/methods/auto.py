@@ -38,9 +38,12 @@ OPTIONS = {
         quiet=True,
     ),  # fmt: skip
     # What a search without one of its parts finds tells what the part gives.
-    "rotation": Option(True, "try transforms at all", variants=("auto",), quiet=True),
     "orders": Option(
-        "any", "orders of the transforms that are tried", ("any", *map(str, ORDERS)), ("auto",), quiet=True
+        "any",
+        "orders of the transforms that are tried; sites that one does not divide stay unrotated by it",
+        ("any", "none", *map(str, ORDERS)),
+        ("auto",),
+        quiet=True,
     ),
     "signs": Option(True, "try diagonals of ±1 signs before a transform", variants=("auto",), quiet=True),
     "double": Option(True, "try transforms of activation and weight, too", variants=("auto",), quiet=True),
@@ -90,11 +93,9 @@ def _quantisers(variant: Variant) -> Sequence[str]:
 def _transforms(variant: Variant) -> Iterator[tuple[Transform, str]]:
     """Those that are tried, each with where its inverse goes."""
     options = variant.options
-    if not options["rotation"]:
-        return
-    orders = ORDERS if options["orders"] == "any" else (int(options["orders"]),)
+    orders = ORDERS if options["orders"] == "any" else [order for order in ORDERS if str(order) == options["orders"]]
     for axis in ("channels", "width") if options["axis"] == "any" else ("channels",):
-        for order, signs in product(orders, SIGNS if options["signs"] else SIGNS[:1]):
+        for order, signs in product(orders, SIGNS if options["signs"] else (None,)):
             for inverse in INVERSES[axis]:
                 if options["double"] or inverse != "double":
                     yield Transform(axis, order, signs), inverse

@@ -1,4 +1,4 @@
-"""What a method is: a declaration of how each site is quantised and how the student is trained, which others do."""
+"""What a method is: a declaration of how each site is quantised and how the student is trained; stages carry it out."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

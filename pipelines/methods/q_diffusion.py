@@ -6,9 +6,9 @@ up. Calls of the teacher at evenly spread timesteps calibrate; AdaRound and lear
 block (`pipelines/reconstruction/`):
 
     min_V ‖block(x; Ŵ) − block(x; W)‖² + λ·Σ(1 − |2h(V) − 1|^β),   Ŵ = s·(clamp(⌊W/s⌋ + h(V) + z, 0, 2^b − 1) − z)
-    h(V) = clamp(1.2·sigmoid(V) − 0.1, 0, 1),   then min Σ|block(x̂; Ŵ) − block(x; W)|^2.4 over its activation scales
+    h(V) = clamp(1.2·sigmoid(V) − 0.1, 0, 1),   then min Σ|block(x; Ŵ, s_a) − block(x; W)|^2.4 over scales s_a
 
-Static: one activation scale and zero-point for all timesteps.
+Static: one activation scale s_a and zero-point for all timesteps.
 
 From the public code: shortcut convolutions alone are split (`split_main` splits the main path's, too), by its commands
 for CIFAR-10 and Stable Diffusion, not by those for LDM-4 and LDM-8. Weights per output channel, asymmetric, L2.4

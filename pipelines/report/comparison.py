@@ -28,7 +28,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("plan_seconds", "plan s", 0, -1),
+    Column("plan_seconds", "plan s", 0),
     Column("updates", "updates", 0),
     Column("distill_seconds", "distillation s", 0, -1),
     Column("seconds_per_update", "s/update", 3, -1),

@@ -32,7 +32,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "compare"
-VERSION = 4
+VERSION = 5
 
 ORDER = 32  # of the rotated weights in the picture, or less where 32 does not divide them
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
