@@ -77,6 +77,7 @@ VARIANTS := $(TUNED) lsq/tuned double_hadamard/distilled rtn/search smoothquant/
 	hadanorm:convolutions=rotated q_diffusion:shortcuts=float
 # What was changed after some of the widths' own tables were made.
 MENDED := hqdm/auto hqdm/ours hqdm/code efficientdm mpq_dm tfmq dmq hadanorm rtn smoothquant outlier_suppression
+START := efficientdm hqdm/code
 PARTS := orders=none orders=32 signs=false double=false quantiser=symmetric
 WIDTHS := w8a8 w4a8 w8a4 w4a4 w4a3 w3a3 w2a4
 
@@ -91,7 +92,9 @@ benchmark-cifar10: $(READY)
 	python -m benchmarks.cifar10.run --methods hqdm/code efficientdm --bits w4a3 --trajectories 160 \
 		--results benchmarks/results/cifar10/longer
 	python -m benchmarks.cifar10.run --bits w4a3,w4a4 --seeds 0 1 2 --results benchmarks/results/cifar10/start \
-		--methods efficientdm:recipe.activation_scale_from=trajectory hqdm/code:recipe.activation_scale_from=trajectory
+		--methods $(START:%=%:recipe.activation_scale_from=trajectory)
+	python -m benchmarks.cifar10.run --bits w4a3 --trajectories 160 --results benchmarks/results/cifar10/start-longer \
+		--methods $(START:%=%:recipe.activation_scale_from=trajectory)
 	python -m benchmarks.cifar10.run --methods hqdm/auto:budget=1 hqdm/auto:budget=0.75 --bits w4a3 \
 		--results benchmarks/results/cifar10/budget
 	python -m benchmarks.cifar10.run --methods $(MENDED) --bits w8a8,w4a8,w8a4,w2a4 --results benchmarks/results/cifar10/mended
