@@ -174,6 +174,15 @@ def test_a_number_that_an_option_cannot_have_is_refused_with_what_it_takes(name,
         assert fault.value.hint.startswith("it takes ")
 
 
+@pytest.mark.parametrize("option, text, takes", [
+    ("signs", "no", "true or false"), ("bias", "much", "a number"), ("orders", "12", "any, none, 8, 16, 32, 64"),
+])  # fmt: skip
+def test_a_word_that_an_option_cannot_have_is_refused_in_a_users_words(option, text, takes):
+    with pytest.raises(UsageError, match=f"option {option} cannot be '{text}'") as fault:
+        find("hqdm", "auto", {option: text})
+    assert fault.value.hint.partition(":")[0] == f"it takes {takes}"
+
+
 def test_a_byte_budget_is_a_matter_of_auto_alone():
     """`allocate` of the other variants gives back the plans it was given."""
     for variant in ("ours", "paper", "code"):

@@ -19,6 +19,7 @@ FLOAT_ROLES = ("skip", "downsample")  # left in floating point by both
 NOT_AS_ASKED = EIGHT_BIT_ROLES + FLOAT_ROLES  # and of those that quantise them nevertheless: at 8 bits
 
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number"}  # of options, as people say it
 RECIPE = "recipe."  # in front of a key of the recipe, among a method's options
 BY_WIDTH = frozenset(("lora_rate_divisor", "narrow_rate_divisors"))  # which `recipe_at` sets, where no user did
 
@@ -65,9 +66,8 @@ class Option:
         try:
             value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise UsageError(
-                f"option {name} cannot be {text!r}", f"it takes a {kind.__name__}: {self.summary}"
-            ) from None
+            words = ", ".join(map(str, self.choices)) or KINDS[kind]
+            raise UsageError(f"option {name} cannot be {text!r}", f"it takes {words}: {self.summary}") from None
         if self.choices and value not in self.choices:
             raise UsageError(f"option {name} cannot be {text!r}", f"it takes {', '.join(map(str, self.choices))}")
         if kind in (int, float) and not self._fits(value):
