@@ -368,9 +368,9 @@ def test_the_pages_show_what_the_command_of_widths_prints_of_the_committed_table
     assert "\n".join(["", *widths.rows("w4a4", widths.cells(count=500, teacher="dit")), ""]) in other
 
 
-KEYS = {"FD": ("fid", 2, -1), "sFD": ("sfid", 2, -1), "IS": ("is", 3, 1), "precision": ("precision", 3, 1),
-        "recall": ("recall", 3, 1), "named right": ("class_accuracy", 3, 1), "contrast": ("contrast", 2, 0),
-        "PSNR of the mean error, dB": ("psnr", 2, 1), "weights, MB": ("bytes", 2, -1)}  # fmt: skip
+# heading -> key of a row, decimals, which is best
+KEYS = {heading: figure for heading, *figure in widths.FIGURES}
+KEYS |= {"weights, MB": KEYS["MB"], "contrast": ("contrast", 2, 0)}
 
 
 def shown_in(section: str) -> list[tuple[str, str, dict[str, str]]]:
