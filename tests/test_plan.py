@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from roads import STEPS, make, tiny_store
+from roads import QUICK, STEPS, make, quick_search, tiny_store
 from safetensors.torch import load_file
+from test_students import plan_of
 
 from pipelines import runner
 from pipelines.methods import METHODS
@@ -44,6 +45,17 @@ def test_all_timesteps_may_start_from_one_scale_and_learn_apart(store):
     plan = yaml.safe_load(one.file("plan.yaml").read_text())
     assert plan["groups"] == []  # so that each learns by itself
     assert plan["recipe"]["activation_scale_from"] == "trajectory"
+
+
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", "dmq"])
+def test_ranges_by_least_error_are_never_wider_than_those_by_maxima_below_eight_bits(store, method):
+    with quick_search():
+        plans = [make(store, "plan", method=method, variant=variant, bits="w4a4", options=QUICK.get(method, {}))
+                 for variant in (None, "search")]  # fmt: skip
+    widest, found = (load_file(plan.file("scales.safetensors")) for plan in plans)
+    sites = [site.site.name for site in plan_of(store, plans[0]).quantised if site.activation_bits == 4]
+    shares = torch.stack([found[f"{name}/activation_scale"] / widest[f"{name}/activation_scale"] for name in sites])
+    assert len(sites) > 10 and (shares < 1.001).all() and shares.median() < 0.9
 
 
 def test_plans_that_differ_in_the_recipe_alone_are_searched_for_once(store, monkeypatch):

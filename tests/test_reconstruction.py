@@ -118,6 +118,23 @@ def test_learned_scales_lower_a_blocks_error(store, plans, tmp_path):
     assert torch.equal(scale, scale[:1].expand_as(scale))  # static still
 
 
+def test_tuned_tfmq_learns_a_scale_of_each_timestep_where_the_published_leaves_them_calibrated(store, tmp_path):
+    def chosen(site):
+        return site.role == "feed-forward" and site.name.startswith("mid")
+
+    moved, kinds = {}, {}
+    for variant in ("published", "tuned"):
+        artifact = make(store, "plan", method="tfmq", variant=variant, bits="w4a4")
+        settings = {"rounding_share": 0.25, "scale_share": 1.0} if variant == "tuned" else {}  # so few iterations
+        _, _, student, result, _ = learned(store, artifact, chosen, tmp_path / variant, **settings)
+        first = new_student(*alone(store, artifact, chosen), 0)
+        now, was = (each.network.timestep_tables.raw()["scale"] for each in (student, first))
+        moved[variant], kinds[variant] = now / was, [row["what"] for row in result.rows]
+    assert kinds == {"published": ["rounding"], "tuned": ["rounding", "scales"]}
+    assert (moved["published"] == 1).all()
+    assert (moved["tuned"] != 1).all() and len(moved["tuned"].unique()) > STEPS
+
+
 def test_the_temporal_block_is_first_and_nearer_the_teacher_at_every_timestep(store, plans, tmp_path):
     teacher, _, student, result, _ = learned(store, plans["tfmq", "w3a8"], in_time, tmp_path)
     assert [row["block"] for row in result.rows] == [TEMPORAL]

@@ -19,9 +19,11 @@ step of all; W·2^(−p) is quantised, whereas DMQ shifts after the weight's qua
 projections are quantised as in the other methods (theirs: floating point).
 
     published  AdaRound of the weights block by block follows, with activations as they were calibrated
+    search     activation ranges by least error, which clip; γ is learned for those by maxima all the same
     scaling    weights are rounded to the nearest: what the scaling does by itself
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
@@ -154,6 +156,12 @@ def _rounded(x: "torch.Tensor", low: "torch.Tensor", high: "torch.Tensor", bits:
     return ((round_through(x / step) + zero).clamp(0, most) - zero) * step
 
 
+PUBLISHED = Recipe(
+    updates="reconstruct",
+    trains=[],
+    activation_scale_by="max",
+    reconstruction=Reconstruction(rounding_share=1.0, scale_share=0.0),
+)
 METHOD = Method(
     name="dmq",
     summary="channel scales learned by the layer's error, weighted over timesteps; powers of two at shortcuts",
@@ -161,15 +169,13 @@ METHOD = Method(
     variants={
         "published": Variant(
             "learned scales and voted powers of two, then learned rounding by blocks",
-            Recipe(
-                updates="reconstruct",
-                trains=[],
-                activation_scale_by="max",
-                reconstruction=Reconstruction(rounding_share=1.0, scale_share=0.0),
-            ),
+            PUBLISHED,
+        ),
+        "search": Variant(
+            "the same with activation ranges by least error", replace(PUBLISHED, activation_scale_by="error")
         ),
         "scaling": Variant(
-            "the same, weights rounded to the nearest", Recipe(updates="none", trains=[], activation_scale_by="max")
+            "`published`, weights rounded to the nearest", Recipe(updates="none", trains=[], activation_scale_by="max")
         ),
     },
     default_variant="published",

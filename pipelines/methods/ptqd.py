@@ -14,9 +14,12 @@ where those of `q_diffusion` begin on the calibration and learn at half a per ce
 
     published   below the correction: AdaRound by blocks, static activation scales learned by blocks, as BRECQ does it
     distilled   the correction on EfficientDM's student: adapters and one scale per timestep, distilled
+    tuned       the same with the recipe of `hqdm --variant auto`
 """
 
-from pipelines.methods.base import Measured, Method, Recipe, Variant, one_for_all
+from dataclasses import replace
+
+from pipelines.methods.base import TUNED, Measured, Method, Recipe, Variant, one_for_all
 from pipelines.methods.equivalent import plan_of
 from pipelines.quant.spec import Bits, Site, SitePlan
 
@@ -42,6 +45,9 @@ METHOD = Method(
             {"static": True},
         ),
         "distilled": Variant("on EfficientDM's student", Recipe(momentum="shared", correction=True), {"static": False}),
+        "tuned": Variant(
+            "`distilled` with the recipe of `hqdm --variant auto`", replace(TUNED, correction=True), {"static": False}
+        ),
     },
     default_variant="published",
     decide=decide,

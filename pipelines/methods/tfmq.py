@@ -11,6 +11,9 @@ The paper has scales per timestep in the temporal block, its public code in ever
 the least squared error (the code: by |error|^2.4, then a moving average of ranges). First and last layer, time
 embedding and conditions at 8 bits, as in the other methods of this table; time projections at those asked for. Networks
 without such projections (transformers) have the embeddings alone in the block.
+
+    published   rounding is learned, activation scales are as they were calibrated
+    tuned       activation scales are learned, too, by a fifth of the iterations, as Q-Diffusion learns its static ones
 """
 
 from pipelines.methods.base import Measured, Method, Option, Recipe, Variant
@@ -33,6 +36,11 @@ METHOD = Method(
             "rounding is learned block by block, the temporal block first",
             Recipe(updates="reconstruct", base_weight="float", trains=[],
                    reconstruction=Reconstruction(temporal_block=True, rounding_share=1.0, scale_share=0.0)),
+        ),
+        "tuned": Variant(
+            "the same, and activation scales are learned, by a fifth of the iterations",
+            Recipe(updates="reconstruct", base_weight="float", trains=[], relative_scales=True,
+                   activation_scale_rate=5e-3, reconstruction=Reconstruction(temporal_block=True)),
         ),
     },
     default_variant="published",
