@@ -75,10 +75,13 @@ ORDERS := 8 16 32 64
 TUNED := hqdm/tuned efficientdm/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned mpq_dm/tuned:mixed=false
 VARIANTS := $(TUNED) lsq/tuned double_hadamard/distilled rtn/search smoothquant/search outlier_suppression/search \
 	hadanorm:convolutions=rotated q_diffusion:shortcuts=float
+OTHERS := dmq/search apq_dm:groups=10 ptqd/tuned tfmq/tuned q_diffusion/tuned ptq4dm/reconstructed
 # What was changed after some of the widths' own tables were made.
 MENDED := hqdm/auto hqdm/ours hqdm/code efficientdm mpq_dm tfmq dmq hadanorm rtn smoothquant outlier_suppression
 START := efficientdm hqdm/code
 PARTS := orders=none orders=32 signs=false double=false quantiser=symmetric
+LARGE := hqdm double_hadamard quest lsq apq_dm q_diffusion ptq4dm
+MORE := mpq_dm dmq smoothquant tfmq hadanorm
 WIDTHS := w8a8 w4a8 w8a4 w4a4 w4a3 w3a3 w2a4
 
 # DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/.
@@ -106,11 +109,15 @@ benchmark-cifar10: $(READY)
 		--results benchmarks/results/cifar10/large-widths
 	for width in $(WIDTHS); do \
 		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
-	python -m benchmarks.cifar10.run --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
+	python -m benchmarks.cifar10.run --methods $(LARGE) --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
+	python -m benchmarks.cifar10.run --methods $(MORE) --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3-more
 	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
 	python -m benchmarks.cifar10.run --methods $(TUNED) --bits w3a3 --results benchmarks/results/cifar10/variants-w3a3
 	python -m benchmarks.cifar10.run --bits w4a4,w4a3,w3a3 --seeds 0 1 2 --results benchmarks/results/cifar10/tuned \
 		--methods hqdm/tuned efficientdm/tuned mpq_dm/tuned mpq_dm/tuned:mixed=false smoothquant/search
+	python -m benchmarks.cifar10.run --methods $(OTHERS) --bits w4a4,w4a3,w3a3 --results benchmarks/results/cifar10/tuned-others
+	python -m benchmarks.cifar10.run --bits w3a3 --results benchmarks/results/cifar10/w3a3-more \
+		--methods hadanorm:convolutions=rotated rtn/search outlier_suppression/search lsq/tuned double_hadamard/distilled
 	python -m benchmarks.cifar10.run --methods hqdm/auto:recipe.guidance_signal=0 --bits w4a4,w4a3,w3a3 \
 		--results benchmarks/results/cifar10/guidance
 	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 
@@ -366,6 +367,9 @@ def test_the_pages_show_what_the_command_of_widths_prints_of_the_committed_table
             assert "\n".join(["", *widths.rows(bits, large), ""]) in section
     other = (run.ROOT / "docs/comparison.md").read_text(encoding="utf-8")
     assert "\n".join(["", *widths.rows("w4a4", widths.cells(count=500, teacher="dit")), ""]) in other
+    assert "\n".join(["", *widths.tuned(found), ""]) in other
+    named = {name.split(" ")[0] for name in widths.TUNED}
+    assert named == set(run.methods.METHODS), "a tuned baseline is owed to every method"
 
 
 # heading -> key of a row, decimals, which is best
@@ -376,7 +380,7 @@ KEYS |= {"weights, MB": KEYS["MB"], "contrast": ("contrast", 2, 0)}
 def shown_in(section: str) -> list[tuple[str, str, dict[str, str]]]:
     """(width, method, heading -> text) of the rows of the first table in a section of docs/comparison.md."""
     page = (run.ROOT / "docs/comparison.md").read_text(encoding="utf-8")
-    lines = page.partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
+    lines = re.split("\n##+ ", page.partition(f"\n## {section}\n")[2], maxsplit=1)[0].splitlines()
     table = [[word.strip() for word in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     rows = [(*row[0].split(" ", 1), dict(zip(table[0][1:], row[1:], strict=True))) for row in table[2:]]
     return [row for row in rows if row[0] in widths.WIDTHS]

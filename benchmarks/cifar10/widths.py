@@ -4,6 +4,7 @@
     python -m benchmarks.cifar10.widths w4a4 w4a8    # every figure at these widths, ordered by FD
     python -m benchmarks.cifar10.widths w4a3 --count 10000
     python -m benchmarks.cifar10.widths w4a4 --teacher dit --count 500
+    python -m benchmarks.cifar10.widths --tuned      # every method as published and as it was tuned
     python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png   # PSNR, FD and precision, coloured
 
 Taken are the cells of seed 0 in `benchmarks/results/cifar10/`, of the benchmark's UNet and of 1,000 images where
@@ -28,7 +29,7 @@ WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1]))
 FOLDERS = {
     "unet": (
         "w4a4", "w4a3", "w3a3", "mended", "w8a8", "w4a8", "w8a4", "w2a4", "variants", "variants-w3a3", "shortcuts",
-        "tuned", "large", "large-widths", "large-w4a3",
+        "tuned", "tuned-others", "w3a3-more", "large", "large-widths", "large-w4a3", "large-w4a3-more",
     ),
     "dit": ("dit",),
 }  # fmt: skip
@@ -40,6 +41,16 @@ FIGURES = (
     ("recall", "recall", 3, 1), ("named right", "class_accuracy", 3, 1), ("PSNR of the mean error, dB", "psnr", 2, 1),
     ("MB", "bytes", 2, -1),
 )  # fmt: skip
+# Each method as published, and the best of it by its own options, or with the recipe of `auto` where it trains.
+TUNED = {
+    "hqdm (code)": "hqdm (tuned)", "efficientdm": "efficientdm (tuned)", "mpq_dm": "mpq_dm (tuned)",
+    "double_hadamard (distilled)": "double_hadamard (tuned)", "quest": "quest (tuned)", "lsq": "lsq (tuned)",
+    "ptqd": "ptqd (tuned)", "dmq": "dmq (search)", "tfmq": "tfmq (tuned)", "q_diffusion": "q_diffusion (tuned)",
+    "ptq4dm": "ptq4dm (reconstructed)", "apq_dm": "apq_dm (published, groups=10)",
+    "hadanorm": "hadanorm (published, convolutions=rotated)", "smoothquant": "smoothquant (search)",
+    "outlier_suppression": "outlier_suppression (search)", "rtn (max)": "rtn (search)",
+}  # fmt: skip
+TUNED_AT = ("w4a4", "w4a3", "w3a3")
 PICTURED = ("PSNR of the mean error, dB", "FD", "precision")
 HEADS = ["method", "layers as asked/8/float", *(name for name, *_ in FIGURES)]
 Cell = Mapping[str, Any]
@@ -107,6 +118,24 @@ def overview(found: Mapping[tuple[str, str], Cell]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def tuned(found: Mapping[tuple[str, str], Cell]) -> list[str]:
+    """The Markdown table of TUNED: PSNR and FD as published → tuned, ordered by the latter's PSNR at three bits of
+    activations, and those of `auto`.
+    """
+
+    def told(name: str, bits: str) -> str:
+        cell = found.get((name, bits))
+        return f"{cell['psnr']:.2f} · {cell['fid']:.2f}" if cell else ""
+
+    names = sorted(TUNED, key=lambda name: found[TUNED[name], "w4a3"]["psnr"], reverse=True)
+    lines = [["dB · FD", *TUNED_AT], ["---"] * (len(TUNED_AT) + 1)]
+    lines.append(["hqdm (auto)", *(told("hqdm (auto)", bits) for bits in TUNED_AT)])
+    for name in names:
+        pairs = [(told(name, bits), told(TUNED[name], bits)) for bits in TUNED_AT]
+        lines.append([f"{name} → {TUNED[name]}", *(f"{was} → {now}" if now else was for was, now in pairs)])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
 def draw(path: Path, found: Mapping[tuple[str, str], Cell]) -> None:
     """The widths that have several methods as a picture, with precision: a panel a figure, in print the value."""
     names, shown = ordered(found), [figure for figure in FIGURES if figure[0] in PICTURED]
@@ -146,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=IMAGES, help="images of each cell")
     parser.add_argument("--teacher", default="unet", choices=FOLDERS, help="whose students")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the tables")
+    parser.add_argument("--tuned", action="store_true", help="every method as published and as it was tuned")
     parser.add_argument("--picture", type=Path, help="file for the picture of all widths")
     options = parser.parse_args(arguments)
     if unknown := [bits for bits in options.bits if bits not in WIDTHS]:
@@ -156,7 +186,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{options.results}: no table of {options.teacher}, {options.count} images, has {missing[0]}")
     for bits in options.bits:
         print(f"## {bits}\n\n" + "\n".join(rows(bits, found)) + "\n")
-    if options.picture:
+    if options.tuned:
+        print("\n".join(tuned(found)))
+    elif options.picture:
         draw(options.picture, found)
     elif not options.bits:
         print("\n".join(overview(found)))
