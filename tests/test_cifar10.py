@@ -425,6 +425,9 @@ def test_a_page_of_widths_marks_the_best_and_refuses_a_width_that_is_none(capsys
         with pytest.raises(SystemExit):
             widths.main([*asked, "--count", "7"])
         assert f"no table of unet, 7 images, has {(*asked, 'fp32')[0]}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        widths.main(["--tuned", "--count", "10000"])
+    assert "no table of unet, 10000 images, has hqdm (tuned) at w4a3" in capsys.readouterr().err
 
 
 def test_the_picture_of_widths_prints_what_the_tables_hold(tmp_path, monkeypatch):

@@ -182,8 +182,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{unknown[0]}: no such width; it is one of {', '.join(WIDTHS)}")
     found = cells(options.results, options.count, options.teacher)
     known = {bits for _, bits in found}
+    lacking = f"{options.results}: no table of {options.teacher}, {options.count} images, has"
     if missing := [bits for bits in options.bits or ["fp32"] if bits not in known]:
-        parser.error(f"{options.results}: no table of {options.teacher}, {options.count} images, has {missing[0]}")
+        parser.error(f"{lacking} {missing[0]}")
+    if options.tuned and (missing := [name for name in TUNED.values() if (name, "w4a3") not in found]):
+        parser.error(f"{lacking} {missing[0]} at w4a3")
     for bits in options.bits:
         print(f"## {bits}\n\n" + "\n".join(rows(bits, found)) + "\n")
     if options.tuned:
