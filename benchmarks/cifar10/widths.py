@@ -41,7 +41,7 @@ FIGURES = (
     ("recall", "recall", 3, 1), ("named right", "class_accuracy", 3, 1), ("PSNR of the mean error, dB", "psnr", 2, 1),
     ("MB", "bytes", 2, -1),
 )  # fmt: skip
-# Each method as published, and the best of it by its own options, or with the recipe of `auto` where it trains.
+# Each method as published, and as its own options were tuned, or with the recipe of `auto` where it trains.
 TUNED = {
     "hqdm (code)": "hqdm (tuned)", "efficientdm": "efficientdm (tuned)", "mpq_dm": "mpq_dm (tuned)",
     "double_hadamard (distilled)": "double_hadamard (tuned)", "quest": "quest (tuned)", "lsq": "lsq (tuned)",
