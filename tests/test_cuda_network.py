@@ -168,10 +168,13 @@ def test_every_epsilon_of_a_trajectory_is_that_of_fake_quantisation_with_every_p
 @on_the_processor
 def test_a_recorded_step_reads_interpolated_rows_at_timesteps_between_the_learned_ones(everything):
     fake, integer = everything[0], load_integer(everything[1], "cuda")
-    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    # Of sixty draws the one at which a code flips where torch's norms, which training takes, stand in for ours.
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(42))
     timestep, condition = torch.tensor(500), torch.tensor([1])
     steps = ReplayedSteps(integer, [800.0, 500.0], 1.0, cuda.device())
-    assert torch.equal(steps.predict(x, timestep, condition, 1.0), fake.predict(x, timestep, condition, 1.0))
+    with torch.no_grad():
+        wanted = fake.predict(x, timestep, condition, 1.0)
+    assert torch.equal(steps.predict(x, timestep, condition, 1.0), wanted)
     with pytest.raises(ValueError, match="made for guidance 1.0"):
         steps.predict(x, timestep, condition, 2.0)
     with pytest.raises(KeyError):
