@@ -11,6 +11,7 @@ from pipelines.methods import METHODS
 from pipelines.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "SECURITY.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(path.stem for path in (ROOT / "hqdm_cli/commands").glob("*.py") if path.stem != "__init__")
 
 
@@ -62,3 +63,32 @@ def test_every_method_is_in_the_readme():
 def test_every_stage_is_a_folder_of_the_workspace_page():
     page = (ROOT / "docs/workspace.md").read_text()
     assert [stage for stage in STAGES if f"{stage}/0001/" not in page] == []
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_are_there(page):
+    lost = []
+    for target in re.findall(r"\]\(([^()\s]+)\)", (ROOT / page).read_text()):
+        if target.startswith(("https:", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        if not file.exists() or (anchor and anchor not in headings(file)):
+            lost.append(target)
+    assert lost == []
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, waiting = set(), {"README.md"}
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        for target in re.findall(r"\]\(([^()\s#]+\.md)", (ROOT / page).read_text()):
+            waiting |= {str((ROOT / page).parent.joinpath(target).resolve().relative_to(ROOT))} & set(PAGES) - reached
+    assert set(PAGES) == reached
