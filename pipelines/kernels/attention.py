@@ -12,8 +12,8 @@ from torch import nn
 
 from pipelines import native
 from pipelines.errors import HqdmError, NumericalFault
-from pipelines.kernels.norms import ShortNorm
-from pipelines.kernels.pending import Normed, given_to
+from pipelines.kernels.norms import normed
+from pipelines.kernels.pending import given_to
 
 PRODUCTS = ("fp32", "int8")
 NOT_FINITE = 2  # what hqdm_attention8 returns where it saw NaN or Inf
@@ -39,7 +39,7 @@ class Short:
         if x.ndim == 4:
             x = x.view(*x.shape[:2], -1).transpose(1, 2)
         if attention.group_norm is not None:
-            x = _normed(attention.group_norm, x)
+            x = normed(attention.group_norm, x)
         if context is not None and attention.norm_cross:
             context = attention.norm_encoder_hidden_states(context)
         source = x if context is None else context
@@ -55,13 +55,6 @@ class Short:
         if attention.residual_connection:
             out = out + hidden_states
         return out / attention.rescale_output_factor if attention.rescale_output_factor != 1 else out
-
-
-def _normed(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor | Normed:
-    """The norm of x (N, tokens, C)."""
-    if isinstance(norm.forward, ShortNorm) and norm.forward.takes(x):
-        return norm(x, pending=True)
-    return norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 def attend(

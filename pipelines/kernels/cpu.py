@@ -136,7 +136,8 @@ class Prepared:
             both = torch.cat([codes * 2, sums], channel)
             return [(both + PARTIAL_OFFSET).to(torch.uint8)], PARTIAL_OFFSET
         if self.repeated is not None:
-            codes = torch.cat([codes, codes.index_select(channel, self.repeated)], channel)
+            last = codes.movedim(channel, -1)  # in which they lie in memory
+            codes = torch.cat([last, last.index_select(-1, self.repeated)], -1).movedim(-1, channel)
         return [codes], 0 if operand.carried else operand.offset
 
     def accumulators(self, centred: torch.Tensor) -> torch.Tensor:

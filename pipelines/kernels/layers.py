@@ -10,6 +10,7 @@ from pipelines.kernels import ON_DEVICE, backend
 from pipelines.kernels.attention import shorten_attention
 from pipelines.kernels.cuda import DevicePrologue
 from pipelines.kernels.gates import shorten_gates
+from pipelines.kernels.layouts import shorten_layouts
 from pipelines.kernels.norms import shorten_norms
 from pipelines.kernels.pending import Pending
 from pipelines.kernels.prologue import Prologue
@@ -107,6 +108,7 @@ def shorten(network: nn.Module) -> None:
     shorten_attention(network)
     shorten_norms(network)
     shorten_gates(network)
+    shorten_layouts(network)
 
 
 def check_inputs(network: nn.Module) -> None:

@@ -45,6 +45,13 @@ class ShortNorm:
         return Normed(x, factors, terms, silu)
 
 
+def normed(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor | Normed:
+    """The norm of x, (N, C, H, W) or (N, tokens, C): pending, where a `ShortNorm` takes it."""
+    if isinstance(norm.forward, ShortNorm) and norm.forward.takes(x):
+        return norm(x, pending=True)
+    return norm(x) if x.ndim == 4 else norm(x.transpose(1, 2)).transpose(1, 2)
+
+
 class ShortResidual:
     """The forward pass of a diffusers `ResnetBlock2D` without the activations between its norms and its convolutions:
     a time embedding moves the moments of the second norm, and the convolutions quantise what is still to be normed.
