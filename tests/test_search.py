@@ -1,5 +1,7 @@
 """The search of `hqdm` variant `auto`: what it says of a placement is what the layer then does."""
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from test_methods_scaling import CONV, TOKENS, Sampled, drawn
 from torch.nn import functional as F
 
+from pipelines.errors import UsageError
 from pipelines.methods import auto, find
 from pipelines.quant.affine import choose, dequantise, quantise
 from pipelines.quant.candidates import measure
@@ -193,6 +196,37 @@ def test_what_8_bits_serve_badly_is_moved_where_8_are_asked_for_and_left_where_o
         assert not plain and little < 0.4 * much
 
 
+def said_of(plan, measured):
+    """Whether a plan's reason begins with what its placement costs at the bits that it has."""
+    constants = auto.constants(plan, measured.weight(plan.site), measured, None)
+    search = SiteSearch(measured.sample(plan.site), measured.weight(plan.site))
+    cost = search.cost(plan, constants.get("centre"), constants.get("gain")).total(3)
+    return plan.why.startswith(f"costs {10 * math.log10(cost):.1f} dB ")
+
+
+@pytest.mark.parametrize("bits, least", [(4, "0.5"), (8, "0.25"), (2, "1")])
+def test_a_budget_that_the_narrowest_weights_exceed_is_refused_with_the_least_that_can_be_had(bits, least):
+    sample, weight = drawn(TOKENS, 2, 60)
+    measured, bits = Sampled(sample, weight), Bits(bits, 4)
+    plans = [auto.decide(TOKENS, bits, measured, find("hqdm", "auto")[2])]
+    found = auto.allocate(plans, bits, measured, find("hqdm", "auto", {"budget": least})[2])
+    assert found[0].weight_bits == 2
+    with pytest.raises(UsageError, match="budget 0.2: ") as caught:
+        auto.allocate(plans, bits, measured, find("hqdm", "auto", {"budget": "0.2"})[2])
+    assert f"--set budget={least} or more" in caught.value.hint
+
+
+@pytest.mark.parametrize("site", [TOKENS, CONV], ids=lambda site: site.name)
+def test_the_reason_says_what_the_choice_went_by(site):
+    sample, weight = drawn(site, 2, 60)
+    measured = Sampled(sample, weight)
+    plan = auto.decide(site, Bits(4, 3), measured, find("hqdm", "auto")[2])
+    taken, unrotated = map(float, re.findall(r"(-[0-9.]+) (?:dB)", plan.why))
+    assert said_of(plan, measured) and taken < unrotated
+    even = auto.decide(site, Bits(4, 8), Sampled(torch.rand_like(sample) - 0.5, 1e-9 * weight), find("hqdm", "auto")[2])
+    assert even.transform.is_identity == ("unrotated" in even.why.split(",")[0])
+
+
 def test_a_byte_budget_is_kept_and_spent_where_noise_is_dear():
     """One of two sites has a column that sets the range and says little. Layers that are kept at 8 bits stay."""
     generator = torch.Generator().manual_seed(0)
@@ -219,6 +253,7 @@ def test_a_byte_budget_is_kept_and_spent_where_noise_is_dear():
             assert even.weight_bits + outlying.weight_bits <= float(share) * 2 * bits.weight
             assert outlying.weight_bits >= even.weight_bits and last == plans[2] and last.weight_bits == 8
             assert all((plan.weight_bits == 8) == (plan.weight_quantiser == "symmetric") for plan in found)
+            assert all(said_of(plan, measured) for plan in found[:2])
             if bits.weight == 4:
                 sizes.append(even.weight_bits + outlying.weight_bits)
                 noise.append(sum(SiteSearch(sample, weights[plan.site.name]).weight_noise(plan) for plan in found))

@@ -7,15 +7,20 @@ activation quantiser (symmetric, asymmetric), static centring and scaling, the l
     noise of the activation + `bias` · its part that is the same for all tokens + noise of the weight,
 
 each as a share of the output's energy (see `quant.search.SiteSearch`). What a clipped or badly centred quantiser does
-to all tokens alike is not averaged out over a sampler's steps, hence the factor. With a byte budget the bit widths are
-chosen too: the width is lowered, site after site, where it costs least for the bytes it saves.
+to all tokens of an image alike shifts whole channels, where noise averages out, hence the factor. With a byte budget
+the bit widths are chosen too: the width is lowered, site after site, where it costs least for the bytes it saves.
+
+Sites at 8 bits are priced with scales of least error; the headroom that a recipe then gives them (`headroom`, 1.3 times
+as wide a range) takes 2 dB of what is said here.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
+from pipelines.errors import UsageError
 from pipelines.methods.base import NOT_AS_ASKED, Measured, Option, Variant, enough_db
 from pipelines.quant.spec import IDENTITY, ORDERS, QUANTISERS, WEIGHT_BITS, Bits, Site, SitePlan, Transform
 
@@ -71,16 +76,17 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
     quantiser = min(unrotated, key=lambda each: unrotated[each].total(factor))
     best, least = replace(plain, activation_quantiser=quantiser), unrotated[quantiser]
     first = least
-    if least.total(factor) > 10 ** (-enough_db(bits) / 10):
+    searched = least.total(factor) > 10 ** (-enough_db(bits) / 10)
+    if searched:
         for plan in _placements(plain, variant):
             cost = _cost(search, plan, measured, known)
             if cost.total(factor) < least.total(factor):
                 best, least = plan, cost
-    words = f"{_db(least)} dB of the output kept from noise"
+    kept = f"costs {_db(least, factor)} of its output"
     if best.transform.is_identity and best.centring == "none" and not best.scaling:
-        why = f"{words} unrotated ({quantiser}), the best of those tried"
+        why = f"{kept} unrotated ({quantiser}), {'the least of those tried' if searched else 'which is little enough'}"
     else:
-        why = f"{words}, {_db(first)} unrotated ({quantiser})"
+        why = f"{kept}, {_db(first, factor)} unrotated ({quantiser})"
     return replace(best, why=why, sqnr=measured.record(best))
 
 
@@ -144,46 +150,51 @@ def _cost(search: "SiteSearch", plan: SitePlan, measured: Measured, known: dict)
     return search.cost(plan, known[kind].get("centre"), known[kind].get("gain"))
 
 
-def _db(cost: "Cost") -> str:
-    import math
-
-    return f"{-10 * math.log10(max(cost.activation + cost.weight, 1e-20)):.1f}"
+def _db(cost: "Cost", bias: float) -> str:
+    return f"{10 * math.log10(max(cost.total(bias), 1e-20)):.1f} dB"
 
 
 def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Variant) -> list[SitePlan]:
     """The plans with weight widths of their own, so that all weights fit the budget at the least added noise.
+    UsageError where the narrowest do not.
 
     Every site that is not kept at 8 bits starts there; then, as long as the budget is exceeded, the width of the site
-    is lowered that adds the least noise for each byte saved. Noise is a share of each site's output, as in `decide`.
+    is lowered that adds the least noise for each byte saved. Noise is a share of each site's output, as in `decide`;
+    its placements stay.
     """
-    share = variant.options["budget"]
+    share, factor = variant.options["budget"], variant.options["bias"]
     chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.site.role not in NOT_AS_ASKED]
     if not share or not chosen:
         return plans
     sizes = {index: _size(plans[index].site) for index in chosen}
     budget = share * bits.weight * sum(sizes.values())
-    noise = {}
+    least = WEIGHT_BITS[0] / bits.weight
+    if share < least:
+        raise UsageError(
+            f"budget {share:g}: weights of {WEIGHT_BITS[0]} bits take {least:g} of what w{bits.weight} does",
+            f"--set budget={least:g} or more, or fewer --bits",
+        )
+    cost = {}
     for index in chosen:
-        search = _search(plans[index].site, measured)
-        mine = constants(plans[index], search.weight, measured, variant)
+        search, known = _search(plans[index].site, measured), {}
         for width in WEIGHT_BITS:
-            noise[index, width] = search.weight_noise(
-                _of_width(plans[index], width), mine.get("centre"), mine.get("gain")
-            )
+            cost[index, width] = _cost(search, _of_width(plans[index], width), measured, known)
     width = dict.fromkeys(chosen, WEIGHT_BITS[-1])
     while sum(width[index] * sizes[index] for index in chosen) > budget:
         steps = []
         for index in chosen:
             below = [bits for bits in WEIGHT_BITS if bits < width[index]]
             if below:
-                added = noise[index, below[-1]] - noise[index, width[index]]
+                added = cost[index, below[-1]].weight - cost[index, width[index]].weight
                 steps.append((added / ((width[index] - below[-1]) * sizes[index]), index, below[-1]))
-        if not steps:
-            break
         _, index, narrower = min(steps)
         width[index] = narrower
     return [
-        replace(_of_width(plan, width[index]), why=f"{plan.why}; {width[index]} bits within the budget")
+        replace(
+            _of_width(plan, width[index]),
+            why=f"costs {_db(cost[index, width[index]], factor)} at {width[index]} bits within the budget; "
+            f"at {plan.weight_bits}: {plan.why}",
+        )
         if index in width
         else plan
         for index, plan in enumerate(plans)

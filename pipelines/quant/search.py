@@ -4,6 +4,10 @@ With y = (x − c)·Wᵀ + c·Wᵀ, of which the second product stays in floatin
 y is e·Wᵀ + (x − c)·fᵀ + e·fᵀ; the last is small and left out. A convolution is the sum of such products over the places
 of its kernel. Their noises are taken for uncorrelated, so that their energies add up; what is the same for all tokens
 is the same at every place, so that it adds up as it is: ē·Σ_p W_pᵀ.
+
+Shares are of ‖x·Wᵀ‖², of a convolution of Σ_p ‖x·W_pᵀ‖². Where neighbouring places of x have much in common the output
+is larger than that, several times in a smooth image: a convolution's shares are overstated then. They rank placements
+of one site all the same; between sites, and beside a threshold, a convolution counts for more than it costs.
 """
 
 from dataclasses import dataclass
@@ -19,7 +23,7 @@ from pipelines.quant.spec import SitePlan, Transform, integer_range
 @dataclass(frozen=True)
 class Cost:
     """Shares of the output's energy, means over the timesteps: `activation` and `weight` noise, and of the former what
-    is the same for all tokens (`bias`), which the steps of a sampler add up instead of averaging out.
+    is the same for all tokens (`bias`): all of it where there is one token, or all are alike.
     """
 
     activation: float
