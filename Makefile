@@ -71,71 +71,10 @@ scaling: $(READY)
 tricks: $(READY)
 	hqdm compare --from benchmarks/tricks.yaml -w runs/tricks
 
-ORDERS := 8 16 32 64
-TUNED := hqdm/tuned efficientdm/tuned quest/tuned mpq_dm/tuned double_hadamard/tuned mpq_dm/tuned:mixed=false
-VARIANTS := $(TUNED) lsq/tuned double_hadamard/distilled rtn/search smoothquant/search outlier_suppression/search \
-	hadanorm:convolutions=rotated q_diffusion:shortcuts=float
-OTHERS := dmq/search apq_dm:groups=10 ptqd/tuned tfmq/tuned q_diffusion/tuned ptq4dm/reconstructed
-# What was changed after some of the widths' own tables were made.
-MENDED := hqdm/auto hqdm/ours hqdm/code efficientdm mpq_dm tfmq dmq hadanorm rtn smoothquant outlier_suppression
-START := efficientdm hqdm/code
-PARTS := orders=none orders=32 signs=false double=false quantiser=symmetric
-LARGE := hqdm double_hadamard quest lsq apq_dm q_diffusion ptq4dm
-MORE := mpq_dm dmq smoothquant tfmq hadanorm
-WIDTHS := w8a8 w4a8 w8a4 w4a4 w4a3 w3a3 w2a4
-
-# DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/.
+# DATA is needed once: a folder with cifar10-train.tar.xz and cifar10-test.tar.xz, or with train/ and test/. Without it,
+# and without cells of before, the committed tables are printed.
 benchmark-cifar10: $(READY)
-	python -m benchmarks.cifar10.run $(if $(DATA),--data '$(DATA)') --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --seeds 0 1 2 \
-		--results benchmarks/results/cifar10/seeds
-	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 16 \
-		--results benchmarks/results/cifar10/seconds
-	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 3 \
-		--results benchmarks/results/cifar10/searched
-	python -m benchmarks.cifar10.run --methods hqdm/code efficientdm --bits w4a3 --trajectories 160 \
-		--results benchmarks/results/cifar10/longer
-	python -m benchmarks.cifar10.run --bits w4a3,w4a4 --seeds 0 1 2 --results benchmarks/results/cifar10/start \
-		--methods $(START:%=%:recipe.activation_scale_from=trajectory)
-	python -m benchmarks.cifar10.run --bits w4a3 --trajectories 160 --results benchmarks/results/cifar10/start-longer \
-		--methods $(START:%=%:recipe.activation_scale_from=trajectory)
-	python -m benchmarks.cifar10.run --methods hqdm/auto:budget=1 hqdm/auto:budget=0.75 --bits w4a3 \
-		--results benchmarks/results/cifar10/budget
-	python -m benchmarks.cifar10.run --methods $(MENDED) --bits w8a8,w4a8,w8a4,w2a4 --results benchmarks/results/cifar10/mended
-	python -m benchmarks.cifar10.run --methods $(ORDERS:%=hqdm/code:order=%) --bits w4a4,w4a3 \
-		--results benchmarks/results/cifar10/orders
-	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w4a4,w4a3,w3a3 --count 10000 \
-		--results benchmarks/results/cifar10/large
-	python -m benchmarks.cifar10.run --methods hqdm/auto hqdm/code efficientdm --bits w8a8,w4a8,w8a4,w2a4 --count 10000 \
-		--results benchmarks/results/cifar10/large-widths
-	for width in $(WIDTHS); do \
-		python -m benchmarks.cifar10.run --bits $$width --results benchmarks/results/cifar10/$$width || exit 1; done
-	python -m benchmarks.cifar10.run --methods $(LARGE) --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3
-	python -m benchmarks.cifar10.run --methods $(MORE) --bits w4a3 --count 10000 --results benchmarks/results/cifar10/large-w4a3-more
-	python -m benchmarks.cifar10.run --methods $(VARIANTS) --bits w4a4,w4a3 --results benchmarks/results/cifar10/variants
-	python -m benchmarks.cifar10.run --methods $(TUNED) --bits w3a3 --results benchmarks/results/cifar10/variants-w3a3
-	python -m benchmarks.cifar10.run --bits w4a4,w4a3,w3a3 --seeds 0 1 2 --results benchmarks/results/cifar10/tuned \
-		--methods hqdm/tuned efficientdm/tuned mpq_dm/tuned mpq_dm/tuned:mixed=false smoothquant/search
-	python -m benchmarks.cifar10.run --methods $(OTHERS) --bits w4a4,w4a3,w3a3 --results benchmarks/results/cifar10/tuned-others
-	python -m benchmarks.cifar10.run --bits w3a3 --results benchmarks/results/cifar10/w3a3-more \
-		--methods hadanorm:convolutions=rotated rtn/search outlier_suppression/search lsq/tuned double_hadamard/distilled
-	python -m benchmarks.cifar10.run --methods hqdm/auto:recipe.guidance_signal=0 --bits w4a4,w4a3,w3a3 \
-		--results benchmarks/results/cifar10/guidance
-	python -m benchmarks.cifar10.run --from benchmarks/tricks.yaml --bits w4a3 --results benchmarks/results/cifar10/tricks
-	python -m benchmarks.cifar10.run --methods hqdm/auto $(PARTS:%=hqdm/auto:%) hqdm/code hqdm/paper --bits w4a3 \
-		--results benchmarks/results/cifar10/parts
-	python -m benchmarks.cifar10.run --methods hqdm/auto:signs=false --bits w4a4,w4a3 --seeds 0 1 2 \
-		--results benchmarks/results/cifar10/signs
-	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a3 --trajectories 10 --images 16 \
-		--results benchmarks/results/cifar10/images-16
-	python -m benchmarks.cifar10.run --methods hqdm/auto --bits w4a3 --trajectories 40 --images 4 \
-		--results benchmarks/results/cifar10/images-4
-	python -m benchmarks.cifar10.run --methods hqdm/paper --bits w4a4,w4a3,w3a3 --results benchmarks/results/cifar10/paper
-	python -m benchmarks.cifar10.run --methods q_diffusion:shortcuts=float --bits w4a8 --results benchmarks/results/cifar10/shortcuts
-	python -m benchmarks.cifar10.run --teacher dit --bits w4a4 --count 500 --workspace runs/cifar10/dit \
-		--methods hqdm/auto hqdm/code efficientdm hadanorm rtn smoothquant double_hadamard \
-		--results benchmarks/results/cifar10/dit
-	python -m benchmarks.cifar10.widths
-	python -m benchmarks.cifar10.widths --picture docs/pictures/cifar10-widths.png
+	python -m benchmarks.cifar10.tables $(if $(DATA),--data '$(DATA)')
 
 lint: $(READY)
 	ruff check .
