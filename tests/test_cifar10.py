@@ -1,6 +1,7 @@
 """Models on space-to-depth latents, the CIFAR-10 judge, and what the benchmark writes and reads."""
 
 import io
+import itertools
 import json
 import re
 import tarfile
@@ -14,7 +15,7 @@ from PIL import Image
 from roads import make
 from torch.nn import functional as F
 
-from benchmarks.cifar10 import contrast, reference, run, teacher, widths
+from benchmarks.cifar10 import contrast, reference, run, tables, teacher, widths
 from pipelines import cifar10, diffusion, runner
 from pipelines.cifar10.data import find_split, load_split
 from pipelines.errors import FileFault, HqdmError, UsageError
@@ -352,6 +353,36 @@ def test_samples_are_scored_against_an_archive_by_the_judge_with_their_classes(t
     for name in ("fd_cifar10", "sfd_cifar10", "precision", "recall", "class_accuracy"):
         assert np.isfinite(found["tar"][name]) and found["tar"][name] == found["npz"][name]
     assert found["npz"]["reference_n"] == 12
+
+
+@pytest.mark.parametrize("folder", tables.TABLES)
+def test_a_committed_table_holds_what_its_words_ask_for(folder, monkeypatch):
+    monkeypatch.chdir(run.ROOT)
+    options = run.parser().parse_args(tables.words_of(folder))
+    table = json.loads((widths.RESULTS / folder / "table.json").read_text(encoding="utf-8"))
+    about, cells = table["about"], table["cells"]
+    assert about["bits"] == options.bits.split(",") and about["seeds"] == options.seeds and not table["failed"]
+    assert about["model_path"] == str(run.TEACHERS[options.teacher].relative_to(run.ROOT))
+    drawn, learned = about["options"]["sample"], about["options"]["distill"]
+    assert (drawn["count"], drawn["steps"], drawn["guidance"]) == (options.count, options.steps, options.guidance)
+    assert (learned["trajectories"], learned.get("batch")) == (options.trajectories, options.images)
+    wanted = {frozenset(re.split("[:,]", spec)) for spec in run.methods_of(options)}  # options in any order
+    found = {
+        (frozenset(re.split("[:,]", cell["spec"])), cell["bits"], cell["seed"])
+        for cell in cells if cell["spec"] != "teacher"
+    }  # fmt: skip
+    assert found == set(itertools.product(wanted, about["bits"], about["seeds"]))
+
+
+def test_every_committed_folder_is_one_of_the_tables_that_can_be_made_again():
+    assert {path.name for path in widths.RESULTS.iterdir() if path.is_dir()} == set(tables.TABLES)
+
+
+def test_without_the_images_the_committed_tables_are_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tables.main([])
+    said = capsys.readouterr().out
+    assert "\n".join(widths.overview(widths.cells())) in said and "--data FOLDER" in said
 
 
 def test_the_pages_show_what_the_command_of_widths_prints_of_the_committed_tables():

@@ -105,8 +105,7 @@ def run(options: argparse.Namespace) -> None:
     if options.images is not None:
         learned["batch"] = options.images
     asked = compare.comparison(
-        compare.read_recipe(options.recipe).methods if options.recipe else options.methods, options.bits.split(","),
-        options.seeds,
+        methods_of(options), options.bits.split(","), options.seeds,
         {
             "profile": drawn,
             "distill": learned,
@@ -134,7 +133,8 @@ def run(options: argparse.Namespace) -> None:
         raise HqdmError(f"{len(result.failed)} of {len(result.cells)} cells failed: {names}", "table.md says of what")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
+    """What a comparison is told."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
     parser.add_argument("--teacher", default="unet", help=f"{', '.join(TEACHERS)}, or a checkpoint's path")
@@ -153,9 +153,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workspace", type=Path, default=reference.WORK / "benchmark")
     parser.add_argument("--results", type=Path, default=reference.WORK / "results", help="folder of the table")
     parser.add_argument("--dry-run", action="store_true", help="say which cells are missing")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def methods_of(options: argparse.Namespace) -> list[str]:
+    """The methods asked for, by their names or by a recipe."""
+    return compare.read_recipe(options.recipe).methods if options.recipe else options.methods
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
     if options.images is not None and options.images < 1:
-        parser.error(f"--images {options.images}: an update needs an image at least")
+        parser().error(f"--images {options.images}: an update needs an image at least")
     with reference.told():
         run(options)
 

@@ -30,6 +30,7 @@ PARTS = " ".join(
 TABLES = {
     "seeds": f"--methods {THREE} --bits w4a4,w4a3,w3a3 --seeds 0 1 2",
     **{bits: f"--bits {bits}" for bits in run.BITS.split(",")},  # every method
+    "w4a8": f"--methods {' '.join(run.METHODS)} q_diffusion:shortcuts=float --bits w4a8",
     "mended": f"--methods {MENDED} --bits w8a8,w4a8,w8a4,w2a4",
     "large": f"--methods {THREE} --bits w4a4,w4a3,w3a3 --count 10000",
     "large-widths": f"--methods {THREE} --bits w8a8,w4a8,w8a4,w2a4 --count 10000",
@@ -43,7 +44,6 @@ TABLES = {
     "--bits w4a4,w4a3,w3a3 --seeds 0 1 2",
     "tuned-others": "--methods dmq/search apq_dm:groups=10 ptqd/tuned tfmq/tuned q_diffusion/tuned "
     "ptq4dm/reconstructed --bits w4a4,w4a3,w3a3",
-    "shortcuts": "--methods q_diffusion:shortcuts=float --bits w4a8",
     "seconds": "--methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 16",  # in the seconds that code takes
     "searched": "--methods hqdm/auto --bits w4a4,w4a3,w3a3 --trajectories 3",  # with the search charged, too
     "longer": "--methods hqdm/code efficientdm --bits w4a3 --trajectories 160",

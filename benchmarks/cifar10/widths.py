@@ -28,8 +28,8 @@ WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1]))
 # The first that has a cell counts. `mended` is of methods that were changed after the tables of other widths were made.
 FOLDERS = {
     "unet": (
-        "w4a4", "w4a3", "w3a3", "mended", "w8a8", "w4a8", "w8a4", "w2a4", "variants", "variants-w3a3", "shortcuts",
-        "tuned", "tuned-others", "w3a3-more", "large", "large-widths", "large-w4a3", "large-w4a3-more",
+        "w4a4", "w4a3", "w3a3", "mended", "w8a8", "w4a8", "w8a4", "w2a4", "variants", "variants-w3a3", "tuned",
+        "tuned-others", "w3a3-more", "large", "large-widths", "large-w4a3", "large-w4a3-more",
     ),
     "dit": ("dit",),
 }  # fmt: skip
