@@ -51,11 +51,11 @@ def shared_out(context: typer.Context, count: int | None, dry_run: bool) -> None
     from pipelines import processes
     from pipelines.errors import UsageError
 
-    if count is None or dry_run:
+    if count is None:
         return
     if count < 1:
         raise UsageError(f"--processes cannot be {count}", "it takes 1 or more")
-    if count > 1:
+    if count > 1 and not dry_run:
         words = ["-m", "hqdm_cli", *_without(context.obj["args"], "--processes")]
         raise typer.Exit(processes.launch(count, words))
 

@@ -7,6 +7,7 @@ when it is made.
 """
 
 import dataclasses
+import os
 import re
 import time
 import traceback
@@ -22,20 +23,26 @@ from pipelines.errors import Busy, FileFault, HqdmError, UsageError, did_you_mea
 from pipelines.events import Report
 from pipelines.methods.base import BY_WIDTH
 from pipelines.quant.spec import Bits
+from pipelines.report.comparison import FLOAT, TEACHER, role_of
 from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.locks import owner_of
 from pipelines.workspace.store import Store
 
 T = TypeVar("T")
-TEACHER, FLOAT = "teacher", "fp32"
 COMMAS = re.compile(r",(?![^\[{]*[\]}])")  # outside a list or a mapping
+MODEL_FILES = (".ckpt", ".pt", ".pth", ".safetensors")
 WAIT = 5.0  # seconds until what another process is at is looked at again
 ROAD = ("plan", "distill", "export", "sample", "score")
 FROM = {"plan": "profile", "distill": "plan", "export": "distill", "sample": "source", "score": "samples"}
-# Stages that take options for all cells, and what they may not say because the comparison does.
-OPTIONED = {
-    "profile": (), "distill": ("seed",), "sample": ("seed", "source"),
-    "score": ("samples_path", "samples_sha256", "pair_path", "pair_sha256"),
+# Stages that take options for all cells, and what they may not say because the comparison does: name -> way out.
+SEEDS, PAIRS = "leave it out; --seeds sets seeds", "leave it out; each cell brings its images and its teacher's"
+OPTIONED: dict[str, dict[str, str]] = {
+    "profile": {}, "distill": {"seed": SEEDS},
+    "sample": {
+        "seed": SEEDS, "source": "leave it out; the teacher and the integer students are sampled",
+        "device": "leave it out; --option sample.backend=cuda samples the integer students on a device",
+    },
+    "score": dict.fromkeys(("samples_path", "samples_sha256", "pair_path", "pair_sha256"), PAIRS),
 }  # fmt: skip
 
 
@@ -50,10 +57,12 @@ class MethodSpec:
     @classmethod
     def parse(cls, text: str) -> "MethodSpec":
         """UsageError where the text cannot be read, or no such method, variant or option exists."""
-        from pipelines.methods import find
+        from pipelines.methods import METHODS, find
 
         head, colon, tail = text.strip().partition(":")
         method, slash, variant = head.partition("/")
+        if (method not in METHODS or "," in head) and (way_out := _no_method(text)):
+            raise UsageError(f"{text!r} is no method", way_out)
         pairs = [part.partition("=") for part in COMMAS.split(tail)] if colon else []
         names = [name.strip() for name, _, _ in pairs]
         if not method or (slash and not variant) or not all(n and e and v.strip() for n, (_, e, v) in
@@ -94,6 +103,20 @@ class MethodSpec:
         return find(self.method, self.variant, dict(self.options))
 
 
+def _no_method(text: str) -> str:
+    """The way out where something else was typed for a method: several at once, bits, or a model; empty otherwise."""
+    from pipelines.methods import METHODS
+
+    words = text.replace(",", " ").split()
+    if len(words) > 1 and words[0].partition("/")[0].partition(":")[0] in METHODS:
+        return f"put spaces between methods: {' '.join(words)}"
+    if re.fullmatch(r"(w\d+a\d+,?)+", text.strip(), re.IGNORECASE):
+        return f"bits have an option: --bits {text.strip()}"
+    if text.strip() and (os.path.exists(text) or Path(text).suffix in MODEL_FILES):
+        return f"a model has an option: --model {text}"
+    return ""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What is compared. `options` are the stages' own, the same for every cell; `reference` is an artifact's id."""
@@ -117,7 +140,8 @@ def comparison(
 ) -> Comparison:  # fmt: skip
     """A comparison, checked before anything runs; without methods every one of the table in its default variant.
 
-    Raises UsageError for an unknown method, variant, bit width, stage or option, and for an empty or negative seed.
+    Raises UsageError for an unknown method, variant, bit width, stage, option or scheduler, for a value that a stage
+    does not take, and for no seed or one that is negative or too large. Relative paths become absolute.
     """
     from pipelines.methods import METHODS
 
@@ -127,15 +151,43 @@ def comparison(
         raise UsageError("there is nothing to compare", "give --bits w4a4,w4a3 and --seeds 0")
     if any(seed < 0 for seed in seeds):
         raise UsageError(f"seeds cannot be {', '.join(map(str, seeds))}", "they take whole numbers of 0 or more")
+    for stage in ("distill", "sample"):  # the largest seed that they take
+        replace(stages.load(stage).Config(), seed=max(seeds))
     given = {stage: dict(values) for stage, values in (options or {}).items() if values}
     for stage, values in given.items():
         if stage not in OPTIONED:
             raise UsageError(f"a comparison gives no options to {stage!r}", did_you_mean(stage, OPTIONED))
-        for name in OPTIONED[stage]:
+        for name, way_out in OPTIONED[stage].items():
             if name in values:
-                raise UsageError(f"{stage}.{name} is what a comparison sets itself", "leave it out; --seeds sets seeds")
-        replace(stages.load(stage).Config(), **values)
+                raise UsageError(f"{stage}.{name} is what a comparison sets itself", way_out)
+        given[stage] = _absolute(stage, values, Path())
+        replace(stages.load(stage).Config(), **given[stage])
+        if values.get("scheduler") is not None:
+            _check_scheduler(stage, values["scheduler"])
+    path = given.get("score", {}).get("reference_path")
+    if reference is not None and path is not None:
+        raise UsageError(f"a reference is given twice: {path} and {reference}", "leave one of them out")
     return Comparison(tuple(reversed(specs)), tuple(widths), tuple(dict.fromkeys(seeds)), given, reference)
+
+
+def _absolute(stage: str, values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """A stage's options with those that name a file as absolute paths, relative ones from `base`: what is recorded, and
+    printed as a command, is to be found from any folder.
+    """
+    paths = {f.name for f in dataclasses.fields(stages.load(stage).Config) if f.metadata.get("path")}
+    return {
+        name: str((base / value).absolute()) if name in paths and isinstance(value, str) and value else value
+        for name, value in values.items()
+    }
+
+
+def _check_scheduler(stage: str, name: str) -> None:
+    """UsageError for one that no model has; whether a model's schedule takes it, sampling says."""
+    from pipelines.diffusion import FLOW_SCHEDULERS, SCHEDULERS  # torch, for which only those who name one wait
+
+    known = {*SCHEDULERS, *FLOW_SCHEDULERS}
+    if name not in known:
+        raise UsageError(f"{stage}: scheduler {name!r} does not exist", did_you_mean(name, known))
 
 
 @dataclass(frozen=True)
@@ -143,9 +195,9 @@ class Recipe:
     """A comparison as a YAML file: the command's arguments, and a mapping of options for each stage."""
 
     model: str | None = None
-    methods: list[str] = field(default_factory=list)
-    bits: list[str] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=list)
+    methods: list[str] | None = None  # every one of the table
+    bits: list[str] | None = None
+    seeds: list[int] | None = None
     profile: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
     sample: dict[str, Any] = field(default_factory=dict)
@@ -153,19 +205,21 @@ class Recipe:
 
 
 def read_recipe(path: Path | str) -> Recipe:
-    """A recipe, strictly: unknown keys are refused with the nearest known one. Paths in it start from its folder."""
+    """A recipe, strictly: unknown keys are refused with the nearest known one, and so are lists of nothing, which would
+    pass for everything. Paths in it start from its folder.
+    """
     path = Path(path)
-    recipe = from_dict(Recipe, read_yaml(path), str(path))
+    values = read_yaml(path)
+    if not values:
+        raise FileFault(f"{path} is empty", "write what is compared, such as `methods: [hqdm, efficientdm]`")
+    recipe = from_dict(Recipe, values, str(path))
+    for name in ("methods", "bits", "seeds"):
+        if getattr(recipe, name) == []:
+            raise UsageError(f"{path}: {name} is empty", f"name some, or leave {name} out to get the usual ones")
     model = recipe.model
-    if model is not None and (path.parent / model).exists():
+    if model and (path.parent / model).exists():
         model = str((path.parent / model).absolute())
-    found = {}
-    for stage in OPTIONED:
-        paths = {f.name for f in dataclasses.fields(stages.load(stage).Config) if f.metadata.get("path")}
-        found[stage] = {
-            name: str((path.parent / value).absolute()) if name in paths and isinstance(value, str) else value
-            for name, value in getattr(recipe, stage).items()
-        }
+    found = {stage: _absolute(stage, getattr(recipe, stage), path.parent) for stage in OPTIONED}
     return dataclasses.replace(recipe, model=model, **found)
 
 
@@ -181,12 +235,12 @@ class Cell:
     ended: bool = False  # whether the chain is whole
     waits_for: Path | None = None  # the draft that another process is at
     failed: str | None = None  # the stage that failed
-    error: str = ""
+    error: str = ""  # what it said, or what speaks against the cell before it is made
 
     @property
     def name(self) -> str:
         """`hqdm/paper:order=16 w4a4 seed 0`, `teacher seed 0`: its role in the comparison."""
-        return f"{TEACHER} seed {self.seed}" if self.spec is None else f"{self.spec} {self.bits} seed {self.seed}"
+        return role_of(TEACHER if self.spec is None else str(self.spec), self.bits, self.seed)
 
     @property
     def last(self) -> Artifact:
@@ -208,7 +262,13 @@ class Result:
 
 
 def model_of(store: Store, text: str | None, report: Report | None = None, dry_run: bool = False) -> runner.Outcome:
-    """The model to compare on: an artifact (`model/1`), a checkpoint's or a folder's path, or the current one."""
+    """The model to compare on: an artifact (`model/1`), a checkpoint's or a folder's path, or for None the current
+    one.
+    """
+    if text is not None and not text.strip():
+        raise UsageError(
+            f"--model {text!r} names nothing", "hqdm compare --model model.ckpt; without it the last one is taken"
+        )
     stage, _, number = (text or "model").strip("/").partition("/")
     if stage == "model" and (not number or number.isdecimal()) and not (number == "" and text and Path(text).exists()):
         if text is None and store.current("model") is None:
@@ -259,6 +319,7 @@ class _Run:
         self.score = stages.load("score").with_hashes(score)
         self.profile: Artifact | None = None
         self.teachers: dict[int, Cell] = {}
+        self.planned: set[tuple[str, str]] = set()  # (method, bits) of the plans that this run has made
 
     def result(self) -> Result:
         cells = self.asked.cells()
@@ -270,13 +331,14 @@ class _Run:
             self.profile = _patiently(self.report, make).artifact
         for cell in cells:
             self._look(cell)
+        if self.force:
+            for cell in cells:
+                if cell.spec is not None:
+                    cell.chain, cell.ended = {}, False
         pace = _Pace(self.store, self.model, self.asked, self._units)
         if self.dry_run:
             return Result(None, cells, pace.left(cells))
-        wanted = [cell for cell in cells if not cell.ended or (self.force and cell.spec)]
-        if self.force:
-            for cell in wanted:
-                cell.chain, cell.ended = {}, False
+        wanted = [cell for cell in cells if not cell.ended]
         done = len(cells) - len(wanted)
         report = _Depth(self.report)
         report.begin("cells", len(cells), done, unit="cells")
@@ -316,8 +378,9 @@ class _Run:
             values["seed"] = cell.seed
         elif stage == "sample":
             values |= {"seed": cell.seed, "source": "int" if cell.spec else "teacher"}
-            if cell.spec is None:  # which has no integer kernels
+            if cell.spec is None:  # which has no integer kernels, and whose attention stays in floating point
                 values.pop("backend", None)
+                values.pop("attention", None)
         return replace(stages.load(stage).Config(), **values)
 
     def _chosen(self, stage: str, cell: Cell, above: Artifact) -> dict[str, str]:
@@ -332,7 +395,9 @@ class _Run:
                 chosen["reference"] = self.asked.reference
         return chosen
 
-    def _steps(self, cell: Cell, report: Report, force: bool, dry_run: bool) -> Iterator[tuple[str, runner.Outcome]]:
+    def _steps(
+        self, cell: Cell, report: Report, force: bool, dry_run: bool
+    ) -> Iterator[tuple[str, runner.Outcome | None]]:
         """Make one stage of a cell after the other; each stage's name comes before its outcome does."""
         above = self.profile if cell.spec else self.model
         for stage in cell.road:
@@ -341,9 +406,13 @@ class _Run:
                 return
             yield stage, None
             again = force and stage not in cell.chain  # not once more where the cell was put aside
+            if stage == "plan":  # which the seeds of a method share
+                again = again and (str(cell.spec), cell.bits) not in self.planned
             outcome = runner.make(
                 self.store, stage, self._config(stage, cell), self._chosen(stage, cell, above), report, again, dry_run
             )
+            if outcome.ran and stage == "plan":
+                self.planned.add((str(cell.spec), cell.bits))
             yield stage, outcome
             if outcome.artifact is None:
                 return
@@ -351,11 +420,11 @@ class _Run:
 
     def _alone(self, samples: Artifact) -> bool:
         """Whether a teacher's samples have something to be measured against."""
-        against = self.asked.reference or self.score.reference or getattr(self.score, "reference_path", None)
-        return runner.needs_no_pair(self.store, samples, against, getattr(self.score, "extractor", None))
+        against = self.asked.reference or self.score.reference or self.score.reference_path
+        return runner.needs_no_pair(self.store, samples, against, self.score.extractor)
 
     def _look(self, cell: Cell) -> None:
-        """Fill a cell with the artifacts that are there."""
+        """Fill a cell with the artifacts that are there, and with what speaks against the rest."""
         if self.model is None or self.profile is None:
             return
         if cell.spec is not None and "sample" not in self.teachers[cell.seed].chain:
@@ -371,8 +440,8 @@ class _Run:
                     cell.ended = False
                 elif outcome is not None:
                     cell.chain[stage] = outcome.artifact
-        except HqdmError:  # a damaged artifact, or a method that does not fit: the real run tells
-            cell.ended = False
+        except HqdmError as fault:  # a damaged artifact, or a method that does not fit: a real run tries, and tells
+            cell.ended, cell.error = False, _told(fault)
         if cell.spec is None:
             self.teachers[cell.seed] = cell
 
@@ -388,7 +457,7 @@ class _Run:
                 cell.chain[stage] = outcome.artifact
                 if outcome.ran:
                     pace.add(stage, cell, time.monotonic() - begun)
-            cell.ended = True
+            cell.ended, cell.error = True, ""
         except Busy:
             report.unwind(depth)
             raise
@@ -429,10 +498,12 @@ class _Run:
         )
 
     def _units(self, stage: str) -> int:
-        """What a stage's time grows with: updates of a distillation, images of samples and scores, else one."""
+        """What a stage's time grows with: updates of a distillation by their images, images of samples and scores, else
+        one.
+        """
         if stage == "distill":
             config, profile = self._config("distill", Cell(None, FLOAT, 0)), self._config("profile")
-            return config.trajectories * (config.steps or profile.steps)
+            return config.trajectories * (config.steps or profile.steps) * config.batch
         if stage in ("sample", "score"):
             return self._config("sample", Cell(None, FLOAT, 0)).count
         return 1
@@ -441,8 +512,8 @@ class _Run:
 class _Pace:
     """Seconds per unit of every stage and method, of this model's earlier artifacts and of what this run makes.
 
-    A distillation or reconstruction takes its time by trajectories × steps; what learns nothing takes a time of its own
-    (CALIBRATE), which tells nothing of the others.
+    A distillation or reconstruction takes its time by trajectories × steps × images; what learns nothing takes a time
+    of its own (CALIBRATE), which tells nothing of the others. A score takes its time by images, on one extractor.
     """
 
     CALIBRATE = "calibrate"
@@ -466,8 +537,10 @@ class _Pace:
                 if stage == "distill":
                     learns = bool(figures.get("updates") or figures.get("blocks"))
                     kind = stage if learns else self.CALIBRATE
-                    units = artifact.config.get("trajectories", 1) * steps if learns else 1
+                    given = artifact.config
+                    units = given.get("trajectories", 1) * steps * given.get("batch", 1) if learns else 1
                 self._known.setdefault((kind, method), []).append(artifact.manifest["seconds"] / units)
+        drawn: dict[str, tuple[str, int]] = {}  # digest of samples: whose they are, and how many
         for sample in store.artifacts("sample"):
             method = made.get(sample.inputs.get("source", {}).get("digest"))
             rate = sample.figures.get("images_per_second")
@@ -475,6 +548,13 @@ class _Pace:
             same = sample.config.get("steps") == steps and sample.config.get("source") != "fake"
             if method is not None and rate and same:
                 self._known.setdefault(("sample", method), []).append(1 / rate)
+            if method is not None:
+                drawn[sample.digest] = method, sample.config.get("count", 1)
+        extractor = asked.options.get("score", {}).get("extractor")
+        for score in store.artifacts("score"):
+            method, count = drawn.get(score.inputs.get("samples", {}).get("digest"), (None, 1))
+            if method is not None and score.config.get("extractor") == extractor:
+                self._known.setdefault(("score", method), []).append(score.manifest["seconds"] / count)
 
     def add(self, stage: str, cell: Cell, seconds: float) -> None:
         kind, method = self._kind(stage, cell), cell.spec.label if cell.spec else TEACHER
@@ -496,13 +576,16 @@ class _Pace:
 
     def left(self, cells: Sequence[Cell]) -> float | None:
         """Seconds of all that is missing of those cells; None where a stage that takes long was never seen."""
-        total = 0.0
+        total, plans = 0.0, set()
         for cell in cells:
             if cell.ended:
                 continue
             for stage in cell.road:
-                if stage in cell.chain:
+                plan = (str(cell.spec), cell.bits)
+                if stage in cell.chain or (stage == "plan" and plan in plans):  # seeds share a plan
                     continue
+                if stage == "plan":
+                    plans.add(plan)
                 seconds = self.of(stage, cell)
                 if seconds is None and stage in ("distill", "sample"):
                     return None

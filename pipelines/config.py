@@ -197,6 +197,20 @@ def yaml_value(text: str, name: str) -> Any:
         raise UsageError(f"{name} cannot be {_shown(text)}", "write 0.5, true, null or [adapters, biases]") from None
 
 
+def yaml_text(value: Any) -> str:
+    """A plain value in one line, which `yaml_value` reads back as it is; text that would be read as anything else, or
+    not whole, in quotes.
+    """
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        if yaml_value(value, "") == value:
+            return value
+    except UsageError:
+        pass
+    return yaml.safe_dump(value, default_style='"', width=math.inf).rstrip("\n")
+
+
 def write_yaml(values: Mapping[str, Any]) -> str:
     """A mapping of plain values as YAML text, keys in their order."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
@@ -231,7 +245,7 @@ def _several(kind: Any) -> str:
 
 
 class _Misfit(Exception):
-    """A value that does not have its type; carries the place inside the value."""
+    """A value that does not have its type; carries the place inside the value, what stands there, and that type."""
 
 
 def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
@@ -240,12 +254,13 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
     if kind is Any:
         return value
     if origin in (types.UnionType, typing.Union):
+        inside = None  # of a list or a mapping that is asked for, the entry that does not fit
         for part in args:
             try:
                 return _convert(part, value, key, where)
-            except _Misfit:
-                continue
-        raise _Misfit(key, value)
+            except _Misfit as misfit:
+                inside = misfit if misfit.args[0] != key else inside
+        raise inside or _Misfit(key, value, kind)
     if origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in args):
             return value
@@ -253,16 +268,16 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
             raise UsageError(
                 f"{where}: {key} is {_shown(value)}, which is no choice", did_you_mean(value, map(str, args))
             )
-        raise _Misfit(key, value)
+        raise _Misfit(key, value, kind)
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
         if isinstance(value, Mapping):
             return _build(kind, value, where, f"{key}.")
-        raise _Misfit(key, value)
+        raise _Misfit(key, value, kind)
     if origin in (list, tuple) or kind in (list, tuple):
         if not isinstance(value, list | tuple):
-            raise _Misfit(key, value)
+            raise _Misfit(key, value, kind)
         if not args:
             return (origin or kind)(value)
         if origin is tuple and args[-1] is not Ellipsis:
@@ -274,16 +289,16 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
         return origin(_convert(p, v, f"{key}[{i}]", where) for i, (p, v) in enumerate(zip(parts, value, strict=True)))
     if origin is dict or kind is dict:
         if not isinstance(value, Mapping):
-            raise _Misfit(key, value)
+            raise _Misfit(key, value, kind)
         part = args[1] if args else Any
         return {str(k): _convert(part, v, f"{key}.{k}", where) for k, v in value.items()}
     if kind is type(None):
         if value is None:
             return None
-        raise _Misfit(key, value)
+        raise _Misfit(key, value, kind)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, int) and value.bit_length() > 1000:  # no float is as large
-            raise _Misfit(key, value)
+            raise _Misfit(key, value, kind)
         if not math.isfinite(value):
             raise UsageError(f"{where}: {key} is {value}", "give a finite number")
         return float(value)
@@ -293,7 +308,7 @@ def _convert(kind: Any, value: Any, key: str, where: str) -> Any:
         return value
     if kind in (str, bool) and isinstance(value, kind):
         return value
-    raise _Misfit(key, value)
+    raise _Misfit(key, value, kind)
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = "") -> T:
@@ -306,9 +321,9 @@ def _build(cls: type[T], values: Mapping[str, Any], where: str, prefix: str = ""
         try:
             ready[key] = _convert(kinds[key], value, prefix + key, where)
         except _Misfit as misfit:
-            place, found = misfit.args
+            place, found, wanted = misfit.args
             found = "null" if found is None else _shown(found)
-            hint = f"it takes {_name_of(kinds[key])}"
+            hint = f"it takes {_name_of(wanted)}"
             if value is None:
                 hint += "; leave the key out to get its default"
             raise UsageError(f"{where}: {place} cannot be {found}", hint) from None

@@ -41,6 +41,7 @@ class PlanConfig:
 class DistillConfig:
     trajectories: int = 4
     steps: int = 20
+    batch: int = 8
     seed: int = 0
 
 
@@ -53,6 +54,7 @@ class ExportConfig:
 class SampleConfig:
     source: str = "int"
     count: int = 8
+    eta: float = 0.0
     seed: int = 0
 
 
@@ -61,6 +63,8 @@ class ScoreConfig:
     samples_path: str | None = field(default=None, metadata={"key": False, "path": True})
     samples_sha256: str | None = None
     reference: str = "digits"
+    reference_path: str | None = field(default=None, metadata={"key": False, "path": True})
+    extractor: str | None = None
 
 
 CONFIGS = {

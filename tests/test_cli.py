@@ -264,6 +264,12 @@ def test_a_recipe_runs_the_road(hqdm, tmp_path):
             "error: workspace has no samples to score\nhint: hqdm sample, or name images: hqdm score samples/\n",
         ),
         (("run", "none.yaml"), 1, "error: none.yaml does not exist\nhint: check the path\n"),
+        (
+            ("methods", "hqdm/paper"),
+            2,
+            "error: hqdm methods takes a method's name alone, and 'hqdm/paper' says more\n"
+            "hint: hqdm methods hqdm tells of all its variants and options\n",
+        ),
         (("report", "--format", "cvs"), 2, "error: there is no format 'cvs'\nhint: did you mean 'csv'?\n"),
     ],
 )

@@ -17,11 +17,12 @@ from fake_stages import PlanConfig, checkpoint, install
 
 from hqdm_cli.app import main
 from pipelines import compare, runner
-from pipelines.config import to_dict
+from pipelines.config import to_dict, yaml_text, yaml_value
 from pipelines.errors import Busy, FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.report import comparison, comparison_pictures
 from pipelines.stages import compare as stage
+from pipelines.stages import score as score_stage
 from pipelines.workspace.store import Store
 
 DRAW = stage._draw
@@ -118,6 +119,12 @@ def test_a_method_is_written_with_its_variant_and_options():
         ("hqdm:order=1,order=2", "give each option once"),
         ("hqdm:order=16", "choose variant paper, or leave order out"),
         ("hqdm/auto:budget=2", "it takes 0 … 1"),
+        ("HQDM", "did you mean 'hqdm'?"),
+        ("hqdm,efficientdm", "put spaces between methods: hqdm efficientdm"),
+        ("hqdm/paper,efficientdm", "put spaces between methods: hqdm/paper efficientdm"),
+        ("w4a4", "bits have an option: --bits w4a4"),
+        ("w4a4,w4a3", "bits have an option: --bits w4a4,w4a3"),
+        ("folder/model.ckpt", "a model has an option: --model folder/model.ckpt"),
     ],
 )
 def test_a_method_that_cannot_be_read_is_refused_with_a_way_out(text, hint):
@@ -136,6 +143,8 @@ def test_a_method_that_cannot_be_read_is_refused_with_a_way_out(text, hint):
         ({"options": {"distill": {"trajectorys": 2}}}, "no option 'trajectorys'"),
         ({"options": {"distill": {"seed": 2}}}, "distill.seed is what a comparison sets itself"),
         ({"methods": ("hqdm/auto:bias=nan",)}, "option bias cannot be 'nan'"),
+        ({"seeds": (2**63,)}, "seed cannot be 9223372036854775808"),
+        ({"options": {"sample": {"device": "cuda"}}}, "sample.device is what a comparison sets itself"),
     ],
 )
 def test_a_comparison_that_cannot_be_made_is_refused_before_anything_runs(store, wrong, what):
@@ -182,6 +191,53 @@ def test_an_extractor_that_there_is_none_of_is_refused_before_anything_runs():
     with pytest.raises(UsageError, match="no extractor is called 'incepton'") as fault:
         asked(options={"score": {"extractor": "incepton"}})
     assert fault.value.hint == "did you mean 'inception'?"
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"score": {"reference": "digitz"}}, "no reference is called 'digitz'"),
+        ({"score": {"extractor": "digits", "extractor_weights": "x.pth"}}, "'digits' comes with its weights"),
+        ({"score": {"extractor": "none", "extractor_weights": "x.pth"}}, "'none' has no features"),
+        ({"sample": {"eta": 1.5}}, "sample: eta cannot be 1.5"),
+        ({"profile": {"eta": -1}}, "profile: eta cannot be -1"),
+        ({"distill": {"eta": 2}}, "distill: eta cannot be 2"),
+        ({"sample": {"scheduler": "DDIM"}}, "sample: scheduler 'DDIM' does not exist"),
+        ({"profile": {"scheduler": "DDIM"}}, "profile: scheduler 'DDIM' does not exist"),
+        ({"sample": {"attention": "int8", "backend": "cuda"}}, "compiled for processors alone"),
+    ],
+)
+def test_what_a_stage_would_refuse_after_images_were_drawn_is_refused_before(options, what):
+    with pytest.raises(UsageError, match=what) as fault:
+        asked(options=options)
+    assert fault.value.hint
+
+
+def test_a_seed_is_refused_where_a_students_adapters_could_not_be_drawn_from_it():
+    assert asked(seeds=(2**46,)).seeds == (2**46,)
+    with pytest.raises(UsageError, match="distill: seed cannot be") as fault:
+        asked(seeds=(2**46 + 1,))
+    assert fault.value.hint == f"it takes {2**46} or less"
+
+
+def test_what_is_the_students_alone_is_not_asked_of_the_teachers_samples(tmp_path):
+    work = asked(options={"sample": {"attention": "int8", "backend": "reference"}})
+    run = compare._Run(Store(tmp_path / "ws"), work, None, Report(), False, True)
+    drawn = {cell.spec is None: run._config("sample", cell) for cell in work.cells()}
+    assert (drawn[True].source, drawn[True].attention, drawn[True].backend) == ("teacher", "fp32", None)
+    assert (drawn[False].source, drawn[False].attention, drawn[False].backend) == ("int", "int8", "reference")
+
+
+def test_a_file_that_an_option_names_is_kept_with_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = asked(options={"score": {"reference_path": "images.npz"}}).options["score"]["reference_path"]
+    assert kept == str(tmp_path / "images.npz")
+
+
+def test_a_reference_is_an_artifact_or_a_file_and_not_both(tmp_path):
+    with pytest.raises(UsageError, match="a reference is given twice: /real.npz and sample/0001") as fault:
+        compare.comparison(["hqdm"], ["w4a4"], [0], {"score": {"reference_path": "/real.npz"}}, "sample/0001")
+    assert fault.value.hint == "leave one of them out"
 
 
 def test_cells_of_equal_integers_share_a_score_and_keep_their_own_names_students_and_costs(store, fakes):
@@ -360,6 +416,10 @@ def test_a_comparison_of_which_a_score_is_missing_is_not_made(store, fakes):
     with pytest.raises(HqdmError, match="5 are missing") as fault:
         runner.make(store, "compare", config)
     assert fault.value.hint == "hqdm compare makes them first"
+    chosen = {role: link["id"] for role, link in store.current("compare").inputs.items() if role != "profile"}
+    with pytest.raises(HqdmError, match="of one profile's students, and none is named"):
+        stage.inputs(runner.stages.load("compare").Config(["hqdm", "efficientdm"], ["w4a4", "w4a3"], [0, 1]), store,
+                     {role: ident for role, ident in chosen.items() if role != "model"})  # fmt: skip
 
 
 def test_a_newer_model_makes_the_comparison_stale(store, fakes, tmp_path):
@@ -380,8 +440,53 @@ def test_a_dry_run_tells_what_is_missing_and_makes_nothing(store, fakes):
     assert set(result.cells[-1].chain) == {"plan"} and result.seconds >= 0
 
 
+def test_a_dry_run_of_a_forced_comparison_counts_the_students_that_it_would_make(store, fakes):
+    made(store)
+    before = ids(store)
+    result = compare.compare(store, asked(), store.current("model"), force=True, dry_run=True)
+    assert ids(store) == before
+    assert [cell.spec is None for cell in result.cells if cell.ended] == [True, True]
+    assert not any(cell.chain for cell in result.cells if cell.spec) and result.seconds > 0
+
+
+def test_a_dry_run_tells_what_speaks_against_a_cell(store, fakes):
+    result = made(store, seeds=(0,))
+    inputs = fakes["plan"].inputs
+
+    def misfit(config, store, chosen):
+        if config.method == "hqdm":
+            raise HqdmError("hqdm does not fit this model", "take another method")
+        return inputs(config, store, chosen)
+
+    fakes["plan"].inputs = misfit
+    result = compare.compare(store, asked(seeds=(0,)), store.current("model"), dry_run=True)
+    told = {cell.name: cell.error for cell in result.cells if cell.error}
+    assert told == dict.fromkeys(("hqdm w4a4 seed 0", "hqdm w4a3 seed 0"), "hqdm does not fit this model")
+
+
+def test_force_makes_the_plan_that_seeds_share_once(store, fakes):
+    made(store)
+    assert len(store.artifacts("plan")) == 4
+    compare.compare(store, asked(), store.current("model"), force=True)
+    assert [len(store.artifacts(name)) for name in ("plan", "distill", "export")] == [8, 16, 16]
+
+
+def test_scores_that_are_there_tell_how_long_the_next_take(store, fakes):
+    made(store, seeds=(0,))
+    for artifact in store.artifacts("score"):
+        manifest = json.loads((artifact.path / "manifest.json").read_text())
+        (artifact.path / "manifest.json").write_text(json.dumps(manifest | {"seconds": 4.0}))
+    more = asked(seeds=(1,), options={"sample": {"count": 16}})  # twice as many images
+    model = store.current("model")
+    pace = compare._Pace(store, model, more, compare._Run(store, more, model, Report(), False, True)._units)
+    assert [pace.of("score", cell) for cell in more.cells()] == pytest.approx([8.0] * 5)
+    other = asked(options={"score": {"extractor": "none"}})
+    pace = compare._Pace(store, model, other, compare._Run(store, other, model, Report(), False, True)._units)
+    assert {pace.of("score", cell) for cell in other.cells()} == {None}
+
+
 def test_what_learns_nothing_is_not_charged_the_time_of_what_does(store, fakes):
-    """Nor the other way round: a distillation's time is its trajectories and steps, a calibration's its own."""
+    """Nor the other way round: a distillation's time is its trajectories, steps and images, a calibration's its own."""
     profile = runner.make(store, "profile", runner.stages.load("profile").Config()).artifact
     model = store.current("model")
     for method, updates in (("hqdm", 80), ("rtn", 0)):
@@ -389,7 +494,7 @@ def test_what_learns_nothing_is_not_charged_the_time_of_what_does(store, fakes):
         with store.begin("plan", method, {"config": {}, "inputs": compare_links(profile=profile)}) as draft:
             (draft.path / "plan.txt").write_text(method)
             plan = draft.commit(figures)
-        request = {"config": {"trajectories": 4, "steps": 20}, "inputs": compare_links(plan=plan)}
+        request = {"config": {"trajectories": 4, "steps": 20, "batch": 4}, "inputs": compare_links(plan=plan)}
         with store.begin("distill", method, request) as draft:
             (draft.path / "student.txt").write_text(method)
             draft.commit(figures | {"updates": updates})
@@ -403,7 +508,7 @@ def test_what_learns_nothing_is_not_charged_the_time_of_what_does(store, fakes):
     run = compare._Run(store, longer, model, compare.Report(), False, True)
     pace = compare._Pace(store, model, longer, run._units)
     times = {cell.spec.method: pace.of("distill", cell) for cell in longer.cells() if cell.spec}
-    assert times == pytest.approx({"hqdm": 80.0, "efficientdm": 80.0, "rtn": 2.0, "smoothquant": 2.0})
+    assert times == pytest.approx({"hqdm": 160.0, "efficientdm": 160.0, "rtn": 2.0, "smoothquant": 2.0})
 
 
 def compare_links(**inputs):
@@ -457,6 +562,28 @@ def test_every_cells_command_finds_that_cell(hqdm, tmp_path):
     code, _, err = hqdm(*shlex.split(command)[1:])
     assert code == 0 and "cells: goes on at 2 of 2 cells" in err
     assert before == 4 + 4 == len(store.artifacts("distill"))
+
+
+@pytest.mark.parametrize(
+    "value", [1e-05, 0.5, 1e16, "1e-05", "0", "null", "", " a: b", "/x/my #1/ä 'é'.npz", "[x", "😀 #"]
+)
+def test_a_value_is_written_as_it_is_read(value):
+    text = yaml_text(value)
+    assert "\n" not in text and yaml_value(text, "it") == value and type(yaml_value(text, "it")) is type(value)
+
+
+def test_a_printed_command_keeps_small_numbers_and_odd_paths_whatever_folder_it_is_typed_in(
+    hqdm, tmp_path, monkeypatch
+):
+    words = ("compare", "hqdm", "--model", "model.ckpt", "-w", str(tmp_path / "ws"), "--json")
+    options = ("--option", "sample.eta=1e-05", "--option", "score.reference_path='my #1/a.npz'")
+    table = json.loads(hqdm(*words, *options)[1])
+    kept = {"sample": {"eta": 1e-05}, "score": {"reference_path": str(tmp_path / "my #1/a.npz")}}
+    assert table["about"]["options"] == kept
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = hqdm(*shlex.split(table["cells"][1]["command"])[1:])
+    assert code == 0 and "compare: up to date" in err
 
 
 @pytest.mark.parametrize("form", ["--markdown", "--csv", "--json"])
@@ -521,21 +648,66 @@ def test_a_recipe_is_the_same_comparison_and_what_is_typed_goes_before_it(hqdm, 
 
 
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("text", "exits", "what"),
     [
-        (("--seeds", "0,x"), "--seeds '0,x' cannot be read"),
-        (("--seeds", ""), "--seeds '' names nothing"),
-        (("--seeds", ","), "--seeds ',' names nothing"),
-        (("--bits", ","), "--bits ',' names nothing"),
-        (("--option", "batch=4"), "--option 'batch=4' cannot be read"),
-        (("--option", "distill.bach=4"), "has no option 'bach'"),
-        (("--model", "nowhere.ckpt"), "--model nowhere.ckpt: neither a file or folder nor a model artifact"),
-        ((), "workspace holds no model to compare on"),
+        ("", 1, "comparison.yaml is empty"),
+        ("{}", 1, "comparison.yaml is empty"),
+        ("methods: []", 2, "methods is empty"),
+        ("bits: []", 2, "bits is empty"),
+        ("seeds: []", 2, "seeds is empty"),
+        ("seeds: [a]", 2, "seeds[0] cannot be 'a'\nhint: it takes a whole number\n"),
+        ('{methods: [hqdm], model: ""}', 2, "--model '' names nothing"),
     ],
 )
-def test_what_is_typed_wrongly_is_named_with_a_way_out(hqdm, words, what):
+def test_a_recipe_that_names_nothing_is_refused_and_does_not_stand_for_everything(hqdm, tmp_path, text, exits, what):
+    recipe = tmp_path / "comparison.yaml"
+    recipe.write_text(text)
+    code, _, err = hqdm("compare", "--from", str(recipe), "--dry-run")
+    assert code == exits and what in err and "hint: " in err
+
+
+def test_a_reference_that_is_typed_goes_before_whatever_reference_a_recipe_names(hqdm, fakes, tmp_path):
+    fakes["score"].sources = score_stage.sources
+    (tmp_path / "real.npz").write_bytes(b"images")
+    recipe = tmp_path / "comparison.yaml"
+    recipe.write_text("{model: model.ckpt, methods: [hqdm], score: {reference_path: real.npz}}")
+    words = ("compare", "--from", str(recipe), "--json")
+    read = json.loads(hqdm(*words)[1])
+    assert read["about"]["options"]["score"] == {"reference_path": str(tmp_path / "real.npz")}
+    typed = json.loads(hqdm(*words, "--reference", "digits")[1])
+    assert typed["about"]["options"]["score"] == {"reference": "digits"}
+    other = json.loads(hqdm(*words, "--reference", "sample/1")[1])
+    assert not other["about"]["options"].get("score") and "--reference sample/0001" in other["cells"][1]["command"]
+    for wrong, what in (("model/1", "reference: model/0001 holds no images"), ("nope", "reference: 'nope' is neither")):
+        code, _, err = hqdm(*words, "--reference", wrong)
+        assert code == 2 and what in err
+    assert "hint: it takes digits, a folder or an archive of images, an .npz, or a sample artifact" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "exits", "what"),
+    [
+        (("--seeds", "0,x"), 2, "--seeds '0,x' cannot be read"),
+        (("--seeds", "-1"), 2, "--seeds '-1' cannot be read\nhint: write whole numbers of 0 or more"),
+        (("--seeds", ""), 2, "--seeds '' names nothing"),
+        (("--seeds", ","), 2, "--seeds ',' names nothing"),
+        (("--bits", ","), 2, "--bits ',' names nothing"),
+        (("--bits", "w4a4 w4a3"), 2, "hint: put commas between its words: --bits w4a4,w4a3"),
+        (("--option", "batch=4"), 2, "--option 'batch=4' cannot be read"),
+        (("--option", "distill.bach=4"), 2, "has no option 'bach'"),
+        (("--option", "sample.count=2", "--option", "sample.count=3"), 2, "sample.count is given twice"),
+        (("--count", "4", "--option", "sample.count=5"), 2, "--count 4 and --option sample.count=5"),
+        (("--reference", ""), 2, "--reference '' names nothing"),
+        (("--model", ""), 2, "--model '' names nothing"),
+        (("--processes", "0", "--dry-run"), 2, "--processes cannot be 0"),
+        (("--csv", "--dry-run"), 2, "--csv prints a table, and --dry-run makes none"),
+        (("--model", "nowhere.ckpt"), 1, "--model nowhere.ckpt: neither a file or folder nor a model artifact"),
+        ((), 1, "workspace holds no model to compare on"),
+    ],
+)
+def test_what_is_typed_wrongly_is_named_with_a_way_out(hqdm, words, exits, what):
     code, _, err = hqdm("compare", "hqdm", *words)
-    assert code in (1, 2) and "error: " in err and what in err and "hint: " in err
+    assert code == exits and "error: " in err and what in err and "hint: " in err
 
 
 def test_a_model_is_a_file_or_an_artifact_and_never_mistaken_for_a_method(store, tmp_path):

@@ -72,12 +72,12 @@ def test_a_wrong_value_is_refused_by_name(values, what):
 @pytest.mark.parametrize(
     ("values", "hint"),
     [
-        ({"steps": 3, "widths": [1, "2"]}, "it takes a list of whole numbers"),
+        ({"steps": 3, "widths": [1, "2"]}, "it takes a whole number"),
         ({"steps": 3, "widths": 5}, "it takes a list of whole numbers"),
         ({"steps": "3"}, "it takes a whole number"),
     ],
 )
-def test_the_hint_says_what_a_list_is_of(values, hint):
+def test_the_hint_says_what_a_list_is_of_and_of_one_entry_what_that_takes(values, hint):
     with pytest.raises(UsageError) as fault:
         from_dict(Config, values, "f.yaml")
     assert fault.value.hint == hint

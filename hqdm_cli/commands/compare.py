@@ -9,6 +9,9 @@ from hqdm_cli import console
 from hqdm_cli.options import WORKSPACE, Debug, DryRun, Force, Guidance, Json, Processes, Steps, Workspace
 from hqdm_cli.skin import shared_out
 
+# What an option of the command line is called where its name is not its stage's.
+FLAGS = {"extractor_weights": "--weights"}
+REFERENCE = ("reference", "reference_path", "reference_sha256")  # what --reference says of a score's configuration
 EXAMPLE = """hqdm compare hqdm efficientdm --bits w4a4,w4a3 --seeds 0,1
   hqdm compare hqdm/paper:order=16 hqdm/paper:order=32 --bits w4a3 --trajectories 20 --count 1000
   hqdm compare --from comparison.yaml --dry-run"""
@@ -79,8 +82,13 @@ def compare(
 
     if sum((as_json, as_markdown, as_csv)) > 1:
         raise UsageError("--json, --markdown and --csv are three ways to print one table", "give one of them")
+    if dry_run and (as_markdown or as_csv):
+        raise UsageError(
+            f"--{'csv' if as_csv else 'markdown'} prints a table, and --dry-run makes none",
+            "leave one of them out; --json prints what would run as JSON",
+        )
     store = Store(workspace)
-    read = engine.read_recipe(recipe) if recipe else engine.Recipe()
+    read = engine.read_recipe(recipe) if recipe is not None else engine.Recipe()
     options: dict[str, dict[str, Any]] = {stage: dict(getattr(read, stage)) for stage in engine.OPTIONED}
     typed = {
         "profile": {"steps": steps, "guidance": guidance},
@@ -88,21 +96,31 @@ def compare(
         "sample": {"count": count, "steps": steps, "guidance": guidance},
         "score": {"extractor": extractor, "extractor_weights": weights and str(weights.absolute())},
     }
+    given: dict[tuple[str, str], str] = {}  # stage and name: as they were typed
     for stage, values in typed.items():
-        options[stage] |= {name: value for name, value in values.items() if value is not None}
+        for name, value in values.items():
+            if value is not None:
+                options[stage][name], given[stage, name] = value, f"{FLAGS.get(name, f'--{name}')} {value}"
+    chosen: dict[str, str] = {}
+    if reference is not None:
+        if not reference.strip():
+            raise UsageError(
+                f"--reference {reference!r} names nothing", "name digits, a folder, an .npz or a sample artifact"
+            )
+        found, chosen = load("score").sources(store, None, reference)
+        options["score"] = {k: v for k, v in options["score"].items() if k not in REFERENCE} | found
+        given |= {("score", name): f"--reference {reference}" for name in REFERENCE}
     for text in option or []:
         stage, name, value = _option(text)
-        options.setdefault(stage, {})[name] = value
-    chosen: dict[str, str] = {}
-    if reference:
-        found, chosen = load("score").sources(store, None, reference)
-        options["score"] |= found
+        if before := given.get((stage, name)):
+            raise UsageError(f"{stage}.{name} is given twice: {before} and --option {text}", "give it once")
+        options.setdefault(stage, {})[name], given[stage, name] = value, f"--option {text}"
     asked = engine.comparison(
-        methods or read.methods, _words("--bits", bits) if bits is not None else read.bits or ["w4a4"],
+        methods or read.methods or (), _words("--bits", bits) if bits is not None else read.bits or ["w4a4"],
         _numbers(seeds) if seeds is not None else read.seeds or [0], options, chosen.get("reference"),
     )  # fmt: skip
     with console.Progress() as progress:
-        taken = engine.model_of(store, model or read.model, progress, dry_run)
+        taken = engine.model_of(store, model if model is not None else read.model, progress, dry_run)
         result = engine.compare(store, asked, taken.artifact, progress, force, dry_run)
     if dry_run:
         _show_plan(result, as_json)
@@ -132,6 +150,9 @@ def _words(option: str, text: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise UsageError(f"{option} {text!r} names nothing", f"write words with commas, or leave {option} out")
+    if any(" " in word for word in words):
+        commas = ",".join(text.replace(",", " ").split())
+        raise UsageError(f"{option} {text!r} cannot be read", f"put commas between its words: {option} {commas}")
     return words
 
 
@@ -140,24 +161,22 @@ def _numbers(text: str) -> list[int]:
 
     words = _words("--seeds", text)
     if not all(word.isdecimal() and len(word) < 20 for word in words):
-        raise UsageError(f"--seeds {text!r} cannot be read", "write whole numbers with commas: --seeds 0,1,2")
+        raise UsageError(
+            f"--seeds {text!r} cannot be read", "write whole numbers of 0 or more with commas: --seeds 0,1,2"
+        )
     return [int(word) for word in words]
 
 
 def _option(text: str) -> tuple[str, str, Any]:
     """distill.batch=4 as stage, name and value; the value as YAML has it."""
-    import yaml
-
+    from pipelines.config import yaml_value
     from pipelines.errors import UsageError
 
     place, equals, value = text.partition("=")
     stage, dot, name = place.strip().partition(".")
     if not (equals and dot and name):
         raise UsageError(f"--option {text!r} cannot be read", "write it as distill.batch=4")
-    try:
-        return stage, name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return stage, name, value
+    return stage, name, yaml_value(value, f"--option {place.strip()}")
 
 
 def _with_workspace(artifact: Any, name: str, workspace: Path) -> str:
@@ -181,13 +200,14 @@ def _with_workspace(artifact: Any, name: str, workspace: Path) -> str:
 
 
 def _show_plan(result: Any, as_json: bool) -> None:
-    """A dry run: every cell, what there is of it and what would run."""
-    rows = []
+    """A dry run: every cell, what there is of it, what would run, and what speaks against it."""
+    rows, faults = [], {cell.name: cell.error for cell in result.cells if cell.error}
     for cell in result.cells:
         missing = [] if cell.ended else [stage for stage in cell.road if stage not in cell.chain]
         there = cell.chain.get("score") or cell.chain.get("sample")
         rows.append({"cell": cell.name, "there": there.id if cell.ended else "", "would run": " ".join(missing)})
     if as_json:
+        rows = [row | {"error": faults.get(row["cell"], "")} for row in rows]
         console.print_json({"cells": rows, "seconds": result.seconds})
         return
     for line in console.table(rows):
@@ -199,6 +219,8 @@ def _show_plan(result: Any, as_json: bool) -> None:
         console.say(f"{missing} of {len(rows)} cells would be made; nothing like them was made yet to tell how long")
     else:
         console.say(f"{missing} of {len(rows)} cells would be made, in about {console.duration(result.seconds)}")
+    for name, error in faults.items():
+        console.say(f"would fail as it is: {name}: {error}")
 
 
 def _show_table(artifact: Any) -> None:

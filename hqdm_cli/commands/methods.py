@@ -26,8 +26,16 @@ def methods(
     is one file that declares transforms, quantisers and what trains; the source says where it comes from. An option, or
     a key of the recipe, is set with `hqdm plan --set NAME=VALUE`.
     """
+    from pipelines.errors import UsageError
     from pipelines.methods import METHODS, find
 
+    for name in names or ():
+        alone = name.partition(":")[0].partition("/")[0]
+        if alone != name and alone in METHODS:
+            raise UsageError(
+                f"hqdm methods takes a method's name alone, and {name!r} says more",
+                f"hqdm methods {alone} tells of all its variants and options",
+            )
     chosen = {name: find(name, None)[0] for name in names or METHODS}
     if as_json:
         console.print_json({name: _listed(name, method) for name, method in chosen.items()})

@@ -51,6 +51,11 @@ LAYERS = "asked/8/float"  # heading of the layers at the bits asked, at 8 bits a
 IDS = ("plan", "distill", "export", "sample", "score")
 
 
+def role_of(spec: str, bits: str, seed: int) -> str:
+    """What a cell is called: `hqdm/paper:order=16 w4a4 seed 0`; the teacher's has no bits, `teacher seed 0`."""
+    return f"{TEACHER} seed {seed}" if spec == TEACHER else f"{spec} {bits} seed {seed}"
+
+
 def heading(column: Column, extractor: str) -> str:
     """FD(digits), or FID where the features are Inception's."""
     if extractor == "inception" and column.key in INCEPTION:

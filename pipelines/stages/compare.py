@@ -13,6 +13,7 @@ import csv
 import functools
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import read_yaml
+from pipelines.config import read_yaml, yaml_text
 from pipelines.errors import HqdmError, UsageError
 from pipelines.events import Report
 from pipelines.plans import read_sites
 from pipelines.quant.spec import Site, Transform, largest_block
 from pipelines.report import comparison, comparison_pictures
-from pipelines.report.comparison import FLOAT, IDS, TEACHER
+from pipelines.report.comparison import FLOAT, IDS, TEACHER, role_of
 from pipelines.workspace.artifacts import Artifact
 from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "compare"
-VERSION = 5
+VERSION = 6
 
 ORDER = 32  # of the rotated weights in the picture, or less where 32 does not divide them
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -67,21 +68,14 @@ class Config:
 LINKED = ("plan", "distill", "export")  # stages of a student that are inputs beside its score
 
 
-def role_of(spec: str, bits: str, seed: int) -> str:
-    """The name under which a cell's score is an input; the teacher's has no bits."""
-    return f"{TEACHER} seed {seed}" if spec == TEACHER else f"{spec} {bits} seed {seed}"
-
-
 def command_of(config: Config, spec: str, bits: str, seed: int, model: str) -> str:
     """The command that makes one cell again in its workspace, or finds it up to date. It names no workspace: where that
     is not the default one, who prints the command adds it.
     """
-    import shlex
-
     words = ["hqdm", "compare", spec, "--bits", bits, "--seeds", str(seed), "--model", model]
     for stage, values in config.options.items():
         for name, value in values.items():
-            words += ["--option", f"{stage}.{name}={value if isinstance(value, str) else json.dumps(value)}"]
+            words += ["--option", f"{stage}.{name}={yaml_text(value)}"]
     if config.reference:
         words += ["--reference", config.reference]
     return shlex.join(words)
@@ -95,11 +89,13 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
     wanted = [role_of(TEACHER, FLOAT, seed) for seed in config.seeds]
     wanted += [name for role in made for name in (role, *(f"{role} {stage}" for stage in LINKED))]
     missing = [role for role in wanted if role not in chosen]
-    if missing or not wanted or "profile" not in chosen:
+    if missing or not wanted:
         raise HqdmError(
-            f"a comparison is made of scores and their students, and {len(missing)} are missing",
+            f"a comparison is made of scores and their students, and {len(missing) or 'all'} are missing",
             "hqdm compare makes them first",
         )
+    if "profile" not in chosen:
+        raise HqdmError("a comparison is of one profile's students, and none is named", "hqdm compare makes it first")
     for role in chosen:
         if role not in (*wanted, "profile"):
             raise UsageError(f"compare has no input {role!r}", "hqdm compare names them")

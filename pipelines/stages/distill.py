@@ -24,6 +24,7 @@ from pipelines.workspace.store import Store
 
 NAME = "distill"
 VERSION = 9
+MOST_SEED = 1 << 46  # each layer's adapters are drawn from 100,003 times as much, which torch takes up to 2⁶⁴
 MOST = 1_000_000  # trajectories, and images of one: their numbers are held at once
 
 
@@ -46,6 +47,10 @@ class Config:
         for name in ("trajectories", "batch"):
             if getattr(self, name) > MOST:
                 raise UsageError(f"distill: {name} cannot be {getattr(self, name)}", f"it takes {MOST} or less")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise UsageError(f"distill: eta cannot be {self.eta:g}", "it takes 0 (DDIM) … 1 (DDPM)")
+        if self.seed > MOST_SEED:
+            raise UsageError(f"distill: seed cannot be {self.seed}", f"it takes {MOST_SEED} or less")
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:

@@ -62,6 +62,8 @@ class Config:
                 raise UsageError(f"profile: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
         if self.batch > MOST:
             raise UsageError(f"profile: batch cannot be {self.batch}", f"it takes {MOST} or less")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise UsageError(f"profile: eta cannot be {self.eta:g}", "it takes 0 (DDIM) … 1 (DDPM)")
 
 
 def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str, Artifact]:

@@ -46,6 +46,10 @@ class Config:
                 raise UsageError(f"sample: {name} cannot be {getattr(self, name)}", "it takes 1 or more")
         if self.count > MOST_IMAGES:
             raise UsageError(f"sample: count cannot be {self.count}", f"it takes {MOST_IMAGES} or less")
+        if not 0 <= self.eta <= 1:
+            raise UsageError(f"sample: eta cannot be {self.eta:g}", "it takes 0 (DDIM) … 1 (DDPM)")
+        if self.attention != "fp32" and (self.backend in ON_DEVICE or self.device != "cpu"):
+            raise UsageError(f"--attention {self.attention} is compiled for processors alone", "leave it out")
         if self.device != "cpu" and self.source == "int":
             raise UsageError(f"--device {self.device} is for teacher and fake student", f"--backend {self.device}")
 
@@ -66,8 +70,6 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
         )
     if config.backend is not None and config.source != "int":
         raise UsageError(f"--backend chooses integer kernels, and {config.source} has none", "leave --backend out")
-    if config.attention != "fp32" and (config.backend in ON_DEVICE or config.device != "cpu"):
-        raise UsageError(f"--attention {config.attention} is compiled for processors alone", "leave it out")
     if config.attention != "fp32" and config.source == "teacher":
         raise UsageError(f"--attention {config.attention} is for students, not for the teacher", "leave it out")
     return {"source": maker} | ({"model": store.ancestor(maker, "model")} if config.source == "fake" else {})

@@ -96,6 +96,12 @@ class Config:
             raise UsageError(
                 f"no extractor is called {self.extractor!r}", did_you_mean(self.extractor, (*EXTRACTORS, "none"))
             )
+        if self.extractor_weights is not None and self.extractor in SHIPPED:
+            raise UsageError(f"the extractor {self.extractor!r} comes with its weights", "leave --weights away")
+        if self.extractor_weights is not None and self.extractor == "none":
+            raise UsageError("the extractor 'none' has no features and takes no weights", "leave --weights away")
+        if self.reference is not None and self.reference not in REFERENCES:
+            raise UsageError(f"no reference is called {self.reference!r}", did_you_mean(self.reference, REFERENCES))
 
 
 def sources(
@@ -114,11 +120,11 @@ def sources(
         if role == "reference" and text in REFERENCES:
             options["reference"] = text
         elif inside is not None and len(inside.parts) == 2 and (path / "manifest.json").is_file():
-            chosen[role] = store.get(inside.as_posix()).id
+            chosen[role] = _sample(store, role, inside.as_posix()).id
         elif path.exists():
             options[f"{role}_path"] = str(path.absolute())
         else:
-            chosen[role] = _artifact_or_fault(store, role, text).id
+            chosen[role] = _sample(store, role, _artifact_or_fault(store, role, text).id).id
     return options, chosen
 
 
@@ -142,7 +148,9 @@ def inputs(config: Config, store: Store, chosen: Mapping[str, str]) -> dict[str,
         if role not in ROLES:
             raise UsageError(f"score has no input {role!r}", did_you_mean(role, ROLES))
         if getattr(config, f"{role}_path") is not None:
-            raise UsageError(f"{role} is given twice: {getattr(config, f'{role}_path')} and {chosen[role]}")
+            raise UsageError(
+                f"{role} is given twice: {getattr(config, f'{role}_path')} and {chosen[role]}", "leave one of them out"
+            )
     found = {role: _sample(store, role, ident) for role, ident in chosen.items()}
     if config.samples_path is None and "samples" not in found:
         newest = store.current("sample")
@@ -345,7 +353,10 @@ def _artifact_or_fault(store: Store, role: str, text: str) -> Artifact:
     try:
         return store.get(text)
     except UsageError as error:
-        raise UsageError(f"{role}: {text!r} is neither a file or folder nor an artifact", error.hint) from error
+        hint = error.hint
+        if role == "reference":  # which is more than an artifact: those of the store alone would mislead
+            hint = f"it takes {', '.join(REFERENCES)}, a folder or an archive of images, an .npz, or a sample artifact"
+        raise UsageError(f"{role}: {text!r} is neither a file or folder nor an artifact", hint) from error
 
 
 def _sample(store: Store, role: str, ident: str) -> Artifact:
