@@ -63,7 +63,8 @@ def _tell(module, name):
             (out.path / "losses.csv").write_text(
                 "update,trajectory,timestep,loss_per_image\n1,1,501,4.0\n2,1,1,1.0\n3,2,1,0.5\n4,2,501,3.0\n"
             )
-            figures |= {"updates": 4, "last_loss": 1.75, "seed": config.seed}
+            device = module.__dict__.get("devices", {}).get(about["method"], "cpu")
+            figures |= {"updates": 4, "last_loss": 1.75, "seed": config.seed, "device": device}
         if name == "export":
             figures |= {"bytes": 1000}
         if name == "sample":
@@ -95,6 +96,10 @@ def made(store, *arguments, **options):
 
 def table_of(result):
     return json.loads(result.outcome.artifact.file("table.json").read_text())
+
+
+def csv_of(result):
+    return list(csv.DictReader(io.StringIO(result.outcome.artifact.file("table.csv").read_text())))
 
 
 def ids(store):
@@ -329,6 +334,69 @@ def test_the_best_of_each_width_is_marked_and_a_tie_marks_none(store, fakes):
     assert "FD(digits)" not in result.outcome.artifact.figures["best"]["w4a4"]
     page = result.outcome.artifact.file("table.md").read_text()
     assert "**25.50 ± 0.71**" in page and "**25.00 ± 0.71**" not in page
+
+
+def test_a_method_that_lacks_a_seed_is_not_ranked_and_named(store, fakes, monkeypatch):
+    """Its one seed would be the best of w4a4: means over different seeds are of different images."""
+    monkeypatch.setitem(PSNR, ("rtn", "w4a4"), 20.0)
+    run = fakes["distill"].run
+
+    def first_seed_fails(config, inputs, out, report):
+        if config.seed == 0 and inputs["plan"].figures["method"] == "efficientdm":
+            raise NumericalFault("the loss is nan", "distill with lower rates")
+        return run(config, inputs, out, report)
+
+    fakes["distill"].run = first_seed_fails
+    result = made(store, ("hqdm", "efficientdm", "rtn"), ("w4a4",))
+    table = table_of(result)
+    assert {row["spec"]: row["seeds"] for row in table["rows"]}["efficientdm"] == [1]
+    assert table["best"]["w4a4"]["PSNR dB"] == ["hqdm (usual)"]
+    page = result.outcome.artifact.file("table.md").read_text()
+    assert "lack seeds (in brackets those they have): efficientdm (usual) w4a4 (1)." in page
+    row = next(row for row in csv_of(result) if row["spec"] == "efficientdm" and row["kind"] == "mean")
+    assert row["seeds"] == "1"
+
+
+def test_what_a_plan_took_has_no_deviation_over_the_seeds_that_share_it(store, fakes):
+    row = table_of(made(store))["rows"][1]
+    assert row["plan_seconds"]["sd"] is None and row["distill_seconds"]["sd"] is not None
+
+
+def test_costs_on_different_devices_are_told_and_not_ranked(store, fakes):
+    alike = comparison.best_of(timed(table_of(made(store, seeds=(0,), bits=("w4a4",)))))
+    assert ("w4a4", "hqdm", "distill_seconds") in alike
+    fakes["distill"].devices = {"hqdm": "NVIDIA H200"}
+    result = made(store, ("hqdm", "efficientdm"), ("w4a4",), (1,))
+    table = table_of(result)
+    assert {cell["spec"]: cell["device"] for cell in table["cells"][1:]} == {
+        "hqdm": "NVIDIA H200", "efficientdm": "cpu"
+    }  # fmt: skip
+    assert table["about"]["devices"] == ["NVIDIA H200", "cpu"]
+    ranked = {key for _, _, key in comparison.best_of(timed(table))}
+    assert "psnr" in ranked and not ranked & set(comparison.COST)
+    page = result.outcome.artifact.file("table.md").read_text()
+    assert "Distilled on: NVIDIA H200, cpu." in page
+    assert {row["device"] for row in csv_of(result) if row["spec"] == "hqdm"} == {"NVIDIA H200"}
+
+
+def timed(table):
+    """A table in which students took different seconds."""
+    for place, row in enumerate(table["rows"]):
+        row["distill_seconds"] = {"mean": 10.0 + place, "sd": None}
+    return table
+
+
+def test_the_csv_says_what_was_measured_against_what_and_names_distances_by_their_features(store, fakes):
+    fakes["distill"].fails_at = ("hqdm", "w4a3")
+    rows = csv_of(made(store))
+    assert {(row["n"], row["reference"], row["extractor"]) for row in rows} == {("8", "digits", "digits")}
+    assert "fid" not in rows[0] and "sfid" not in rows[0]
+    (mean,) = [row for row in rows if (row["kind"], row["spec"], row["bits"]) == ("mean", "hqdm", "w4a4")]
+    assert (mean["seeds"], mean["fd_digits"], mean["fd_digits_sd"]) == ("0 1", "1.25", "0.0")
+    assert {row["fd_digits"] for row in rows if row["kind"] == "cell" and row["fd_digits"]} == {"1.25"}
+    assert [(row["seed"], row["stage"]) for row in rows if row["error"]] == [("0", "distill"), ("1", "distill")]
+    fid, *_ = [column for column in comparison.COLUMNS if column.key == "fid"]
+    assert comparison.csv_name(fid, "inception") == "fid"
 
 
 def test_a_terminal_gets_tables_as_narrow_as_it_is_quality_first_and_every_column_once(store, fakes):

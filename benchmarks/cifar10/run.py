@@ -81,7 +81,7 @@ def _write_results(table: dict, artifact: Artifact, folder: Path, options: argpa
     lines += [f"Libraries: {about['libraries']}. Options: {json.dumps(about['options'])}.", ""]
     if table["failed"]:
         lines += ["Cells without figures:", ""]
-        lines += [f"- {f['spec']} {f['bits']} seed {f['seed']}: {f['stage']}: {f['error']}" for f in table["failed"]]
+        lines += comparison.failures(table)
         lines.append("")
     for picture in sorted((folder / "pictures").iterdir()):
         lines += [f"![{picture.stem}](pictures/{picture.name})", ""]

@@ -259,4 +259,4 @@ def _show_table(artifact: Any) -> None:
         ]
         for line in console.table(rows):
             console.out(line)
-    console.say(note(table["about"]))
+    console.say(note(table))

@@ -18,17 +18,21 @@ FLOAT = "fp32"
 
 @dataclass(frozen=True)
 class Column:
-    """One figure: its key in a cell, its heading ({} is the extractor), what it is multiplied with, digits shown."""
+    """One figure: its key in a cell, its heading ({} is the extractor), what it is multiplied with, digits shown.
+
+    of: the stage whose artifact it was measured on, where several seeds have one in common.
+    """
 
     key: str
     heading: str
     digits: int
     better: int = 0  # 1: the higher, -1: the lower, 0: no merit of its own
     scale: float = 1.0
+    of: str = ""
 
 
 COLUMNS = (
-    Column("plan_seconds", "plan s", 0),
+    Column("plan_seconds", "plan s", 0, of="plan"),
     Column("updates", "updates", 0),
     Column("distill_seconds", "distillation s", 0, -1),
     Column("seconds_per_update", "s/update", 3, -1),
@@ -46,6 +50,7 @@ COLUMNS = (
     Column("last_loss", "last loss", 4),
 )
 QUALITY = ("psnr", "fid", "sfid", "is", "precision", "recall", "class_accuracy")
+COST = ("distill_seconds", "seconds_per_update", "peak_memory_bytes")  # of a distillation, as its device lets it be
 INCEPTION = {"fid": "FID", "sfid": "sFID", "is": "IS"}  # distances on other features go by other names
 LAYERS = "asked/8/float"  # heading of the layers at the bits asked, at 8 bits and in floating point
 IDS = ("plan", "distill", "export", "sample", "score")
@@ -61,6 +66,12 @@ def heading(column: Column, extractor: str) -> str:
     if extractor == "inception" and column.key in INCEPTION:
         return INCEPTION[column.key]
     return column.heading.format(extractor)
+
+
+def csv_name(column: Column, extractor: str) -> str:
+    """`fd_digits`, or `fid` where the features are Inception's, as a score's figures have it."""
+    of_others = extractor not in ("inception", "none") and column.key in ("fid", "sfid")
+    return f"{column.key.removesuffix('fid')}fd_{extractor}" if of_others else column.key
 
 
 def mean_and_deviation(values: Iterable[float | None]) -> dict[str, float | None] | None:
@@ -89,21 +100,41 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "method": mine[0]["method"], "spec": spec, "bits": bits, "seeds": [cell["seed"] for cell in mine],
             "options": mine[0].get("options") or {}, "variant": mine[0].get("variant"),
             "layers": mine[0].get("layers"),
-            **{column.key: mean_and_deviation(cell.get(column.key) for cell in mine) for column in COLUMNS},
+            "devices": list(dict.fromkeys(cell["device"] for cell in mine if cell.get("device"))),
+            **{column.key: mean_and_deviation(_measurements(mine, column)) for column in COLUMNS},
         }
         for (bits, spec), mine in groups.items()
     ]  # fmt: skip
 
 
-def best_of(rows: Sequence[Mapping[str, Any]]) -> set[tuple[str, str, str]]:
-    """(bits, spec, key) of the best mean of each width, as it is shown, ties included; students alone, two or more."""
-    found = set()
-    for bits in dict.fromkeys(row["bits"] for row in rows if row["spec"] != TEACHER):
+def _measurements(cells: Sequence[Mapping[str, Any]], column: Column) -> list[float | None]:
+    """A figure of every cell, but one of an artifact that several share: copies of it have no deviation to tell."""
+    measured = {cell.get(column.of) or place: cell.get(column.key) for place, cell in enumerate(cells)}
+    return list(measured.values())
+
+
+def short_rows(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows that lack seeds, whose cells failed: their means are over other images than those of the others."""
+    return [row for row in table["rows"] if set(row["seeds"]) < set(table["about"]["seeds"])]
+
+
+def best_of(table: Mapping[str, Any]) -> set[tuple[str, str, str]]:
+    """(bits, spec, key) of the best mean of each width, as it is shown, ties included; students alone, two or more.
+
+    Rows that lack seeds are not ranked, nor is the cost of students that were made on different devices.
+    """
+    found, short = set(), short_rows(table)
+    whole = [row for row in table["rows"] if row["spec"] != TEACHER and row not in short]
+    for bits in dict.fromkeys(row["bits"] for row in whole):
+        rows = [row for row in whole if row["bits"] == bits]
+        devices = {device for row in rows for device in row.get("devices") or ()}
         for column in (column for column in COLUMNS if column.better):
+            if len(devices) > 1 and column.key in COST:
+                continue
             mine = {
                 row["spec"]: round(float(row[column.key]["mean"]) * column.scale, column.digits)
                 for row in rows
-                if row["bits"] == bits and row[column.key] is not None
+                if row[column.key] is not None
             }
             if len(mine) < 2 or len(set(mine.values())) == 1:
                 continue
@@ -170,7 +201,7 @@ def shown(table: Mapping[str, Any]) -> Shown:
     rows, extractor = table["rows"], table["about"]["extractor"]
     used = [column for column in COLUMNS if any(row[column.key] is not None for row in rows)]
     several = len(table["about"]["seeds"]) > 1
-    winners = best_of(rows)
+    winners = best_of(table)
     layers = any(row.get("layers") for row in rows)
     words = ["bits", "method", *([LAYERS] if layers else []), *(["seeds"] if several else [])]
     headings = [*words, *(heading(column, extractor) for column in used)]
@@ -190,8 +221,9 @@ def layers_text(counts: Mapping[str, int] | None) -> str:
     return "/".join(str(counts[kind]) for kind in ("asked", "eight", "float")) if counts else ""
 
 
-def note(about: Mapping[str, Any]) -> str:
+def note(table: Mapping[str, Any]) -> str:
     """What the figures were measured with, in a few sentences."""
+    about, short = table["about"], short_rows(table)
     seeds = about["seeds"]
     sentences = [f"n = {about['n']} images of {about['steps']} steps, guidance {about['guidance']}."]
     if about["reference"]:
@@ -211,9 +243,9 @@ def note(about: Mapping[str, Any]) -> str:
     sentences.append(
         "Seconds are of the whole stage, loading included (rows that differ in their recipe alone may share a search, "
         "which the first of them waits for); peak MB is the largest resident memory of the process while "
-        "it distilled, with what earlier cells left; MB is the export's weights; last loss is the squared error "
-        "of the guided prediction, per image over the last trajectory. The best of each width is marked, of the digits "
-        "shown."
+        "it distilled, with what earlier cells left; MB is the weights' files, those of the export and the teacher's "
+        "own; last loss is the squared error of the guided prediction, per image over the last trajectory. The best of "
+        "each width is marked, of the digits shown."
     )
     if about.get("layers"):
         sentences.append(
@@ -222,8 +254,16 @@ def note(about: Mapping[str, Any]) -> str:
         )
     if about.get("untrained"):
         sentences.append("Methods of 0 updates are not distilled: their seconds are of calibration and reconstruction.")
+    if short:
+        named = (f"{row['method']} {row['bits']} ({', '.join(map(str, row['seeds']))})" for row in short)
+        sentences.append(f"Not ranked, since they lack seeds (in brackets those they have): {', '.join(named)}.")
     if about["machine"]:
         sentences.append(f"Machine: {about['machine']}.")
+    devices = about.get("devices") or ["cpu"]
+    if devices != ["cpu"]:
+        sentences.append(f"Distilled on: {', '.join(devices)}.")
+    if len(devices) > 1:
+        sentences.append("What a distillation took is not ranked where rows of a width differ in it.")
     return " ".join(sentences)
 
 
@@ -237,25 +277,39 @@ def markdown(table: Mapping[str, Any], marked: bool = True) -> list[str]:
     for texts, best in zip(view.lines, view.best, strict=True):
         cells = [f"**{t}**" if b and marked else t.replace("|", "/") for t, b in zip(texts, best, strict=True)]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", note(table["about"])]
+    return [*lines, "", note(table)]
+
+
+def failures(table: Mapping[str, Any]) -> list[str]:
+    """The cells that failed as Markdown lines: at which stage, and what it said."""
+    return [f"- {role_of(f['spec'], f['bits'], f['seed'])}: {f['stage']}: {f['error']}" for f in table["failed"]]
 
 
 def csv_text(table: Mapping[str, Any]) -> str:
-    """Every row (kind `mean`, each figure followed by its deviation) and every cell (kind `cell`), in one CSV."""
-    figures = [name for column in COLUMNS for name in (column.key, f"{column.key}_sd")]
-    fields = ["kind", "spec", "method", "bits", "seed", "layers", *figures]
+    """Every row (kind `mean`, each figure followed by its deviation) and every cell (kind `cell`; stage and error are
+    those of a failure), in one CSV.
+    """
+    about = table["about"]
+    names = {column.key: csv_name(column, about["extractor"]) for column in COLUMNS}
+    figures = [word for name in names.values() for word in (name, f"{name}_sd")]
+    work = {name: about[name] for name in ("n", "reference", "extractor")}
+    fields = ["kind", "spec", "method", "bits", "seed", "seeds", *work, "device", "layers", *figures]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*fields, *IDS, "command", "error"], lineterminator="\n", extrasaction="ignore")
+    writer = csv.DictWriter(
+        text, [*fields, *IDS, "command", "stage", "error"], lineterminator="\n", extrasaction="ignore"
+    )
     writer.writeheader()
     for row in table["rows"]:
-        figures = {}
-        for column in COLUMNS:
-            if (figure := row[column.key]) is not None:
-                figures |= {column.key: figure["mean"], f"{column.key}_sd": figure["sd"]}
-        told = {"kind": "mean", "layers": layers_text(row.get("layers"))}
-        writer.writerow(told | {k: row[k] for k in ("spec", "method", "bits")} | figures)
+        line = {"kind": "mean"} | work | {key: row[key] for key in ("spec", "method", "bits")}
+        line |= {"seeds": " ".join(map(str, row["seeds"])), "layers": layers_text(row.get("layers"))}
+        line["device"] = ", ".join(row.get("devices") or ())
+        for key, name in names.items():
+            if (figure := row[key]) is not None:
+                line |= {name: figure["mean"], f"{name}_sd": figure["sd"]}
+        writer.writerow(line)
     for cell in table["cells"]:
-        writer.writerow({"kind": "cell"} | dict(cell) | {"layers": layers_text(cell.get("layers"))})
+        measured = {name: cell.get(key) for key, name in names.items()}
+        writer.writerow({"kind": "cell"} | work | dict(cell) | measured | {"layers": layers_text(cell.get("layers"))})
     for failed in table["failed"]:
-        writer.writerow({"kind": "cell"} | dict(failed))
+        writer.writerow({"kind": "cell"} | work | dict(failed))
     return text.getvalue()

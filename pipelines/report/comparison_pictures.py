@@ -75,7 +75,7 @@ def against_widths(path: Path, table: Mapping[str, Any]) -> bool:
     return _against(
         path, table, "Image quality against bit widths",
         [row for row in table["rows"] if row["spec"] != TEACHER],
-        lambda row: row["bits"], lambda row: row["method"], [b for b in table["about"]["bits"]], "bits",
+        lambda row: row["bits"], lambda row: row["method"], list(table["about"]["bits"]), "bits",
     )  # fmt: skip
 
 

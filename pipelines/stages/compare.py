@@ -181,7 +181,7 @@ def _cell(config: Config, chain: Mapping[str, Artifact], spec: str, bits: str, s
         "variant": variant, "options": options, "bits": bits, "seed": seed,
         "plan_seconds": plan.manifest["seconds"],
         "updates": updates, "distill_seconds": seconds, "seconds_per_update": seconds / updates if updates else None,
-        "peak_memory_bytes": distilled.figures.get("peak_memory_bytes"),
+        "device": distilled.figures.get("device"), "peak_memory_bytes": distilled.figures.get("peak_memory_bytes"),
         "last_loss": _number(distilled.figures.get("last_loss")),
         **_measured(chain), "bytes": chain["export"].figures.get("bytes"),
         "layers": _layers(plan, bits),
@@ -235,6 +235,7 @@ def _about(
         "extractor": _only([figures.get("extractor") or "none" for figures in scores]) or "none",
         "layers": any(cell.get("layers") for cell in cells),
         "untrained": any(student.figures.get("updates") == 0 for student in distilled),
+        "devices": list(dict.fromkeys(cell["device"] for cell in cells if cell.get("device"))),
         "machine": _only([f"{a.manifest['machine']['cpu']}, {a.manifest['machine']['threads']} threads"
                           for a in [*samples, *distilled]]),
         "libraries": _only([", ".join(f"{name} {version}" for name, version in a.manifest["libraries"].items())
@@ -244,7 +245,7 @@ def _about(
 
 def _best(table: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     """bits -> heading -> the methods that are best there."""
-    winners = comparison.best_of(table["rows"])
+    winners = comparison.best_of(table)
     labels = {row["spec"]: row["method"] for row in table["rows"]}
     best: dict[str, dict[str, list[str]]] = {}
     for column in comparison.COLUMNS:
@@ -379,7 +380,7 @@ def _page(table: Mapping[str, Any], pictures: Mapping[str, str], profile: Artifa
     lines = ["# Comparison", "", *comparison.markdown(table), ""]
     if table["failed"]:
         lines += ["## Failed", ""]
-        lines += [f"- {f['spec']} {f['bits']} seed {f['seed']}: {f['stage']}: {f['error']}" for f in table["failed"]]
+        lines += comparison.failures(table)
         lines.append("")
     lines += ["## Pictures", ""]
     for name, what in pictures.items():
