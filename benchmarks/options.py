@@ -1,10 +1,35 @@
-"""What the benchmarks of a denoising step ask alike, and the file that their figures are kept in. Loads no torch."""
+"""What benchmarks ask alike, how they tell of faults, and the file that their figures are kept in. Loads no torch."""
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipelines.errors import HqdmError
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What a user can mend, as two lines instead of a traceback."""
+    try:
+        yield
+    except HqdmError as error:
+        raise SystemExit(f"error: {error.what}" + (f"\nhint: {error.hint}" if error.hint else "")) from error
+
+
+def listed(kind: type[int] | type[float]) -> Callable[[str], list[int] | list[float]]:
+    """`10,20` as a list of numbers, for argparse."""
+
+    def read(text: str) -> list[int] | list[float]:
+        try:
+            return [kind(word) for word in text.split(",")]
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise argparse.ArgumentTypeError(f"{text!r}: give {what}, with commas") from None
+
+    return read
 
 
 def add_step_options(parser: argparse.ArgumentParser, turns: int, kept: str) -> None:

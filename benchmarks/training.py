@@ -9,7 +9,8 @@ trained, as `QuantLayer` trains it, and as the public code of HQ-DM and Efficien
 is of `hqdm distill`'s own loop against an update of all weights in full precision, on the same network, batch and
 guidance. Whatever is compared runs in turns in one process; a ratio is the median over the turns, with its quartiles.
 Seconds are the process's CPU time on one thread, so that other work on the machine does not count. Memory is the peak
-of a process of its own, libraries included. `training.json` in the folder has every figure.
+of a process of its own, libraries included. `training.json` in the folder has every figure, and of each table the
+settings and torch's version.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.options import told
 from pipelines import runner
 from pipelines.digits import CHECKPOINT
 from pipelines.distillation.rates import WEIGHT_DECAY
@@ -48,6 +50,12 @@ from pipelines.workspace.store import Store
 RANK = 32  # of the adapters, as published
 BATCH = 4  # two images with guidance, as published
 PLAIN = "full precision"
+WORKSPACE = "training-workspace"  # made anew each time: no name that a user's own workspace has
+# What decides each table's figures.
+SETTINGS = {
+    "layers": ("turns", "batch", "layers"),
+    "updates": ("turns", "model", "methods", "bits", "steps", "batch_of_images"),
+}  # fmt: skip
 
 
 # The layers of LDM-4 ImageNet (192 channels times 1, 2, 3, 5; 768 of time; 512 of context).
@@ -345,7 +353,7 @@ def plan_of(store: Store, method: str, bits: str) -> Artifact:
 
 def child(options: argparse.Namespace) -> None:
     """In a process of its own: one method in turns with plain training (`pair`), or one of them for its memory."""
-    store = Store(options.folder / "workspace")
+    store = Store(options.folder / WORKSPACE)
     reuse_freed_memory()
     what, name = options.child
     if what == "pair" or name == PLAIN:
@@ -364,9 +372,10 @@ def child(options: argparse.Namespace) -> None:
 
 
 def update_table(options: argparse.Namespace) -> list[dict]:
-    shutil.rmtree(options.folder / "workspace", ignore_errors=True)
-    store = Store(options.folder / "workspace")
-    model = runner.make(store, "model", runner.model_config(options.model)).artifact
+    taken = runner.model_config(options.model)
+    shutil.rmtree(options.folder / WORKSPACE, ignore_errors=True)
+    store = Store(options.folder / WORKSPACE)
+    model = runner.make(store, "model", taken).artifact
     profile = load("profile").Config(steps=options.steps, batch=2)
     runner.make(store, "profile", profile, {"model": model.id})
     names = options.methods.split(",") if options.methods else [
@@ -415,7 +424,14 @@ def print_updates(rows: list[dict], options: argparse.Namespace) -> None:
         print(f"| {PLAIN} | | | | {rows[0]['plain_peak_gb']:.2f} | 1 |")
 
 
-def main() -> None:
+def with_settings(name: str, rows: list[dict], options: argparse.Namespace) -> dict:
+    """A table as it is kept: tables of one file may be of different runs."""
+    settings = {key: getattr(options, key) for key in SETTINGS[name]}
+    settings |= {key: value.name for key, value in settings.items() if isinstance(value, Path)}
+    return {"torch": torch.__version__, "settings": settings, "rows": rows}
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("layers", "updates"))
     parser.add_argument("--folder", type=Path, default=Path("runs/training"))
@@ -428,7 +444,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of the trajectories")
     parser.add_argument("--batch-of-images", type=int, default=8, help="of an update; guidance doubles it")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    with told():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure and print the tables that are asked for, and keep them beside those that are there."""
     torch.set_num_threads(1)
     if options.child:
         child(options)
@@ -436,14 +458,17 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     reuse_freed_memory()
     file = options.folder / "training.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    results = {name: table for name, table in kept.items() if isinstance(table, dict)}  # others say no settings
     if options.only != "updates":
-        results["layers"] = layer_table(options.turns, options.batch, options.layers)
-        print_layers(results["layers"], options.batch)
+        rows = layer_table(options.turns, options.batch, options.layers)
+        print_layers(rows, options.batch)
+        results["layers"] = with_settings("layers", rows, options)
     if options.only != "layers":
-        results["updates"] = update_table(options)
-        print_updates(results["updates"], options)
-    file.write_text(json.dumps(results | {"torch": torch.__version__}, indent=1) + "\n")
+        rows = update_table(options)
+        print_updates(rows, options)
+        results["updates"] = with_settings("updates", rows, options)
+    file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

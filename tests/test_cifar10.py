@@ -15,7 +15,8 @@ from PIL import Image
 from roads import make
 from torch.nn import functional as F
 
-from benchmarks.cifar10 import contrast, reference, run, tables, teacher, widths
+from benchmarks import options as benchmark_options
+from benchmarks.cifar10 import classifier, contrast, reference, run, tables, teacher, train, widths
 from pipelines import cifar10, diffusion, runner
 from pipelines.cifar10.data import find_split, load_split
 from pipelines.errors import FileFault, HqdmError, UsageError
@@ -146,6 +147,35 @@ def test_a_benchmark_without_its_teacher_or_images_says_what_to_type(tmp_path):
         run.main(["--teacher", str(tmp_path / "model.ckpt")])
     with pytest.raises(SystemExit, match="--data FOLDER"):
         run.main(["--teacher", str(tiny_checkpoint(tmp_path)), "--work", str(tmp_path)])
+
+
+def test_trainings_without_their_images_say_so_in_two_lines(tmp_path):
+    nowhere, work = str(tmp_path / "nowhere"), ["--work", str(tmp_path)]
+    for main, words in (
+        (train.main, ["unet", "--train", nowhere]), (classifier.main, ["--train", nowhere, "--test", nowhere])
+    ):  # fmt: skip
+        with pytest.raises(SystemExit, match="^error: .*nowhere"):
+            main([*words, *work])
+
+
+def test_steps_that_are_no_numbers_are_refused_as_they_are_typed(capsys):
+    for words in (["--steps", "a"], ["--guidance", "1,b"]):
+        with pytest.raises(SystemExit):
+            teacher.main(["unet", "--judge", *words])
+        assert f"{words[1]!r}: give " in capsys.readouterr().err
+
+
+def test_a_training_goes_on_to_another_end_only_before_its_rate_has_begun_to_fall(tmp_path):
+    asked = {"network": "unet", "seed": 0, "batch": 64, "steps": 100, "fall": 20}
+    for step in (0, 81):  # the last of 81 steps still had the whole rate
+        train.check_going_on(asked | {"step": step}, asked | {"steps": 200}, tmp_path)
+    for step, change in ((82, {"steps": 200}), (100, {"steps": 200}), (82, {"fall": 10}), (60, {"steps": 70})):
+        with pytest.raises(UsageError, match=f"at step {step} of 100 with a fall over the last 20: too late") as fault:
+            train.check_going_on(asked | {"step": step}, asked | change, tmp_path)
+        assert "--steps 100 --fall 20" in fault.value.hint
+    train.check_going_on(asked | {"step": 100}, asked, tmp_path)
+    with pytest.raises(UsageError, match="of another run: batch 64, not 32"):
+        train.check_going_on(asked | {"step": 1}, asked | {"batch": 32}, tmp_path)
 
 
 def test_the_written_teacher_predicts_what_was_trained(tmp_path):
@@ -311,7 +341,7 @@ def test_nothing_says_where_the_images_are_until_somebody_does(tmp_path):
     with pytest.raises(UsageError) as caught:
         reference.written(None, "test", tmp_path)
     assert "--data FOLDER" in caught.value.hint
-    with pytest.raises(SystemExit, match="error: .*\nhint: "), reference.told():
+    with pytest.raises(SystemExit, match="error: .*\nhint: "), benchmark_options.told():
         reference.written(None, "test", tmp_path)
 
 

@@ -6,12 +6,14 @@ before the layer uses it, where the public code adds it as it is.
 """
 
 import itertools
+import json
 import math
 import time
 
 import pytest
 import torch
 
+from benchmarks import training
 from benchmarks.training import PublishedLayer, both_layers, layer_input, plain_layer
 from pipelines.quant import layers
 from pipelines.quant.layers import QuantLayer
@@ -169,3 +171,34 @@ def test_turns_alternate_and_ratios_are_taken_within_them():
     taken = in_turns({"a": lambda: heard.append("a"), "b": lambda: heard.append("b")}, turns=3)
     assert "".join(heard) == "abbaabbaab" and len(taken["a"]) == len(taken["b"]) == 3
     assert ratio([2.0, 4.0, 6.0], [1.0, 1.0, 2.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Let the benchmark say how many threads it wants, and the other tests keep theirs."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+def test_the_benchmark_leaves_a_workspace_beside_it_alone(tmp_path, threads, monkeypatch):
+    (tmp_path / "workspace/model").mkdir(parents=True)
+    monkeypatch.setattr(training.runner, "make", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # as soon as its own workspace was cleared
+        training.main(["--only", "updates", "--folder", str(tmp_path)])
+    assert (tmp_path / "workspace/model").exists()
+
+
+def test_a_benchmark_of_a_model_that_is_not_there_says_so_in_two_lines(tmp_path, threads):
+    with pytest.raises(SystemExit, match="^error: .*nope does not exist\nhint: "):
+        training.main(["--only", "updates", "--model", str(tmp_path / "nope"), "--folder", str(tmp_path)])
+
+
+def test_each_table_is_kept_with_its_own_settings_and_version(tmp_path, threads, monkeypatch):
+    file = tmp_path / "training.json"
+    earlier = {"torch": "1.0", "settings": {"turns": 3}, "rows": []}
+    file.write_text(json.dumps({"updates": earlier, "layers": [], "torch": "0.9"}))
+    monkeypatch.setattr(training, "layer_table", lambda *_: [])
+    training.main(["--only", "layers", "--turns", "5", "--layers", "conv", "--folder", str(tmp_path)])
+    settings = {"turns": 5, "batch": training.BATCH, "layers": "conv"}
+    assert json.loads(file.read_text()) == {
+        "updates": earlier, "layers": {"torch": torch.__version__, "settings": settings, "rows": []}
+    }  # fmt: skip

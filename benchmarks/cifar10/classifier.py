@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.cifar10.data import tensors
+from benchmarks.options import told
 from pipelines.cifar10 import CLASSIFIER
 from pipelines.cifar10.classifier import Cifar10Classifier, as_floats, load_classifier
 
@@ -70,7 +71,7 @@ def train(images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int) ->
     return model.eval()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", type=Path, required=True, help="folder or archive of the training images")
     parser.add_argument("--test", type=Path, required=True, help="folder or archive of the test images")
@@ -78,7 +79,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CLASSIFIER)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    with told():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, write the weights and say how many test images they name right; FileFault where images are missing."""
     model = train(*tensors(options.train, options.work / "train.npz"), options.epochs, options.seed)
     whole = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     save_file({name: value.contiguous() for name, value in whole.items()}, options.out)

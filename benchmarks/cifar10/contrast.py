@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.cifar10 import reference
+from benchmarks.options import told
 from pipelines.metrics.images import read_arrays, read_images
 
 COLUMNS = ("deviation", "detail", "FD", "sFD", "IS", "precision", "recall", "named right", "PSNR, dB")
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images; not needed again where WORK has them")
     parser.add_argument("--work", type=Path, default=reference.WORK, help="folder for the test images")
     options = parser.parse_args(arguments)
-    with reference.told():
+    with told():
         from pipelines.metrics.extractors import load_extractor
 
         path = reference.written(options.data, "test", options.work)

@@ -9,31 +9,21 @@ to come closer. The classifier has seen the training images, so a part of that d
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.options import told
 from pipelines.cifar10 import CLASSES
 from pipelines.cifar10.data import find_split, load_split
-from pipelines.errors import HqdmError, UsageError
+from pipelines.errors import UsageError
 from pipelines.metrics.images import hash_of_images, read_arrays
 
 if TYPE_CHECKING:
     from pipelines.metrics.extractors import Features
 
 WORK = Path("runs/cifar10")
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """What a user can mend, as two lines instead of a traceback."""
-    try:
-        yield
-    except HqdmError as error:
-        raise SystemExit(f"error: {error.what}" + (f"\nhint: {error.hint}" if error.hint else "")) from error
 
 
 def written(data: Path | None, split: str, work: Path = WORK) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cifar10 import reference
+from benchmarks.options import told
 from hqdm_cli import console
 from pipelines import compare, methods
 from pipelines.errors import FileFault, HqdmError
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     if options.images is not None and options.images < 1:
         parser().error(f"--images {options.images}: an update needs an image at least")
-    with reference.told():
+    with told():
         run(options)
 
 

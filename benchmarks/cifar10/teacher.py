@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from benchmarks.cifar10 import reference
 from benchmarks.cifar10.train import NETWORKS
+from benchmarks.options import listed, told
 from pipelines import runner
 from pipelines.cifar10 import CLASSES
 from pipelines.digits.train import noise_schedule
@@ -112,8 +113,8 @@ def judge(model: Path, options: argparse.Namespace) -> None:
     print(f"{options.count} images a row, seed {options.seed}; FD, sFD, precision, recall to {against}")
     print("| steps | guidance | class acc. | FD | sFD | IS | precision | recall | images/s |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for steps in (int(word) for word in options.steps.split(",")):
-        for guidance in (float(word) for word in options.guidance.split(",")):
+    for steps in options.steps:
+        for guidance in options.guidance:
             values = dict(source="teacher", count=options.count, steps=steps, guidance=guidance, seed=options.seed)
             samples = runner.make(store, "sample", load("sample").Config(**values), {"source": taken.id}, Report())
             stage = load("score")
@@ -131,7 +132,7 @@ def judge(model: Path, options: argparse.Namespace) -> None:
     print(f"pictures: {options.work / 'judge'}/{options.network}-*.png")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"), help="folder of the training's state")
@@ -139,11 +140,11 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="write into WORK instead, sample and score")
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10's images, for --judge")
     parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--steps", default="20", help="with commas")
-    parser.add_argument("--guidance", default="1.5", help="with commas")
+    parser.add_argument("--steps", type=listed(int), default="20", help="with commas")
+    parser.add_argument("--guidance", type=listed(float), default="1.5", help="with commas")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with reference.told():
+    options = parser.parse_args(arguments)
+    with told():
         take(options)
 
 

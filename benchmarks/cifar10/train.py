@@ -5,14 +5,16 @@
 
 `unet` is a class-conditional UNet of the LDM family on 16×16×12, which 32×32×3 is after space-to-depth; `dit` a small
 diffusion transformer on the pixels. Every step draws its batch, timesteps and noise from a generator seeded by
-(seed, step), so a run that was stopped goes on as if it had not been; `--steps` may be raised later, as long as the
-closing fall of the learning rate (`--fall` steps) has not begun.
+(seed, step), so a run that was stopped goes on as if it had not been; `--steps` and `--fall` may be changed later, as
+long as the closing fall of the learning rate (over the last `--fall` steps) has not begun.
 """
 
 import argparse
 import copy
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +22,11 @@ from torch.nn import functional as F
 
 import pipelines  # noqa: F401
 from benchmarks.cifar10.data import BLOCK, tensors
+from benchmarks.options import told
 from pipelines.cifar10 import CLASSES
 from pipelines.cifar10.classifier import as_floats
 from pipelines.digits.train import noise_schedule
+from pipelines.errors import UsageError
 
 DROP_CLASS = 0.1  # share of the samples trained without their class, for classifier-free guidance
 EMA_DECAY = 0.9995
@@ -133,7 +137,32 @@ def compiled(model: nn.Module) -> None:
     model.forward = torch.compile(model.forward)
 
 
-def main() -> None:
+def fall_has_begun(step: int, steps: int, fall: int) -> bool:
+    """Whether the closing fall has lowered the learning rate of any of the first `step` steps."""
+    return step - 1 > steps - fall
+
+
+def check_going_on(state: Mapping[str, Any], asked: Mapping[str, Any], saved: Path) -> None:
+    """UsageError where a saved state is of another run, or where its learning rate has begun to fall, or would have by
+    now, to another end than is asked for.
+    """
+    for name in ("network", "seed", "batch"):
+        if state[name] != asked[name]:
+            raise UsageError(
+                f"{saved} is of another run: {name} {state[name]}, not {asked[name]}",
+                f"give its {name} to go on, or another --work",
+            )
+    step, now = state["step"], (asked["steps"], asked["fall"])
+    steps, fall = before = state.get("steps", now[0]), state.get("fall", now[1])  # older states do not say
+    if before != now and (fall_has_begun(step, *before) or fall_has_begun(step, *now)):
+        raise UsageError(
+            f"{saved} is at step {step} of {steps} with a fall over the last {fall}: too late for "
+            f"--steps {asked['steps']} --fall {asked['fall']}",
+            f"go on with --steps {steps} --fall {fall}, or begin anew with another --work",
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--train", type=Path, required=True, help="folder or archive of the training images")
@@ -145,9 +174,14 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16 and compiled code: 1.6 times as "
                         "fast on 2 cores with AVX512-BF16; needs a C++ compiler")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="that it trains on, such as cuda")
-    options = parser.parse_args()
-    asked = {name: getattr(options, name) for name in ("network", "seed", "batch")}
+    options = parser.parse_args(arguments)
+    with told():
+        train(options)
 
+
+def train(options: argparse.Namespace) -> None:
+    """Train, or go on where a run was stopped. FileFault without images, UsageError for the state of another run."""
+    asked = {name: getattr(options, name) for name in ("network", "seed", "batch", "steps", "fall")}
     torch.manual_seed(options.seed)
     model = NETWORKS[options.network]().to(options.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -158,8 +192,7 @@ def main() -> None:
     saved, step, mean = options.work / f"{options.network}.pt", 0, None
     if saved.exists():
         state = torch.load(saved, weights_only=True, map_location=options.device)
-        if any(state[name] != value for name, value in asked.items()):
-            raise SystemExit(f"{saved} is of another run: give its options to go on, or another --work")
+        check_going_on(state, asked, saved)
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
