@@ -1,4 +1,11 @@
-"""What a recipe trains, and at which rates."""
+"""What a recipe trains, and at which rates.
+
+Adapters decay by 0.01 of their rate at every update, and nothing else does. The public trainers of EfficientDM, HQ-DM
+and MPQ-DM have that from AdamW's default, and so of all that they train: at rates that fall to 0 an activation scale
+loses 0.05 % of itself over 200 updates and 4 % over 16,000, a weight scale 0.008 %. It takes from all timesteps' scales
+at each update, since they are one tensor and those without a gradient have zeros. Here scales and zero-points are only
+where their gradients took them.
+"""
 
 from pipelines.models.denoiser import Denoiser
 from pipelines.plans import Recipe

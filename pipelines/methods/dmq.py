@@ -10,13 +10,14 @@ row of the sample votes for the p of its least error; the mode counts where it h
 Inputs that join h and a skip connection are divided there. Scales of activations: one for each timestep, by maxima of
 all that the profile saw (theirs: a moving average of the calibration batches' maxima).
 
-Differences: log γ is learned, which keeps γ positive, in 100 updates of rate 0.05 instead of 6,000 of 0.001; the
-error of a k×k convolution counts its kernel's rows apart, since the sample has single image rows. r is for 20
-timesteps as there, and is taken in proportion for others. One vote holds for all timesteps (their code: for each), so
-that there is one weight, and a channel whose values outside the sample are more than its p leaves room for widens the
-step of all; W·2^(−p) is quantised, whereas DMQ shifts after the weight's quantiser: a column of p has
-8 − p bits. Shortcuts have 8/8 bits and no γ here, since the other methods leave them in floating point. Time
-projections are quantised as in the other methods (theirs: floating point).
+Differences: log γ is learned, which keeps γ positive, in 100 updates of rate 0.05 instead of 6,000 of 0.001, each
+timestep with the range that it will have (theirs, by the --dynamic of its commands: with the range of the batch, which
+mixes timesteps); the error of a k×k convolution counts its kernel's rows apart, since the sample has single image rows.
+r is for 20 timesteps as there, and is taken in proportion for others. One vote holds for all timesteps (their code: for
+each), so that there is one weight, and a channel whose values outside the sample are more than its p leaves room for
+widens the step of all; W·2^(−p) is quantised, whereas DMQ shifts after the weight's quantiser: a column of p has 8 − p
+bits. Shortcuts have 8/8 bits and no γ here, since the other methods leave them in floating point. Time projections are
+quantised as in the other methods (theirs: floating point).
 
     published  AdaRound of the weights block by block follows, with activations as they were calibrated
     search     activation ranges by least error, which clip; γ is learned for those by maxima all the same

@@ -10,11 +10,13 @@ asymmetric; LoRA of rank 32 merged before the quantiser, on the dequantised base
 zero-points of all timesteps share a momentum, as the code's one tensor of each layer does (`Recipe.momentum`).
 Otherwise than in the code: all timesteps start there from one scale and one zero-point found on one calibration batch,
 here each from its own, found by error on the profile's sample, so that this baseline is nearer to its end when training
-begins (`--set recipe.activation_scale_from=trajectory` starts all from one); its scripts write the integer weights by
-their largest values, though its trainer is set to the L2.4 search, which is taken here; the zero-point is used
-unrounded there and rounded here; the base weight stays as it was, there it is scaled with the weight's scale as that is
-learned; and 8-bit layers, which have one static scale there and do not train, train here as all others do. HQ-DM's
-variants start and train likewise.
+begins (`--set recipe.activation_scale_from=trajectory` starts all from one); the error of an activation's range counts
+by its square, there by |error|^2.4, as weights' do in both; its scripts write the integer weights by their largest
+values, though its trainer is set to the L2.4 search, which is taken here; the zero-point is used unrounded there and
+rounded here; scales and zero-points do not decay, there AdamW's default takes 4 % of an activation scale in its 16,000
+updates (`distillation/rates.py`); the base weight stays as it was, there it is scaled with the weight's scale as that
+is learned; and 8-bit layers, which have one static scale there and do not train, train here as all others do. HQ-DM's
+variants train likewise.
 Time embedding, first and last convolution at 8 bits; shortcut and downsampling convolutions in floating point.
 """
 

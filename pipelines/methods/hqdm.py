@@ -24,6 +24,13 @@ Where the width is no multiple of 32 the paper's identity would leave most of a 
 the largest power of two up to 32 that divides it. A weight factor per timestep multiplies the epilogue and leaves the
 integers alone; the paper's formula would need other integers at every timestep. It starts at 1 and learns at the rate
 of activation scales, since the code's 1e-6 is for scales and would leave a factor where it is.
+
+8-bit layers are not rotated, in `paper` neither: the time embedding, first and last convolution are exempt in the code
+(its `special_module_count_list`), where the paper's text has H = I only for fewer channels than the order. Activation
+scales start by least error at each timestep, where the code starts all timesteps from one δ out of a file, whose writer
+is not in its repository (the trainer's quantiser is set to `max`, and finds nothing itself);
+`--set recipe.activation_scale_from=trajectory` starts from one, by least error too. Scales do not decay, as they do
+there (`distillation/rates.py`), and 8-bit layers train as all others do, which they do not there.
 """
 
 from typing import TYPE_CHECKING

@@ -11,11 +11,15 @@ and zero-points, one activation scale per timestep), but on the float weight:
 
 Source: Feng et al., "MPQ-DM", AAAI 2025 (arXiv 2412.11549), and cantbebetter2/MPQ-DM. There k channels get N + 1 bits
 and k get N − 1, with k of 0 or a tenth. Integers here have 2, 3, 4 or 8 bits: at N = 3 that is 4 and 2; at N = 4 one
-output of 8 bits is paid for by four of 3; at N = 2 there is no narrower width, so that all outputs have 2 bits. There
-every place of a kernel has a B of its own, r of rank for each; here one B serves all places, as EfficientDM's, which is
-a ninth of the parameters of a 3×3 kernel's. As in its code adapters learn at a share of the smoothed weight's scale,
-which on the CIFAR-10 teacher is about 5 times the weight's (`Recipe.step`); in `tuned` at that of the weight's own, as
-with all who share that recipe. Relations are of at most 1,024 positions, which larger features are averaged to.
+output of 8 bits is paid for by four of 3; at N = 2 there is no narrower width and at N = 8 no wider one, so that all
+outputs have as many (there 1 and 3, 7 and 9). The search for k has weight ranges by least L2.4 error, as the student
+has them (there by maxima); activation ranges are those of least squared error (there of |error|^2.4). There every place
+of a kernel has a B of its own, r of rank for each; here one B serves all places, as EfficientDM's, which is a ninth of
+the parameters of a 3×3 kernel's. As in its code adapters learn at a share of the smoothed weight's scale, which on the
+CIFAR-10 teacher is about 5 times the weight's (`Recipe.step`), but of its mean alone: there 0.01 is added to the mean,
+the placeholders of each output in the quantisers of the other two widths. In `tuned` they learn at a share of the
+weight's own, as with all who share that recipe. Weight zero-points stay (there they learn at 1e-6), and scales do not
+decay (`distillation/rates.py`). Relations are of at most 1,024 positions, which larger features are averaged to.
 Time-smoothed relation distillation (TRD) is `Recipe.relation`: similarities between positions of the last block's
 features, mean of two consecutive steps, are held to the teacher's by KL divergence. In the public code its features are
 detached and it has no gradient; here it has one, and the code's weight of 100 against the squared error's sum. Where

@@ -4,14 +4,15 @@ Source: Shang et al., "Post-training Quantization on Diffusion Models", CVPR 202
 NDTC: tᵢ ~ Normal(μ, σ) clamped to the trajectory; x at tᵢ comes from the teacher's own trajectory from noise. μ and σ
 are 0.4 of it, counted from the image (the code's values; the paper: μ ≤ T/2). Symmetric quantisers, ±(2^(b−1) − 1)
 where the code has all 2^b levels; weights per output channel, activations per tensor by the least squared error on the
-calibration.
+calibration (there |error|^2.4).
 
 Variant `published` learns nothing, as the published scripts do not; `reconstructed` adds AdaRound and learned scales,
 as the code's option does: min ‖block(x; Ŵ) − block(x; W)‖² by blocks, the equations in `q_diffusion` (QDrop's random
 dropping of quantisers is not built).
 Different here: the code compares the drawn t with a counter that begins at the noise, so that t and x belong to
 opposite ends; they belong together here. It quantises layers' outputs, here inputs are quantised; its scales are moving
-averages of ranges found on batches. First and last layer, time embedding and conditions at 8 bits; shortcut and
+averages of ranges found on batches. Where a tensor has one sign its range has one side there, [0, m] of all levels;
+here it is ±m whatever the tensor. First and last layer, time embedding and conditions at 8 bits; shortcut and
 downsampling convolutions in floating point, as in the other methods of this table.
 """
 

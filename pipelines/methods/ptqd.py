@@ -6,11 +6,13 @@ deviation s_t. Sampling uses (ε̂ − b_t)/(1 + k_t), and takes the rest off it
 distillation, is an artifact of its own (`correction.safetensors`), and works alike in fake and integer arithmetic.
 
 Source: He et al., "PTQD", NeurIPS 2023 (arXiv 2305.10657), and ziplab/PTQD. Otherwise than in the code: b_t is what the
-slope leaves (there k_t·mean(ε) is counted twice); the direction to x_t keeps σ, with which c was derived; weights have
-a scale for each output channel (there one a tensor). Mixed precision by SNR is in no public code and not built:
+slope leaves (there k_t·mean(ε) is counted twice); s_t is over all images, once their channels' biases are out (there
+the mean of each image's deviation, biases still in it); the direction to x_t keeps σ, with which c was derived; weights
+have a scale for each output channel (there one a tensor). Mixed precision by SNR is in no public code and not built:
 activations have one width at all timesteps. Both linears of the time embedding have 8 bits (there the first alone). The
-reconstruction is BRECQ's, as there; here activation scales begin as the profile's sample has them and learn at 5e-4,
-where those of `q_diffusion` begin on the calibration and learn at half a per cent of themselves.
+reconstruction is BRECQ's, as there; here activation scales begin as the profile's sample has them, by least squared
+error (there |error|^2.4 on a batch), and learn at 5e-4 (there 4e-4), where those of `q_diffusion` begin on the
+calibration and learn at half a per cent of themselves.
 
     published   below the correction: AdaRound by blocks, static activation scales learned by blocks, as BRECQ does it
     distilled   the correction on EfficientDM's student: adapters and one scale per timestep, distilled

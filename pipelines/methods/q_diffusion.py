@@ -13,7 +13,8 @@ Static: one activation scale s_a and zero-point for all timesteps.
 From the public code: shortcut convolutions alone are split (`split_main` splits the main path's, too), by its commands
 for CIFAR-10 and Stable Diffusion, not by those for LDM-4 and LDM-8. Weights per output channel, asymmetric, L2.4
 search. Activations there are symmetric by range on CIFAR-10 and LDM-4 and asymmetric by error on LDM-8; the latter is
-the default here (`quantiser`; symmetric ones are by error too).
+the default here (`quantiser`; symmetric ones are by error too), and the error counts by its square (there
+|error|^2.4).
 Different here: first and last layer, time embedding and conditions have 8 bits, as in the other methods of this table
 (there: those of all others); shortcuts that read no concatenation and downsampling stay in floating point. Softmax and
 the attention's products are not quantised. Fewer iterations: see `plans.Reconstruction`.

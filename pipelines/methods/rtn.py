@@ -1,7 +1,7 @@
 """RTN, the floor: weights and activations rounded to the nearest, nothing trained, scaled or rotated.
 
     y ≈ Q(x)·Q(W)ᵀ + b,   Q(v) = s·(clamp(⌊v/s⌉ + z, 0, 2^b − 1) − z)
-    max:  s = (max v − min v)/(2^b − 1),  z = −⌊min v/s⌉
+    max:  s = (h − l)/(2^b − 1),  z = −⌊l/s⌉   with l = min(min v, 0), h = max(max v, 0): 0 has a code of its own
 
 One static activation scale and zero-point for all timesteps, by tensor; weights per output channel, asymmetric. There
 is no paper: it is what every other paper calls naive or min-max quantisation. The frame (8-bit and floating-point
