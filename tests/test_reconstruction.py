@@ -135,6 +135,22 @@ def test_tuned_tfmq_learns_a_scale_of_each_timestep_where_the_published_leaves_t
     assert (moved["tuned"] != 1).all() and len(moved["tuned"].unique()) > STEPS
 
 
+def test_a_time_projections_scales_are_learned_with_the_temporal_block_alone(store, tmp_path):
+    """And not a second time with the residual block that it belongs to."""
+    artifact = make(store, "plan", method="tfmq", variant="tuned", bits="w4a4")
+    found = {}
+    for name, chosen in (("time", in_time), ("both", lambda site: in_time(site) or in_residual(site))):
+        _, plan, student, result, _ = learned(
+            store, artifact, chosen, tmp_path / name, rounding_share=0.0, scale_share=1.0
+        )
+        scale = student.network.timestep_tables.raw()["scale"]
+        found[name] = {site.site.name: scale[:, column] for column, site in enumerate(plan.quantised)}
+    assert [(row["block"], row["kept"]) for row in result.rows] == [(TEMPORAL, "learned"), (RESIDUAL, "learned")]
+    for name, scale in found["time"].items():
+        assert torch.equal(found["both"][name], scale), name
+    assert result.parameters == STEPS * len(found["both"])
+
+
 def test_the_temporal_block_is_first_and_nearer_the_teacher_at_every_timestep(store, plans, tmp_path):
     teacher, _, student, result, _ = learned(store, plans["tfmq", "w3a8"], in_time, tmp_path)
     assert [row["block"] for row in result.rows] == [TEMPORAL]

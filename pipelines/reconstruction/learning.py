@@ -188,11 +188,13 @@ def reconstruct(
                 )
             report.advance(done, loss=value)
 
+        # A residual block holds its time projection, and does not teach it where the temporal block has done that.
+        learned = {name: layers[name] for name in block.sites}
         if kind == ROUNDING:
-            learned = {name: layers[name] for name in block.sites}
             result = _learn_rounding(source, mine, learned, tables, settings, lengths[kind], draw, advanced, layers)
         else:
-            result = _learn_scales(source, mine, tables, recipe.activation_scale_rate, lengths[kind], draw, advanced)
+            rate = recipe.activation_scale_rate
+            result = _learn_scales(source, mine, learned, tables, rate, lengths[kind], draw, advanced)
         result["row"] = {"block": block.name, "what": kind, "sites": len(block.sites)} | result["row"]
         write_state(folder / f"{index:04d}.pt", result)
         settle(result)
@@ -263,13 +265,14 @@ def _learn_rounding(
 
 
 def _learn_scales(
-    source, mine: Mapping[str, QuantLayer], tables: TimestepTables, rate: float, length: int, draw: Callable,
-    advanced: Callable,
+    source, mine: Mapping[str, QuantLayer], learned: Mapping[str, QuantLayer], tables: TimestepTables, rate: float,
+    length: int, draw: Callable, advanced: Callable,
 ) -> dict[str, Any]:  # fmt: skip
-    """Activation scales of a block's layers, by LSQ; as they were where that is better."""
+    """Activation scales of the layers that learn, by LSQ; as they were where that is better."""
     items = source.items(own_inputs=False)
     parameters = list(tables.scale)
-    columns = [layer.index for layer in mine.values()]
+    columns = [layer.index for layer in learned.values()]
+    learns = torch.zeros_like(parameters[0]).index_fill(0, torch.tensor(columns), 1.0)
     first = [parameter.detach().clone() for parameter in parameters]
     with _learning(mine, float_inputs=False):
         before = _mean_error(source, items, tables)
@@ -283,10 +286,13 @@ def _learn_scales(
             advanced(loss.detach())
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad *= learns
             optimiser.step()
         for parameter in parameters:
             parameter.requires_grad_(False)
-        _check_scales(mine, tables)
+        _check_scales(learned, tables)
         after = _mean_error(source, items, tables)
     kept = after < before
     scales = [(now if kept else was)[columns].clone() for now, was in zip(parameters, first, strict=True)]
