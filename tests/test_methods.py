@@ -217,6 +217,13 @@ def test_recipes_are_the_same_at_all_widths_but_for_tuned_adapters_at_three_bits
     assert about.recipe_at(Bits(3, 4), narrower).narrow_rate_divisors is None
 
 
+@pytest.mark.parametrize("name, variant", VARIANTS)
+def test_a_recipe_names_what_trains_where_a_student_is_distilled_and_nothing_elsewhere(name, variant):
+    """Reconstruction learns rounding and scales by its own settings."""
+    recipe = METHODS[name].variants[variant].recipe
+    assert bool(recipe.trains) == (recipe.updates == "distill")
+
+
 def test_a_key_of_the_recipe_is_set_as_an_option_is_and_holds_at_every_width():
     plain, given = find("hqdm", "auto")[2], find("hqdm", "auto", {"recipe.ema": "0", "bias": "1"})[2]
     assert given.recipe == replace(plain.recipe, ema=0.0) and given.options == plain.options | {"bias": 1.0}

@@ -43,7 +43,7 @@ METHOD = Method(
     variants={
         "published": Variant(
             "on AdaRound by blocks with static scales",
-            Recipe(updates="reconstruct", correction=True),
+            Recipe(updates="reconstruct", trains=[], correction=True),
             {"static": True},
         ),
         "distilled": Variant("on EfficientDM's student", Recipe(momentum="shared", correction=True), {"static": False}),
