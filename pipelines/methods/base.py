@@ -101,14 +101,15 @@ class Variant:
     recipe: Recipe = Recipe()
     options: Mapping[str, Any] = field(default_factory=dict)  # read by the method's own functions
     given: frozenset[str] = frozenset()  # keys of the recipe that a user gave, the same at every width
+    by_width: bool = False  # adapters learn more slowly where weights have three bits or two (`WIDE_STEPS`)
 
     def recipe_at(self, bits: Bits, plans: Sequence[SitePlan] = ()) -> Recipe:
         """The recipe at a width, of sites that may have others. Weights of three bits and two have steps so wide that
         adapters at the rate of `TUNED`, a share of the step, throw the student off.
         """
-        if self.recipe.lora_rate_divisor != TUNED.lora_rate_divisor or "lora_rate_divisor" in self.given:
+        if not self.by_width or "lora_rate_divisor" in self.given:
             return self.recipe
-        recipe = replace(self.recipe, lora_rate_divisor=WIDE_STEPS.get(bits.weight, TUNED.lora_rate_divisor))
+        recipe = replace(self.recipe, lora_rate_divisor=WIDE_STEPS.get(bits.weight, self.recipe.lora_rate_divisor))
         narrow = any(plan.quantised and plan.weight_bits < bits.weight for plan in plans)
         if not narrow or "narrow_rate_divisors" in self.given:
             return recipe
@@ -167,7 +168,8 @@ class Method:
         defaults = {name: option.default for name, option in mine.items()}
         parsed = {name: self.options[name].parse(name, text) for name, text in given.items()}
         options = {**defaults, **variant.options, **parsed}
-        return Variant(variant.summary, changed(variant.recipe, changes), options, frozenset(changes))
+        recipe = changed(variant.recipe, changes)
+        return replace(variant, recipe=recipe, options=options, given=frozenset(changes))
 
 
 # A recipe that was tried for `hqdm --variant auto`, and that every trained method may have: a comparison that tunes one

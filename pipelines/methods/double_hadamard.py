@@ -25,10 +25,12 @@ from pipelines.methods.base import TUNED, Measured, Method, Option, Recipe, Vari
 from pipelines.methods.equivalent import plan_of, widest
 from pipelines.quant.spec import ORDERS, Bits, Site, SitePlan
 
+WIDEST = "widest"  # placement of `quarot`; the others have HQ-DM's rule
+
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """Rotations on both sides; see the module's text for the variants."""
-    if "ranks" in variant.options:
+    if variant.options["placement"] == hqdm.RULE:
         plan = hqdm.decide(site, bits, measured, variant)
         return plan if plan.transform.is_identity else replace(plan, inverse="double", why=f"double {plan.why}")
     transform = widest(site, variant.options["order"])
@@ -39,7 +41,7 @@ def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> Site
 
 def groups(measured: Measured, variant: Variant) -> list[int]:
     """Timesteps share a scale, but for `distilled`, which learns one for each."""
-    return [] if "ranks" in variant.options else one_for_all(measured, variant)
+    return [] if variant.options["placement"] == hqdm.RULE else one_for_all(measured, variant)
 
 
 METHOD = Method(
@@ -47,16 +49,21 @@ METHOD = Method(
     summary="activations and weights both rotated before they are quantised (QuaRot; HQ-DM's comparison)",
     source="Ashkboos et al., NeurIPS 2024 (arXiv 2404.00456); Xi et al., NeurIPS 2023; Mao et al., HQ-DM",
     variants={
-        "quarot": Variant("post-training, the widest block, nothing trained", Recipe(updates="none", trains=[])),
+        "quarot": Variant(
+            "post-training, the widest block, nothing trained",
+            Recipe(updates="none", trains=[]),
+            {"placement": WIDEST},
+        ),
         "distilled": Variant(
             "HQ-DM's code with the weight rotated before its quantiser",
             Recipe(momentum="shared"),
-            {"axis": "channels", "ranks": (2,), "order": hqdm.ORDER},
+            hqdm.CODE | {"order": hqdm.ORDER},
         ),
         "tuned": Variant(
             "`distilled` with the recipe of `hqdm --variant auto`",
             TUNED,
-            {"axis": "channels", "ranks": (2,), "order": hqdm.ORDER},
+            hqdm.CODE | {"order": hqdm.ORDER},
+            by_width=True,
         ),
     },
     default_variant="quarot",

@@ -20,32 +20,15 @@ variants train likewise.
 Time embedding, first and last convolution at 8 bits; shortcut and downsampling convolutions in floating point.
 """
 
-from pipelines.methods.base import (
-    EIGHT_BIT_ROLES,
-    FLOAT_ROLES,
-    TUNED,
-    Measured,
-    Method,
-    Recipe,
-    Variant,
-    left_in_float,
-)  # fmt: skip
+from pipelines.methods.base import TUNED, Measured, Method, Recipe, Variant
+from pipelines.methods.equivalent import left_out, plain
 from pipelines.quant.spec import Bits, Site, SitePlan
 
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """No transform anywhere; see the module's text."""
-    if site.obstacle:
-        return left_in_float(site, site.obstacle)
-    if site.role in FLOAT_ROLES:
-        return left_in_float(site, f"{site.role} convolutions stay in floating point (EfficientDM's code)")
-    weight, activation = (8, 8) if site.role in EIGHT_BIT_ROLES else (bits.weight, bits.activation)
-    known = measured.sqnrs(site, "asymmetric", activation)
-    return SitePlan(
-        site, True, weight_bits=weight, activation_bits=activation, weight_quantiser="asymmetric",
-        activation_quantiser="asymmetric", sqnr=known,
-        why=f"EfficientDM rotates nothing: {known['none']:.1f} dB at {activation} bits",
-    )  # fmt: skip
+    left = left_out(site, " (EfficientDM's code)")
+    return left or plain(site, bits, measured, "asymmetric", "EfficientDM rotates nothing: ")
 
 
 METHOD = Method(
@@ -54,7 +37,7 @@ METHOD = Method(
     source="He et al., ICLR 2024 (arXiv 2310.03270); ThisisBillhe/EfficientDM",
     variants={
         "published": Variant("as its public code does it", Recipe(momentum="shared")),
-        "tuned": Variant("the same quantisers with the recipe of `hqdm --variant auto`", TUNED),
+        "tuned": Variant("the same quantisers with the recipe of `hqdm --variant auto`", TUNED, by_width=True),
     },
     default_variant="published",
     decide=decide,

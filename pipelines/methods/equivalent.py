@@ -8,6 +8,7 @@ and `auto` have shortcuts and downsampling at 8. A comparison counts the layers 
 is imported by the functions that need it.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipelines.methods.base import EIGHT_BIT_ROLES, FLOAT_ROLES, Measured, left_in_float
@@ -25,19 +26,36 @@ def plan_of(
 
     quantiser: of the activation. words: what the method does there, for the plan's record.
     """
+    if plan := left_out(site, ", as in the other methods"):
+        return plan
+    if site.role in EIGHT_BIT_ROLES:
+        transform, placement = IDENTITY, {}
+        words = f"a {site.role} layer has 8 bits and nothing else"
+    plan = plain(site, bits, measured, quantiser, f"{words}; unrotated ", weight_quantiser=weight_quantiser)
+    return replace(plan, transform=transform, **placement)
+
+
+def left_out(site: Site, because: str) -> SitePlan | None:
+    """The plan of a site that cannot be quantised, or by its role is not; None of all others."""
     if site.obstacle:
         return left_in_float(site, site.obstacle)
     if site.role in FLOAT_ROLES:
-        return left_in_float(site, f"{site.role} convolutions stay in floating point, as in the other methods")
-    weight, activation = bits.weight, bits.activation
-    if site.role in EIGHT_BIT_ROLES:
-        weight, activation, transform, placement = 8, 8, IDENTITY, {}
-        words = f"a {site.role} layer has 8 bits and nothing else"
+        return left_in_float(site, f"{site.role} convolutions stay in floating point{because}")
+    return None
+
+
+def plain(
+    site: Site, bits: Bits, measured: Measured, quantiser: str, before: str = "", after: str = "",
+    weight_quantiser: str = "asymmetric",
+) -> SitePlan:  # fmt: skip
+    """A site without transform, at the bits asked for or, by its role, at eight; its record is what was measured, with
+    words before and after.
+    """
+    weight, activation = (8, 8) if site.role in EIGHT_BIT_ROLES else (bits.weight, bits.activation)
     known = measured.sqnrs(site, quantiser, activation)
     return SitePlan(
-        site, True, transform, weight_bits=weight, activation_bits=activation, weight_quantiser=weight_quantiser,
-        activation_quantiser=quantiser, why=f"{words}; unrotated {known['none']:.1f} dB at {activation} bits",
-        sqnr=known, **placement,
+        site, weight_bits=weight, activation_bits=activation, weight_quantiser=weight_quantiser,
+        activation_quantiser=quantiser, why=f"{before}{known['none']:.1f} dB at {activation} bits{after}", sqnr=known,
     )  # fmt: skip
 
 

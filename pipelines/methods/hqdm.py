@@ -25,8 +25,8 @@ the largest power of two up to 32 that divides it. A weight factor per timestep 
 integers alone; the paper's formula would need other integers at every timestep. It starts at 1 and learns at the rate
 of activation scales, since the code's 1e-6 is for scales and would leave a factor where it is.
 
-8-bit layers are not rotated, in `paper` neither: the time embedding, first and last convolution are exempt in the code
-(its `special_module_count_list`), where the paper's text has H = I only for fewer channels than the order. Activation
+`code` and `paper` rotate no 8-bit layer: the time embedding, first and last convolution are exempt in the code (its
+`special_module_count_list`), where the paper's text has H = I only for fewer channels than the order. Activation
 scales start by least error at each timestep, where the code starts all timesteps from one δ out of a file, whose writer
 is not in its repository (the trainer's quantiser is set to `max`, and finds nothing itself);
 `--set recipe.activation_scale_from=trajectory` starts from one, by least error too. Scales do not decay, as they do
@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     import torch
 
 ORDER = 32  # k = 5, the best of the paper's table 4
+# What decides a site's placement: the published rule, the profile's SQNR of its input, or its output's error.
+RULE, INPUT, OUTPUT = "rule", "input", "output"
+CODE = {"placement": RULE, "axis": "channels", "ranks": (2,)}
 
 
 def _inverse(transform: Transform) -> str:
@@ -97,16 +100,16 @@ def constants(plan: SitePlan, weight: "torch.Tensor", measured: Measured, varian
 
 def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Variant) -> list[SitePlan]:
     """Weight widths within a budget, of `auto` alone; the other variants keep the plans as they are."""
-    return auto.allocate(plans, bits, measured, variant) if variant.options.get("search") == "auto" else plans
+    return auto.allocate(plans, bits, measured, variant) if variant.options["placement"] == OUTPUT else plans
 
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """The plan of one site; see the module's text for the variants."""
-    search = variant.options.get("search", False)
     if site.obstacle:
         return left_in_float(site, site.obstacle)
-    if search == "auto":
+    if variant.options["placement"] == OUTPUT:
         return auto.decide(site, bits, measured, variant)
+    search = variant.options["placement"] == INPUT
     if site.role in FLOAT_ROLES and not search:
         return left_in_float(site, f"{site.role} convolutions stay in floating point (HQ-DM's code)")
     eight = site.role in NOT_AS_ASKED
@@ -139,24 +142,25 @@ METHOD = Method(
         "ours": Variant(
             "channels at every rank; order, signs and activation quantiser by measured SQNR",
             Recipe(base_weight="float"),
-            {"search": True},
+            {"placement": INPUT},
         ),
         "paper": Variant(
             "as printed: convolutions along the width, weight factors per timestep",
             Recipe(momentum="shared", weight_factors=True),
-            {"axis": "width", "ranks": (2, 3, 4)},
+            {"placement": RULE, "axis": "width", "ranks": (2, 3, 4)},
         ),
         "auto": Variant(
             "every site's transform, signs, inverse, centring and gains by its output's error; guidance by its signal",
             TUNED,
-            {"search": "auto"},
+            {"placement": OUTPUT},
+            by_width=True,
         ),
         "code": Variant(
             "as published: channels of order 32, linears of rank 2 alone",
             Recipe(momentum="shared"),
-            {"axis": "channels", "ranks": (2,)},
+            CODE,
         ),
-        "tuned": Variant("`code` with the recipe of `auto`", TUNED, {"axis": "channels", "ranks": (2,)}),
+        "tuned": Variant("`code` with the recipe of `auto`", TUNED, CODE, by_width=True),
     },
     default_variant="ours",
     options={"order": Option(ORDER, "Hadamard order (table 4: k = 3 … 6)", ORDERS, ("paper", "code", "tuned"))}

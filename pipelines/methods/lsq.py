@@ -53,6 +53,7 @@ METHOD = Method(
                 weight_scale_rate_divisor=300.0,
                 site_factors=False,  # all timesteps share one, which the weight's scale is already
             ),
+            by_width=True,
         ),
     },
     default_variant="published",

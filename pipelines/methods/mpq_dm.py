@@ -123,6 +123,7 @@ METHOD = Method(
         "tuned": Variant(
             "the same with the recipe of `hqdm --variant auto`, in the sampler's order, which relations need",
             replace(TUNED, relation=100.0, order="trajectory"),
+            by_width=True,
         ),
     },
     default_variant="published",

@@ -16,27 +16,16 @@ here it is ±m whatever the tensor. First and last layer, time embedding and con
 downsampling convolutions in floating point, as in the other methods of this table.
 """
 
-from pipelines.methods.base import (
-    FLOAT_ROLES,
-    Measured,
-    Method,
-    Recipe,
-    Variant,
-    left_in_float,
-    one_for_all,
-)  # fmt: skip
-from pipelines.methods.q_diffusion import plain
+from pipelines.methods.base import Measured, Method, Recipe, Variant, one_for_all
+from pipelines.methods.equivalent import left_out, plain
+from pipelines.methods.q_diffusion import STATIC
 from pipelines.plans import Reconstruction
 from pipelines.quant.spec import Bits, Site, SitePlan
 
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
     """No transform anywhere; see the module's text."""
-    if site.obstacle:
-        return left_in_float(site, site.obstacle)
-    if site.role in FLOAT_ROLES:
-        return left_in_float(site, f"{site.role} convolutions stay in floating point")
-    return plain(site, bits, measured, "symmetric", "symmetric")
+    return left_out(site, "") or plain(site, bits, measured, "symmetric", "", STATIC, "symmetric")
 
 
 def _recipe(**shares: float) -> Recipe:

@@ -48,7 +48,10 @@ METHOD = Method(
         ),
         "distilled": Variant("on EfficientDM's student", Recipe(momentum="shared", correction=True), {"static": False}),
         "tuned": Variant(
-            "`distilled` with the recipe of `hqdm --variant auto`", replace(TUNED, correction=True), {"static": False}
+            "`distilled` with the recipe of `hqdm --variant auto`",
+            replace(TUNED, correction=True),
+            {"static": False},
+            by_width=True,
         ),
     },
     default_variant="published",

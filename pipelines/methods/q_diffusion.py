@@ -26,34 +26,13 @@ the attention's products are not quantised. Fewer iterations: see `plans.Reconst
 
 from dataclasses import replace
 
-from pipelines.methods.base import (
-    EIGHT_BIT_ROLES,
-    FLOAT_ROLES,
-    Measured,
-    Method,
-    Option,
-    Recipe,
-    Variant,
-    left_in_float,
-    one_for_all,
-)  # fmt: skip
+from pipelines.methods.base import FLOAT_ROLES, Measured, Method, Option, Recipe, Variant, left_in_float, one_for_all
+from pipelines.methods.equivalent import plain
 from pipelines.plans import Reconstruction
-from pipelines.quant.spec import IDENTITY, QUANTISERS, Bits, Site, SitePlan
+from pipelines.quant.spec import QUANTISERS, Bits, Site, SitePlan
 
 SHORTCUTS = ("asked", "eight", "float")
-
-
-def plain(
-    site: Site, bits: Bits, measured: Measured, activation_quantiser: str, weight_quantiser: str = "asymmetric",
-    why: str = "",
-) -> SitePlan:  # fmt: skip
-    """A site without transform, at the bits asked for or, by its role, at eight."""
-    weight, activation = (8, 8) if site.role in EIGHT_BIT_ROLES else (bits.weight, bits.activation)
-    known = measured.sqnrs(site, activation_quantiser, activation)
-    return SitePlan(
-        site, True, IDENTITY, "none", weight, activation, weight_quantiser, activation_quantiser, sqnr=known,
-        why=f"{why}{known['none']:.1f} dB at {activation} bits, each timestep measured by itself",
-    )  # fmt: skip
+STATIC = ", each timestep measured by itself"  # which a static scale is not
 
 
 def split(
@@ -67,10 +46,10 @@ def split(
         return left_in_float(site, f"{site.role} convolutions that read no concatenation stay in floating point"
                              if not site.joint else "shortcuts stay in floating point")  # fmt: skip
     if not site.joint or not (shortcut or main):
-        return plain(site, bits, measured, quantiser)
+        return plain(site, bits, measured, quantiser, after=STATIC)
     mine = Bits(8, 8) if shortcut and shortcuts == "eight" else bits
     halves = zip(site.halves(), ("h", "skip"), strict=True)
-    return tuple(plain(half, mine, measured, quantiser, why=f"{of} of [h, skip]: ") for half, of in halves)
+    return tuple(plain(half, mine, measured, quantiser, f"{of} of [h, skip]: ", STATIC) for half, of in halves)
 
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan | tuple[SitePlan, SitePlan]:

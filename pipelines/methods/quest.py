@@ -66,6 +66,7 @@ METHOD = Method(
                 roles=[*TIME, *SENSITIVE],
                 weight_rate=1e-4,
             ),
+            by_width=True,
         ),
     },
     default_variant="published",
