@@ -223,7 +223,12 @@ def test_scales_of_other_timesteps_move_on_at_an_update_where_all_share_a_moment
 
 @pytest.mark.parametrize(
     "method, variant, bits, trajectories",
-    [("hqdm", "ours", "w2a8", 12), ("lsq", "tuned", "w3a8", 4), ("quest", "tuned", "w3a8", 4)],
+    [
+        ("hqdm", "ours", "w2a8", 12),
+        ("lsq", "published", "w3a8", 4),
+        ("lsq", "tuned", "w3a8", 4),
+        ("quest", "tuned", "w3a8", 4),
+    ],
 )
 def test_the_loss_falls(store, monkeypatch, method, variant, bits, trajectories):
     """On one trajectory that is walked again and again, so that nothing but learning can move the loss."""

@@ -1,6 +1,7 @@
 """What methods claim that shift, scale or rotate channels before rounding them; and they change nothing else."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pipelines.measures import Measures as RealMeasures
 from pipelines.methods import METHODS, auto, dmq, find
 from pipelines.methods.equivalent import few, outputs
 from pipelines.quant.affine import choose, cover, dequantise, quantise
-from pipelines.quant.candidates import rotated_rows
+from pipelines.quant.candidates import measure, rotated_rows
 from pipelines.quant.hadamard import rotate_last, rotate_weight
 from pipelines.quant.layers import QuantLayer, as_rows, from_rows
 from pipelines.quant.spec import HALVES, Bits, Site, SitePlan, Transform, integer_range
@@ -103,15 +104,15 @@ def in_quantiser(weight, plan, constants):
     return rotate_weight(weight, plan.transform) if plan.inverse == "double" else weight
 
 
-def rounded_error(name, site, sample, weight, at=None, **options):
-    """Relative squared error of the layer's outputs, quantised as a method plans it, activations by maxima; of the
-    timestep `at` alone where one is named.
+def rounded_error(name, site, sample, weight, at=None, search=cover, **options):
+    """Relative squared error of the layer's outputs, quantised as a method plans it, activations by maxima or another
+    `search`; of the timestep `at` alone where one is named.
     """
     plan, constants, measured, chosen = planned(name, site, sample, weight, **options)
     method = METHODS[name]
     rows = rotated_rows(measured.moved(plan, constants), plan.transform)
     static = bool(method.groups and method.groups(measured, chosen))
-    scale, zero = cover(rows.reshape(1, -1) if static else rows, *plan.activation_range)
+    scale, zero = search(rows.reshape(1, -1) if static else rows, *plan.activation_range)
     x = dequantise(quantise(rows, scale[:, None], zero[:, None], *plan.activation_range), scale[:, None], zero[:, None])
     large = in_quantiser(weight, plan, constants)
     turned = rotate_weight(large, plan.transform) if plan.inverse == "single" else large
@@ -187,6 +188,35 @@ def test_rounding_to_the_nearest_has_one_range_for_all_timesteps_and_nothing_aro
     plan, constants, measured, chosen = planned("rtn", TOKENS, sample, weight)
     assert not constants and not plan.scaling and plan.centring == "none" and plan.transform.is_identity
     assert set(METHODS["rtn"].groups(measured, chosen)) == {0} and chosen.recipe.updates == "none"
+
+
+def test_rounding_by_maxima_clips_nothing_that_the_profile_saw_and_by_error_it_does():
+    """An end of a range is half a step away at most, since zero is on the grid; the sample never saw the ends."""
+    sample, weight = drawn(TOKENS)
+    weight[:, 7] *= 5
+    low, high = sample.amin(1) - 5.0, sample.amax(1) + 9.0
+    measured = RealMeasures.__new__(RealMeasures)
+    measured.timesteps, measured.sites = [3, 2, 1], [TOKENS]
+    measured.statistic = lambda site, name: {"low": low, "high": high}[name]
+    measured.sample = lambda site: sample
+    furthest = {}
+    for variant in ("max", "search"):
+        method, _, chosen = find("rtn", variant)
+        plan, recipe = method.decide(TOKENS, Bits(4, 4), Sampled(sample), chosen), chosen.recipe
+        by, groups = recipe.activation_scale_by, method.groups(measured, chosen)
+        scale, zero = measured.activation_scales(plan, {}, groups, by, recipe.headroom)
+        assert scale.unique().numel() == 1
+        rows = cover if recipe.weight_scale_by == "max" else choose
+        operands = [
+            (torch.stack([low.min(), high.max()])[None], scale[:1], zero[:1], plan.activation_range),
+            (weight, *rows(weight, *plan.weight_range), plan.weight_range),
+        ]
+        furthest[variant] = []
+        for values, step, shift, ends in operands:
+            step, shift = step[:, None], shift[:, None]
+            away = (dequantise(quantise(values, step, shift, *ends), step, shift) - values).abs() / step
+            furthest[variant].append(away.max().item())
+    assert max(furthest["max"]) < 0.5 + 1e-4 and min(furthest["search"]) > 0.6
 
 
 def test_smoothing_shares_an_outlying_channel_with_the_weight_and_lowers_the_error():
@@ -402,6 +432,24 @@ def test_hqdm_spreads_an_outlying_channel_and_its_error_shrinks():
     assert single < 0.5 * rounded_error("efficientdm", TOKENS, sample, weight, bits="w8a4")
 
 
+def test_hqdm_as_printed_spreads_an_outlying_column_of_an_image_and_its_error_shrinks():
+    """Equations 16 to 18: rotated along the width, quantised, rotated back, then convolved."""
+    x, (_, weight) = torch.randn(4, 32, 8, 8), drawn(CONV)
+    x[..., 3] *= 10
+    (plan,), *_ = decided("hqdm", CONV, drawn(CONV)[0], weight, "w8a4", "paper")
+    assert (plan.transform, plan.inverse) == (Transform("width", 8), "activation")
+    true, errors = F.conv2d(x, weight, None, padding=1), []
+    for mine in (plan, replace(plan, transform=Transform(), inverse="none")):
+        rows = rotated_rows(x.transpose(1, 2).flatten(0, 1)[None], mine.transform)  # (1, n) of (1, rows, C, W)
+        scale, zero, _ = measure(rows, mine.activation_bits, mine.activation_quantiser)
+        tables = TimestepTables([1.0], scale[:, None], zero[:, None])
+        tables.set_timestep(1.0)
+        layer = QuantLayer(mine, weight, None, *choose(weight.flatten(1), *mine.weight_range), tables, 0, slice(0, 24))
+        with torch.no_grad():
+            errors.append((layer(x) - true).square().mean() / true.square().mean())
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_efficientdm_follows_each_timestep_where_one_static_range_drowns_the_small_ones():
     sample, weight = drawn(TOKENS)
     sample = F.silu(torch.randn_like(sample)) * torch.tensor([1.0, 8.0, 64.0]).view(3, 1, 1)
@@ -451,6 +499,19 @@ def test_quarot_takes_the_widest_block_that_divides_the_channels():
         for site in (TOKENS, CONV, STRIDED)
     ]
     assert orders == [64, 32, 1]
+
+
+def test_quarots_widest_block_spreads_an_outlying_channel_and_its_error_is_below_that_of_rounding():
+    """Each with the ranges of its variant, those of least error."""
+
+    def least(rows, low, high):
+        return choose(rows, low, high, norm=2.0)
+
+    sample, weight = drawn(TOKENS)
+    sample = torch.randn_like(sample)
+    sample[:, :, 5] *= 10
+    double = rounded_error("double_hadamard", TOKENS, sample, weight, search=least, bits="w8a4", variant="quarot")
+    assert double < 0.5 * rounded_error("rtn", TOKENS, sample, weight, search=least, bits="w8a4", variant="search")
 
 
 def test_some_of_a_sample_is_spread_over_its_timesteps_and_outputs_are_the_layers_own():

@@ -16,6 +16,7 @@ from pipelines.errors import NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.models.denoiser import load_denoiser
 from pipelines.plans import Course, Recipe, Reconstruction, read_plan, write_plan
+from pipelines.quant.affine import dequantise, quantise
 from pipelines.quant.layers import as_rows, quant_layers
 from pipelines.quant.spec import site_from_dict
 from pipelines.quant.tables import TimestepTables
@@ -256,6 +257,29 @@ def test_a_calibration_spread_evenly_sees_every_timestep_and_a_normal_one_leans_
     places = torch.tensor([99 - _normal_place(Reconstruction(spread="normal"), long, index) for index in range(400)])
     inner = places[(places > 0) & (places < 99)].float()  # from the image
     assert places.float().mean() < 45 and inner.std() > 20 and (places == 0).sum() > 20
+
+
+def test_a_normal_calibration_fits_late_timesteps_better_than_an_even_one_and_early_ones_worse(store, plans, tmp_path):
+    """PTQ4DM's, by the numbers of its code; seen where the trajectory goes in, whose size changes most along it."""
+    teacher, plan, scales = alone(store, plans["ptq4dm", "w4a4"], lambda site: site.name == "conv_in")
+    (site,) = (replace(site, activation_bits=4) for site in plan.quantised)
+    course, seen = replace(COURSE, steps=20), {}
+    for spread in ("even", "normal"):
+        settings = replace(plan.recipe.reconstruction, spread=spread, images=8)
+        calls = calibration(teacher, settings, course, tmp_path / spread, Report())
+        found = rescaled(teacher, [site], scales, [0] * STEPS, calls, course, "error", 1.0)
+        seen[spread] = [found[f"conv_in/activation_{what}"][0] for what in ("scale", "zero")]
+    assert seen["even"][0] != seen["normal"][0]
+    others = replace(course, seed=9)
+    judged = calibration(teacher, Reconstruction(images=8), others, tmp_path / "judged", Report())
+
+    def error(spread, chosen):
+        values = torch.cat([call.x for call in judged if chosen(call.timestep)])
+        codes = quantise(values, *seen[spread], *site.activation_range)
+        return (dequantise(codes, *seen[spread]) - values).square().mean()
+
+    assert error("normal", lambda timestep: timestep < 200) < 0.9 * error("even", lambda timestep: timestep < 200)
+    assert error("normal", lambda timestep: timestep > 800) > 1.01 * error("even", lambda timestep: timestep > 800)
 
 
 def test_static_ranges_cover_whatever_the_calibration_brings(store, plans, tmp_path):
