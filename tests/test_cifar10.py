@@ -26,6 +26,7 @@ from pipelines.models import source
 from pipelines.models.compvis import load_checkpoint
 from pipelines.models.denoiser import load_denoiser, save_denoiser
 from pipelines.models.first_stage import FirstStage, SpaceToDepth
+from pipelines.report import comparison
 from pipelines.stages import load, profile
 from pipelines.workspace.store import Store
 
@@ -402,6 +403,8 @@ def test_a_committed_table_holds_what_its_words_ask_for(folder, monkeypatch):
         for cell in cells if cell["spec"] != "teacher"
     }  # fmt: skip
     assert found == set(itertools.product(wanted, about["bits"], about["seeds"]))
+    shown = (widths.RESULTS / folder / "table.csv").read_text(encoding="utf-8")
+    assert shown == comparison.csv_text(table) and ",fd_cifar10," in shown
 
 
 def test_every_committed_folder_is_one_of_the_tables_that_can_be_made_again():

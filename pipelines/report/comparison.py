@@ -304,7 +304,7 @@ def csv_text(table: Mapping[str, Any]) -> str:
         line |= {"seeds": " ".join(map(str, row["seeds"])), "layers": layers_text(row.get("layers"))}
         line["device"] = ", ".join(row.get("devices") or ())
         for key, name in names.items():
-            if (figure := row[key]) is not None:
+            if (figure := row.get(key)) is not None:
                 line |= {name: figure["mean"], f"{name}_sd": figure["sd"]}
         writer.writerow(line)
     for cell in table["cells"]:
