@@ -51,6 +51,7 @@ TABLES = {
     "start": f"--methods {STARTS} --bits w4a3,w4a4 --seeds 0 1 2",
     "start-longer": f"--methods {STARTS} --bits w4a3 --trajectories 160",
     "orders": "--methods hqdm/code:order=8 hqdm/code:order=16 hqdm/code:order=32 hqdm/code:order=64 --bits w4a4,w4a3",
+    "double": "--methods hqdm/code double_hadamard/distilled --bits w4a3,w3a3 --seeds 0 1 2",  # single against double
     "paper": "--methods hqdm/paper --bits w4a4,w4a3,w3a3",
     "tricks": "--from benchmarks/tricks.yaml --bits w4a3",
     "parts": f"--methods hqdm/auto {PARTS} hqdm/code hqdm/paper --bits w4a3",
