@@ -204,15 +204,14 @@ def said_of(plan, measured):
     return plan.why.startswith(f"costs {10 * math.log10(cost):.1f} dB ")
 
 
-@pytest.mark.parametrize("bits, least", [(4, "0.5"), (8, "0.25"), (2, "1")])
+@pytest.mark.parametrize("bits, least", [(4, "0.5"), (3, "0.6667"), (8, "0.25"), (2, "1")])
 def test_a_budget_that_the_narrowest_weights_exceed_is_refused_with_the_least_that_can_be_had(bits, least):
     sample, weight = drawn(TOKENS, 2, 60)
-    measured, bits = Sampled(sample, weight), Bits(bits, 4)
-    plans = [auto.decide(TOKENS, bits, measured, find("hqdm", "auto")[2])]
-    found = auto.allocate(plans, bits, measured, find("hqdm", "auto", {"budget": least})[2])
-    assert found[0].weight_bits == 2
-    with pytest.raises(UsageError, match="budget 0.2: ") as caught:
-        auto.allocate(plans, bits, measured, find("hqdm", "auto", {"budget": "0.2"})[2])
+    measured, bits, variant = Sampled(sample, weight), Bits(bits, 4), find("hqdm", "auto", {"budget": least})[2]
+    plans = [auto.decide(TOKENS, bits, measured, variant)]
+    assert auto.allocate(plans, bits, measured, variant)[0].weight_bits == 2
+    with pytest.raises(UsageError, match="budget 0.2: ") as caught:  # before anything is searched
+        auto.decide(TOKENS, bits, None, find("hqdm", "auto", {"budget": "0.2"})[2])
     assert f"--set budget={least} or more" in caught.value.hint
 
 

@@ -66,7 +66,8 @@ OPTIONS = {
 
 
 def decide(site: Site, bits: Bits, measured: Measured, variant: Variant) -> SitePlan:
-    """The cheapest placement of one site at its bits."""
+    """The cheapest placement of one site at its bits. UsageError for a budget that no widths keep."""
+    _check_budget(bits, variant)  # before the search, which takes minutes
     weight, activation = (8, 8) if site.role in NOT_AS_ASKED else (bits.weight, bits.activation)
     search, known = _search(site, measured), {}
     plain = _of_width(SitePlan(site, True, activation_bits=activation), weight)
@@ -162,18 +163,13 @@ def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Var
     is lowered that adds the least noise for each byte saved. Noise is a share of each site's output, as in `decide`;
     its placements stay.
     """
+    _check_budget(bits, variant)
     share, factor = variant.options["budget"], variant.options["bias"]
     chosen = [index for index, plan in enumerate(plans) if plan.quantised and plan.site.role not in NOT_AS_ASKED]
     if not share or not chosen:
         return plans
     sizes = {index: _size(plans[index].site) for index in chosen}
     budget = share * bits.weight * sum(sizes.values())
-    least = WEIGHT_BITS[0] / bits.weight
-    if share < least:
-        raise UsageError(
-            f"budget {share:g}: weights of {WEIGHT_BITS[0]} bits take {least:g} of what w{bits.weight} does",
-            f"--set budget={least:g} or more, or fewer --bits",
-        )
     cost = {}
     for index in chosen:
         search, known = _search(plans[index].site, measured), {}
@@ -199,6 +195,15 @@ def allocate(plans: list[SitePlan], bits: Bits, measured: Measured, variant: Var
         else plan
         for index, plan in enumerate(plans)
     ]
+
+
+def _check_budget(bits: Bits, variant: Variant) -> None:
+    share, least = variant.options["budget"], WEIGHT_BITS[0] / bits.weight
+    if 0 < share < least:
+        raise UsageError(
+            f"budget {share:g}: weights of {WEIGHT_BITS[0]} bits take {least:.4g} of what w{bits.weight} does",
+            f"--set budget={math.ceil(least * 1e4) / 1e4:g} or more, or fewer --bits",
+        )
 
 
 def _of_width(plan: SitePlan, bits: int) -> SitePlan:
