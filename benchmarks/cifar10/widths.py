@@ -31,7 +31,7 @@ FOLDERS = {
         "w4a4", "w4a3", "w3a3", "mended", "w8a8", "w4a8", "w8a4", "w2a4", "variants", "variants-w3a3", "tuned",
         "tuned-others", "w3a3-more", "large", "large-widths", "large-w4a3", "large-w4a3-more",
     ),
-    "dit": ("dit",),
+    "dit": ("dit", "dit-tuned"),
 }  # fmt: skip
 MB = 1e6
 
