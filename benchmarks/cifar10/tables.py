@@ -61,8 +61,8 @@ TABLES = {
     "images-16": "--methods hqdm/auto --bits w4a3 --trajectories 10 --images 16",
     "images-4": "--methods hqdm/auto --bits w4a3 --trajectories 40 --images 4",
     "dit": f"--methods {THREE} hadanorm rtn smoothquant double_hadamard --bits w4a4 {DIT}",
-    "dit-tuned": "--methods hqdm/auto hqdm/tuned efficientdm/tuned double_hadamard/tuned quest/tuned smoothquant/search "
-    f"mpq_dm/tuned --bits w4a4 {DIT}",
+    "dit-tuned": "--methods hqdm/auto hqdm/tuned efficientdm/tuned double_hadamard/tuned quest/tuned "
+    f"smoothquant/search mpq_dm/tuned --bits w4a4 {DIT}",
 }
 
 
