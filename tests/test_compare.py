@@ -16,8 +16,12 @@ from drawing import drawn
 from fake_stages import PlanConfig, checkpoint, install
 
 from hqdm_cli.app import main
-from pipelines import compare, runner
-from pipelines.config import to_dict, yaml_text, yaml_value
+from pipelines import runner
+from pipelines.comparison.asked import MethodSpec, ask
+from pipelines.comparison.cells import cells_of
+from pipelines.comparison.pace import Pace
+from pipelines.comparison.run import _Run, compare, model_of
+from pipelines.config import from_dict, to_dict, yaml_text, yaml_value
 from pipelines.errors import Busy, FileFault, HqdmError, NumericalFault, UsageError
 from pipelines.events import Report
 from pipelines.report import comparison, comparison_pictures
@@ -87,11 +91,11 @@ def store(tmp_path, fakes):
 
 
 def asked(methods=("hqdm", "efficientdm"), bits=("w4a4", "w4a3"), seeds=(0, 1), options=None):
-    return compare.comparison(methods, bits, seeds, options)
+    return ask(methods, bits, seeds, options)
 
 
 def made(store, *arguments, **options):
-    return compare.compare(store, asked(*arguments, **options), store.current("model"))
+    return compare(store, asked(*arguments, **options), store.current("model"))
 
 
 def table_of(result):
@@ -107,9 +111,9 @@ def ids(store):
 
 
 def test_a_method_is_written_with_its_variant_and_options():
-    spec = compare.MethodSpec.parse("hqdm/paper: order = 16")
+    spec = MethodSpec.parse("hqdm/paper: order = 16")
     assert (spec.method, spec.variant, dict(spec.options)) == ("hqdm", "paper", {"order": "16"})
-    assert str(spec) == "hqdm/paper:order=16" and str(compare.MethodSpec.parse("hqdm")) == "hqdm"
+    assert str(spec) == "hqdm/paper:order=16" and str(MethodSpec.parse("hqdm")) == "hqdm"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +138,7 @@ def test_a_method_is_written_with_its_variant_and_options():
 )
 def test_a_method_that_cannot_be_read_is_refused_with_a_way_out(text, hint):
     with pytest.raises(UsageError) as fault:
-        compare.MethodSpec.parse(text)
+        MethodSpec.parse(text)
     assert fault.value.hint.startswith(hint)
 
 
@@ -173,14 +177,14 @@ def test_a_method_named_twice_in_other_words_is_one():
 
 def test_a_key_of_the_recipe_makes_another_method_and_a_list_may_hold_commas():
     text = "hqdm/auto:recipe.ema=0,recipe.trains=[biases,adapters]"
-    spec = compare.MethodSpec.parse(text)
+    spec = MethodSpec.parse(text)
     assert dict(spec.options) == {"recipe.ema": "0", "recipe.trains": "[biases,adapters]"} and str(spec) == text
     assert spec._found()[2].recipe.trains == ["biases", "adapters"]
     methods = ("hqdm/auto", "hqdm/auto:recipe.ema=0", "hqdm/auto:recipe.ema=0.0")
-    assert len(compare.comparison(methods, ["w4a4"], [0]).methods) == 2
+    assert len(ask(methods, ["w4a4"], [0]).methods) == 2
     same = ("hqdm/code", "hqdm/code:recipe.ema=0", "hqdm/auto:recipe.lora_rate_divisor=10", "hqdm/auto")
-    assert len(compare.comparison(same, ["w3a3"], [0]).methods) == 3  # of auto 10 is in force at four bits alone
-    assert not compare.MethodSpec.parse("hqdm/auto:recipe.updates=none").learns
+    assert len(ask(same, ["w3a3"], [0]).methods) == 3  # of auto 10 is in force at four bits alone
+    assert not MethodSpec.parse("hqdm/auto:recipe.updates=none").learns
 
 
 def test_an_option_spelled_out_at_its_default_is_no_other_method():
@@ -227,8 +231,8 @@ def test_a_seed_is_refused_where_a_students_adapters_could_not_be_drawn_from_it(
 
 def test_what_is_the_students_alone_is_not_asked_of_the_teachers_samples(tmp_path):
     work = asked(options={"sample": {"attention": "int8", "backend": "reference"}})
-    run = compare._Run(Store(tmp_path / "ws"), work, None, Report(), False, True)
-    drawn = {cell.spec is None: run._config("sample", cell) for cell in work.cells()}
+    run = _Run(Store(tmp_path / "ws"), work, None, Report(), False, True)
+    drawn = {cell.spec is None: run._config("sample", cell) for cell in cells_of(work)}
     assert (drawn[True].source, drawn[True].attention, drawn[True].backend) == ("teacher", "fp32", None)
     assert (drawn[False].source, drawn[False].attention, drawn[False].backend) == ("int", "int8", "reference")
 
@@ -241,7 +245,7 @@ def test_a_file_that_an_option_names_is_kept_with_its_whole_path(tmp_path, monke
 
 def test_a_reference_is_an_artifact_or_a_file_and_not_both(tmp_path):
     with pytest.raises(UsageError, match="a reference is given twice: /real.npz and sample/0001") as fault:
-        compare.comparison(["hqdm"], ["w4a4"], [0], {"score": {"reference_path": "/real.npz"}}, "sample/0001")
+        ask(["hqdm"], ["w4a4"], [0], {"score": {"reference_path": "/real.npz"}}, "sample/0001")
     assert fault.value.hint == "leave one of them out"
 
 
@@ -500,7 +504,7 @@ def test_a_newer_model_makes_the_comparison_stale(store, fakes, tmp_path):
 def test_a_dry_run_tells_what_is_missing_and_makes_nothing(store, fakes):
     made(store, seeds=(0,))
     before = ids(store)
-    result = compare.compare(store, asked(), store.current("model"), dry_run=True)
+    result = compare(store, asked(), store.current("model"), dry_run=True)
     assert ids(store) == before and result.outcome is None
     assert [cell.name for cell in result.cells if not cell.ended] == [
         "teacher seed 1", "hqdm w4a4 seed 1", "efficientdm w4a4 seed 1", "hqdm w4a3 seed 1", "efficientdm w4a3 seed 1"
@@ -511,7 +515,7 @@ def test_a_dry_run_tells_what_is_missing_and_makes_nothing(store, fakes):
 def test_a_dry_run_of_a_forced_comparison_counts_the_students_that_it_would_make(store, fakes):
     made(store)
     before = ids(store)
-    result = compare.compare(store, asked(), store.current("model"), force=True, dry_run=True)
+    result = compare(store, asked(), store.current("model"), force=True, dry_run=True)
     assert ids(store) == before
     assert [cell.spec is None for cell in result.cells if cell.ended] == [True, True]
     assert not any(cell.chain for cell in result.cells if cell.spec) and result.seconds > 0
@@ -527,7 +531,7 @@ def test_a_dry_run_tells_what_speaks_against_a_cell(store, fakes):
         return inputs(config, store, chosen)
 
     fakes["plan"].inputs = misfit
-    result = compare.compare(store, asked(seeds=(0,)), store.current("model"), dry_run=True)
+    result = compare(store, asked(seeds=(0,)), store.current("model"), dry_run=True)
     told = {cell.name: cell.error for cell in result.cells if cell.error}
     assert told == dict.fromkeys(("hqdm w4a4 seed 0", "hqdm w4a3 seed 0"), "hqdm does not fit this model")
 
@@ -535,7 +539,7 @@ def test_a_dry_run_tells_what_speaks_against_a_cell(store, fakes):
 def test_force_makes_the_plan_that_seeds_share_once(store, fakes):
     made(store)
     assert len(store.artifacts("plan")) == 4
-    compare.compare(store, asked(), store.current("model"), force=True)
+    compare(store, asked(), store.current("model"), force=True)
     assert [len(store.artifacts(name)) for name in ("plan", "distill", "export")] == [8, 16, 16]
 
 
@@ -546,11 +550,11 @@ def test_scores_that_are_there_tell_how_long_the_next_take(store, fakes):
         (artifact.path / "manifest.json").write_text(json.dumps(manifest | {"seconds": 4.0}))
     more = asked(seeds=(1,), options={"sample": {"count": 16}})  # twice as many images
     model = store.current("model")
-    pace = compare._Pace(store, model, more, compare._Run(store, more, model, Report(), False, True)._units)
-    assert [pace.of("score", cell) for cell in more.cells()] == pytest.approx([8.0] * 5)
+    pace = Pace(store, model, more, _Run(store, more, model, Report(), False, True)._units)
+    assert [pace.of("score", cell) for cell in cells_of(more)] == pytest.approx([8.0] * 5)
     other = asked(options={"score": {"extractor": "none"}})
-    pace = compare._Pace(store, model, other, compare._Run(store, other, model, Report(), False, True)._units)
-    assert {pace.of("score", cell) for cell in other.cells()} == {None}
+    pace = Pace(store, model, other, _Run(store, other, model, Report(), False, True)._units)
+    assert {pace.of("score", cell) for cell in cells_of(other)} == {None}
 
 
 def test_what_learns_nothing_is_not_charged_the_time_of_what_does(store, fakes):
@@ -573,9 +577,9 @@ def test_what_learns_nothing_is_not_charged_the_time_of_what_does(store, fakes):
             json.dumps(manifest | {"seconds": timed[artifact.figures["method"]]})
         )
     longer = asked(("hqdm", "efficientdm", "rtn", "smoothquant"), options={"distill": {"trajectories": 40}})
-    run = compare._Run(store, longer, model, compare.Report(), False, True)
-    pace = compare._Pace(store, model, longer, run._units)
-    times = {cell.spec.method: pace.of("distill", cell) for cell in longer.cells() if cell.spec}
+    run = _Run(store, longer, model, Report(), False, True)
+    pace = Pace(store, model, longer, run._units)
+    times = {cell.spec.method: pace.of("distill", cell) for cell in cells_of(longer) if cell.spec}
     assert times == pytest.approx({"hqdm": 160.0, "efficientdm": 160.0, "rtn": 2.0, "smoothquant": 2.0})
 
 
@@ -780,11 +784,11 @@ def test_what_is_typed_wrongly_is_named_with_a_way_out(hqdm, words, exits, what)
 
 def test_a_model_is_a_file_or_an_artifact_and_never_mistaken_for_a_method(store, tmp_path):
     checkpoint(tmp_path, "other weights")
-    other = compare.model_of(store, str(tmp_path / "model.ckpt")).artifact
-    assert (other.id, compare.model_of(store, "model/1").artifact.id) == ("model/0002", "model/0001")
-    assert compare.model_of(store, None).artifact.id == "model/0002"
+    other = model_of(store, str(tmp_path / "model.ckpt")).artifact
+    assert (other.id, model_of(store, "model/1").artifact.id) == ("model/0002", "model/0001")
+    assert model_of(store, None).artifact.id == "model/0002"
     with pytest.raises(FileFault):
-        compare.model_of(store, str(tmp_path / "elsewhere"))
+        model_of(store, str(tmp_path / "elsewhere"))
 
 
 def test_pictures_are_drawn_of_what_there_is(store, fakes, monkeypatch):
@@ -848,7 +852,7 @@ def test_the_configuration_reads_back_from_its_manifest(store, fakes):
     fakes["distill"].fails_at = ("hqdm", "w4a4")
     artifact = made(store, ("hqdm",), ("w4a4",), (0,)).outcome.artifact
     cls = runner.stages.load("compare").Config
-    assert to_dict(compare.from_dict(cls, artifact.config, "manifest")) == artifact.config
+    assert to_dict(from_dict(cls, artifact.config, "manifest")) == artifact.config
 
 
 # Side by side
@@ -876,7 +880,7 @@ def until(there, seconds=60):
 
 def test_processes_that_compare_in_one_workspace_divide_the_cells_and_make_none_twice(tmp_path, fakes, monkeypatch):
     """From nothing: the model, the profile and the teacher's images are made once as well."""
-    monkeypatch.setattr(compare, "WAIT", 0.01)
+    monkeypatch.setattr("pipelines.comparison.run.WAIT", 0.01)
     store, path = Store(tmp_path / "ws"), str(checkpoint(tmp_path))
     run = fakes["distill"].run
     fakes["distill"].run = lambda *given: time.sleep(0.2) or run(*given)
@@ -888,8 +892,8 @@ def test_processes_that_compare_in_one_workspace_divide_the_cells_and_make_none_
             try:
                 until(tmp_path / "go")
                 heard = Heard()
-                model = compare.model_of(store, path, heard).artifact
-                result = compare.compare(store, asked(), model, heard)
+                model = model_of(store, path, heard).artifact
+                result = compare(store, asked(), model, heard)
                 made = heard.ran.count("distill")
                 aside = sum(note.endswith("is put aside") for note in heard.notes)
                 (tmp_path / f"child-{child}").write_text(f"{made} {aside} {len(heard.notes)} {len(result.failed)}")
@@ -906,12 +910,12 @@ def test_processes_that_compare_in_one_workspace_divide_the_cells_and_make_none_
     assert len({artifact.key for artifact in store.artifacts()}) == len(store.artifacts())
     assert len(store.artifacts("distill")) == 8 and len(store.artifacts("compare")) == 1 and not store.drafts()
     before = ids(store)
-    table = table_of(compare.compare(store, asked(), store.current("model")))
+    table = table_of(compare(store, asked(), store.current("model")))
     assert ids(store) == before and len(table["cells"]) == 10 and table["failed"] == []
 
 
 def test_the_cell_of_a_process_that_is_killed_is_gone_on_with_by_another(store, fakes, monkeypatch):
-    monkeypatch.setattr(compare, "WAIT", 0.05)
+    monkeypatch.setattr("pipelines.comparison.run.WAIT", 0.05)
     work, ready = asked(("hqdm",), ("w4a4",), (0, 1)), store.root.parent / "ready"
     pid = os.fork()
     if pid == 0:
@@ -924,12 +928,12 @@ def test_the_cell_of_a_process_that_is_killed_is_gone_on_with_by_another(store, 
 
         fakes["distill"].run = killed
         try:
-            compare.compare(store, work, store.current("model"))
+            compare(store, work, store.current("model"))
         finally:
             os._exit(1)
     until(ready)
     heard = Heard()
-    result = compare.compare(store, work, store.current("model"), heard)
+    result = compare(store, work, store.current("model"), heard)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     what = f"process {pid} is making the same distill artifact in {store.root}"
     assert f"{what}: hqdm w4a4 seed 0 is put aside" in heard.notes
@@ -938,7 +942,7 @@ def test_the_cell_of_a_process_that_is_killed_is_gone_on_with_by_another(store, 
 
 
 def test_students_are_made_while_another_process_draws_their_teachers_images(store, fakes, monkeypatch):
-    monkeypatch.setattr(compare, "WAIT", 0.01)
+    monkeypatch.setattr("pipelines.comparison.run.WAIT", 0.01)
     make, times = runner.make, iter(range(2))
 
     def at_it(store, stage, config, chosen, report, force=False, dry_run=False):
@@ -949,7 +953,7 @@ def test_students_are_made_while_another_process_draws_their_teachers_images(sto
 
     monkeypatch.setattr(runner, "make", at_it)
     heard = Heard()
-    result = compare.compare(store, asked(("hqdm",), ("w4a4",)), store.current("model"), heard)
+    result = compare(store, asked(("hqdm",), ("w4a4",)), store.current("model"), heard)
     aside = [note for note in heard.notes if note.endswith("is put aside")]
     assert aside == [
         "process 7 is making the same sample artifact in ws: teacher seed 0 is put aside",
@@ -961,7 +965,7 @@ def test_students_are_made_while_another_process_draws_their_teachers_images(sto
 
 
 def test_what_was_made_again_by_force_is_not_made_once_more_after_it_was_put_aside(store, fakes, monkeypatch):
-    monkeypatch.setattr(compare, "WAIT", 0.01)
+    monkeypatch.setattr("pipelines.comparison.run.WAIT", 0.01)
     made(store, ("hqdm",), ("w4a4",), (0,))
     make, times = runner.make, iter(range(3))
 
@@ -972,5 +976,5 @@ def test_what_was_made_again_by_force_is_not_made_once_more_after_it_was_put_asi
 
     monkeypatch.setattr(runner, "make", at_it)
     work = asked(("hqdm",), ("w4a4",), (0,))
-    assert not compare.compare(store, work, store.current("model"), force=True).failed
+    assert not compare(store, work, store.current("model"), force=True).failed
     assert [len(store.artifacts(name)) for name in ("plan", "distill", "export")] == [2, 2, 2]

@@ -49,7 +49,7 @@ FLOORS = {
     "pipelines.stages": 5,
     "pipelines.doctor": 5,
     "pipelines.runner": 6,
-    "pipelines.compare": 7,
+    "pipelines.comparison": 7,
     "pipelines.reproduce": 7,
     "pipelines.gc": 7,
     "hqdm_cli": 8,

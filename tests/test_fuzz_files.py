@@ -21,9 +21,10 @@ from PIL import Image
 from roads import exported_store
 from safetensors.torch import save_file
 
-from pipelines import compare, runner
+from pipelines import runner
 from pipelines.cifar10 import CLASSES
 from pipelines.cifar10.data import load_split
+from pipelines.comparison.asked import OPTIONED, ask, read_recipe
 from pipelines.config import from_dict, read_yaml, to_dict
 from pipelines.events import Report
 from pipelines.metrics.extractors import load_extractor
@@ -63,9 +64,9 @@ RECIPE = {
 
 
 def compared(path):
-    read = compare.read_recipe(path)
-    options = {stage: dict(getattr(read, stage)) for stage in compare.OPTIONED}
-    compare.comparison(read.methods, read.bits or ["w4a4"], read.seeds or [0], options, None)
+    read = read_recipe(path)
+    options = {stage: dict(getattr(read, stage)) for stage in OPTIONED}
+    ask(read.methods, read.bits or ["w4a4"], read.seeds or [0], options, None)
 
 
 COMPARISON = {

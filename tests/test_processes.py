@@ -125,23 +125,25 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on_where_it_stopped(
 
 def test_a_cell_that_fails_in_a_shared_stage_ends_the_comparison_with_the_way_out(store, monkeypatch):
     """What a leader sees whose stage failed: the others have left it."""
-    from pipelines import compare
+    from pipelines import runner
+    from pipelines.comparison.asked import ask
+    from pipelines.comparison.run import compare
 
     stages = {"profile": {"steps": STEPS, "batch": 2}, "sample": {"count": 2, "steps": STEPS}}
-    asked = compare.comparison(["rtn"], ["w4a4"], [0], stages | {"score": {"extractor": "none"}})
+    asked = ask(["rtn"], ["w4a4"], [0], stages | {"score": {"extractor": "none"}})
     model = store.current("model")
     monkeypatch.setattr(processes, "asked", lambda: 2)
     monkeypatch.setattr(processes, "_crew", processes.ALONE)
-    made = compare.runner.make
+    made = runner.make
 
     def fails(store, stage, *args, **kwargs):
         if stage == "distill":
             raise NumericalFault("the loss is nan")
         return made(store, stage, *args, **kwargs)
 
-    monkeypatch.setattr(compare.runner, "make", fails)
+    monkeypatch.setattr(runner, "make", fails)
     with pytest.raises(HqdmError, match="rtn w4a4 seed 0 failed in distill, which ended a job") as caught:
-        compare.compare(store, asked, model)
+        compare(store, asked, model)
     assert "without --processes" in caught.value.hint
 
 

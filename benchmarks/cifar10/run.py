@@ -3,7 +3,7 @@
     python -m benchmarks.cifar10.run --data DATA
     python -m benchmarks.cifar10.run --count 500 --methods hqdm efficientdm --bits w4a4,w4a3
 
-It is one comparison (`hqdm compare` in pipelines/compare.py) of the teacher that benchmarks.cifar10.train trains and
+It is one comparison (`hqdm compare` in pipelines/comparison/) of the teacher that benchmarks.cifar10.train trains and
 benchmarks.cifar10.teacher writes, scored by the classifier against CIFAR-10's 10,000 test images. Every cell is a chain
 of artifacts in the workspace: what is there is not computed twice, so it can be stopped and gone on with at any moment,
 and a table that is whole is only printed again. DATA is needed until WORK has the test images. The table, its pictures,
@@ -21,7 +21,9 @@ from typing import Any
 from benchmarks.cifar10 import reference
 from benchmarks.options import told
 from hqdm_cli import console
-from pipelines import compare, methods
+from pipelines import methods
+from pipelines.comparison.asked import ask, read_recipe
+from pipelines.comparison.run import compare, model_of
 from pipelines.errors import FileFault, HqdmError
 from pipelines.report import comparison
 from pipelines.workspace.artifacts import Artifact
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     learned = {"trajectories": options.trajectories, "guidance": options.guidance}
     if options.images is not None:
         learned["batch"] = options.images
-    asked = compare.comparison(
+    asked = ask(
         methods_of(options), options.bits.split(","), options.seeds,
         {
             "profile": drawn,
@@ -116,8 +118,8 @@ def run(options: argparse.Namespace) -> None:
     )  # fmt: skip
     store = Store(options.workspace)
     with console.Progress() as progress:
-        taken = compare.model_of(store, str(teacher), progress, options.dry_run)
-        result = compare.compare(store, asked, taken.artifact, progress, dry_run=options.dry_run)
+        taken = model_of(store, str(teacher), progress, options.dry_run)
+        result = compare(store, asked, taken.artifact, progress, dry_run=options.dry_run)
     if options.dry_run:
         missing = [cell.name for cell in result.cells if not cell.ended]
         print("\n".join(missing))
@@ -159,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
 
 def methods_of(options: argparse.Namespace) -> list[str]:
     """The methods asked for, by their names or by a recipe."""
-    return compare.read_recipe(options.recipe).methods if options.recipe else options.methods
+    return read_recipe(options.recipe).methods if options.recipe else options.methods
 
 
 def main(arguments: list[str] | None = None) -> None:

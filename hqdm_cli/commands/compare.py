@@ -75,7 +75,9 @@ def compare(
     the end.
     """
     shared_out(context, processes, dry_run)
-    from pipelines import compare as engine
+    from pipelines.comparison.asked import OPTIONED, Recipe, ask, read_recipe
+    from pipelines.comparison.run import compare as make_all
+    from pipelines.comparison.run import model_of
     from pipelines.errors import HqdmError, UsageError
     from pipelines.stages import load
     from pipelines.workspace.store import Store
@@ -88,8 +90,8 @@ def compare(
             "leave one of them out; --json prints what would run as JSON",
         )
     store = Store(workspace)
-    read = engine.read_recipe(recipe) if recipe is not None else engine.Recipe()
-    options: dict[str, dict[str, Any]] = {stage: dict(getattr(read, stage)) for stage in engine.OPTIONED}
+    read = read_recipe(recipe) if recipe is not None else Recipe()
+    options: dict[str, dict[str, Any]] = {stage: dict(getattr(read, stage)) for stage in OPTIONED}
     typed = {
         "profile": {"steps": steps, "guidance": guidance},
         "distill": {"trajectories": trajectories, "guidance": guidance},
@@ -115,13 +117,13 @@ def compare(
         if before := given.get((stage, name)):
             raise UsageError(f"{stage}.{name} is given twice: {before} and --option {text}", "give it once")
         options.setdefault(stage, {})[name], given[stage, name] = value, f"--option {text}"
-    asked = engine.comparison(
+    asked = ask(
         methods or read.methods or (), _words("--bits", bits) if bits is not None else read.bits or ["w4a4"],
         _numbers(seeds) if seeds is not None else read.seeds or [0], options, chosen.get("reference"),
     )  # fmt: skip
     with console.Progress() as progress:
-        taken = engine.model_of(store, model if model is not None else read.model, progress, dry_run)
-        result = engine.compare(store, asked, taken.artifact, progress, force, dry_run)
+        taken = model_of(store, model if model is not None else read.model, progress, dry_run)
+        result = make_all(store, asked, taken.artifact, progress, force, dry_run)
     if dry_run:
         _show_plan(result, as_json)
         return
