@@ -24,8 +24,10 @@ SAMPLE = 256  # values of a site and timestep; the default's 4,096 take longer t
 QUICK = {"dmq": {"steps": "3"}, "outlier_suppression": {"thresholds": "8"}}
 
 
-def tiny_store(root: Path, seed: int = 0, levels: int = 2) -> Store:
-    """A workspace with the tiny model and its profile, made once in a process and copied."""
+def tiny_store(root: Path, seed: int = 0, levels: int = 1) -> Store:
+    """A workspace with the tiny model and its profile, made once in a process and copied. With two levels it has every
+    kind of layer, and two and a half times as many.
+    """
     shutil.copytree(_made(seed, levels), root, dirs_exist_ok=True)
     return Store(root)
 

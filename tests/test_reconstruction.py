@@ -32,7 +32,7 @@ RESIDUAL = "up_blocks.1.resnets.0"  # reads a concatenation
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return tiny_store(tmp_path_factory.mktemp("workspace"))
+    return tiny_store(tmp_path_factory.mktemp("workspace"), levels=2)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def job(tmp_path_factory):
     """Two processes at all of it, once: the workspaces, and what each process saw."""
     folder = tmp_path_factory.mktemp("sharded")
     for method, variant in METHODS.items():
-        whole = tiny_store(folder / f"{method}-whole")
+        whole = tiny_store(folder / f"{method}-whole", levels=2)
         make(whole, "plan", method=method, variant=variant)
         stopped = ["stopped-whole", "stopped-divided"] if method == "hqdm" else []
         for name in [f"{method}-divided", *stopped]:

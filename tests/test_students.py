@@ -24,7 +24,12 @@ VARIANTS = [(name, variant) for name, method in METHODS.items() for variant in m
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    return tiny_store(tmp_path_factory.mktemp("workspace"))
+    return tiny_store(tmp_path_factory.mktemp("workspace"), levels=2)
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    return tiny_store(tmp_path_factory.mktemp("shallow"))
 
 
 def plan_of(store, artifact):
@@ -57,7 +62,9 @@ def refused_without(exported, name, folder):
     "method, variant, bits",
     [(*pair, "w4a3") for pair in VARIANTS] + [("hqdm", "ours", "w8a8"), ("efficientdm", "published", "w8a8")],
 )
-def test_images_from_integers_equal_those_of_fake_quantisation_bit_for_bit(store, method, variant, bits):
+def test_images_from_integers_equal_those_of_fake_quantisation_bit_for_bit(store, shallow, method, variant, bits):
+    """Each method's default variant, and hqdm's all, with every kind of layer; the others with one level."""
+    store = store if variant == METHODS[method].default_variant or method == "hqdm" else shallow
     distilled = tiny_student(store, method, variant, bits)
     fake, integer = students(store, distilled)
     classes = torch.tensor([0, 1, 2])
