@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -736,6 +737,15 @@ def test_a_recipe_that_names_nothing_is_refused_and_does_not_stand_for_everythin
     recipe.write_text(text)
     code, _, err = hqdm("compare", "--from", str(recipe), "--dry-run")
     assert code == exits and what in err and "hint: " in err
+
+
+def test_a_reference_under_two_paths_is_named_once():
+    def score(name, digest=None):
+        return SimpleNamespace(figures={"reference": name}, config={"reference_sha256": digest})
+
+    alike = [score("runs/test.npz", "ab"), score("/home/me/runs/test.npz", "ab"), score("digits"), score("digits")]
+    assert stage._references(alike) == ["runs/test.npz", "digits"]
+    assert stage._references([score("test.npz", "ab"), score("test.npz", "cd")]) == ["test.npz"] * 2
 
 
 def test_a_reference_that_is_typed_goes_before_whatever_reference_a_recipe_names(hqdm, fakes, tmp_path):

@@ -33,7 +33,7 @@ from pipelines.workspace.drafts import Draft
 from pipelines.workspace.store import Store
 
 NAME = "compare"
-VERSION = 6
+VERSION = 7
 
 ORDER = 32  # of the rotated weights in the picture, or less where 32 does not divide them
 WEIGHTS = "denoiser/diffusion_pytorch_model.safetensors"
@@ -214,6 +214,15 @@ def _only(values: Sequence[Any]) -> Any:
     return known[0] if len(known) == 1 else ", ".join(map(str, known)) or None
 
 
+def _references(scores: Sequence[Artifact]) -> list[str | None]:
+    """What was measured against: one file under two paths, as typed from two folders, is one."""
+    names: dict[str | None, str | None] = {}
+    for score in scores:
+        name = score.figures.get("reference")
+        names.setdefault(score.config.get("reference_sha256") or name, name)
+    return list(names.values())
+
+
 def _about(
     config: Config, chains: Mapping[str, Mapping[str, Artifact]], cells: Sequence[Mapping[str, Any]],
     inputs: Mapping[str, Artifact],
@@ -230,7 +239,7 @@ def _about(
         "guidance": _only([sample.figures.get("guidance") for sample in samples]),
         "scheduler": _only([sample.figures.get("scheduler") for sample in samples]),
         "trajectories": _only([student.config.get("trajectories") for student in distilled]),
-        "reference": _only([figures.get("reference") for figures in scores]),
+        "reference": _only(_references([chain["score"] for chain in chains.values() if "score" in chain])),
         "reference_n": _only([figures.get("reference_n") for figures in scores]),
         "extractor": _only([figures.get("extractor") or "none" for figures in scores]) or "none",
         "layers": any(cell.get("layers") for cell in cells),
