@@ -29,7 +29,7 @@ WIDTHS = sorted(BITS.split(","), key=lambda bits: (-int(bits[3]), -int(bits[1]))
 FOLDERS = {
     "unet": (
         "w4a4", "w4a3", "w3a3", "mended", "w8a8", "w4a8", "w8a4", "w2a4", "variants", "variants-w3a3", "tuned",
-        "tuned-others", "w3a3-more", "large", "large-widths", "large-w4a3", "large-w4a3-more",
+        "tuned-others", "w3a3-more", "large", "large-widths", "large-w4a3", "large-w4a3-more", "large-w4a4",
     ),
     "dit": ("dit", "dit-tuned"),
 }  # fmt: skip
