@@ -37,8 +37,8 @@ TABLES = {
     "large-w4a3": "--methods hqdm double_hadamard quest lsq apq_dm q_diffusion ptq4dm --bits w4a3 --count 10000",
     "large-w4a3-more": "--methods mpq_dm dmq smoothquant tfmq hadanorm ptqd outlier_suppression rtn --bits w4a3 "
     "--count 10000",
-    "large-w4a4": "--methods hqdm double_hadamard quest lsq mpq_dm dmq smoothquant tfmq hadanorm ptqd apq_dm "
-    "--bits w4a4 --count 10000",
+    "large-w4a4": "--methods hqdm double_hadamard quest lsq mpq_dm dmq smoothquant tfmq hadanorm ptqd apq_dm ptq4dm "
+    "rtn --bits w4a4 --count 10000",
     "variants": f"--methods {VARIANTS} --bits w4a4,w4a3",
     "variants-w3a3": f"--methods {TUNED} --bits w3a3",
     "w3a3-more": "--methods hadanorm:convolutions=rotated rtn/search outlier_suppression/search lsq/tuned "
