@@ -229,7 +229,7 @@ def _about(
 ) -> dict[str, Any]:  # fmt: skip
     """What all figures have in common, for the note under the table."""
     samples = [chain["sample"] for chain in chains.values()]
-    scores = [chain["score"].figures for chain in chains.values() if "score" in chain]
+    scores = [chain["score"] for chain in chains.values() if "score" in chain]
     distilled = [chain["distill"] for chain in chains.values() if "distill" in chain]
     return {
         "model": inputs["model"].id, "model_path": inputs["model"].config.get("path"), "profile": inputs["profile"].id,
@@ -239,9 +239,9 @@ def _about(
         "guidance": _only([sample.figures.get("guidance") for sample in samples]),
         "scheduler": _only([sample.figures.get("scheduler") for sample in samples]),
         "trajectories": _only([student.config.get("trajectories") for student in distilled]),
-        "reference": _only(_references([chain["score"] for chain in chains.values() if "score" in chain])),
-        "reference_n": _only([figures.get("reference_n") for figures in scores]),
-        "extractor": _only([figures.get("extractor") or "none" for figures in scores]) or "none",
+        "reference": _only(_references(scores)),
+        "reference_n": _only([score.figures.get("reference_n") for score in scores]),
+        "extractor": _only([score.figures.get("extractor") or "none" for score in scores]) or "none",
         "layers": any(cell.get("layers") for cell in cells),
         "untrained": any(student.figures.get("updates") == 0 for student in distilled),
         "devices": list(dict.fromkeys(cell["device"] for cell in cells if cell.get("device"))),
